@@ -1,0 +1,84 @@
+# Everything from a bare clone: `make bench`, `make test`. Targets are listed by `make help`.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+BUILD_INPUTS := pyproject.toml setup.py $(shell find build_backend csrc -type f -not -name '*.pyc')
+CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+PYTHON_FILES := setup.py build_backend dgl_ext tests benchmarks examples
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help bench test test-slow fuzz lint format wheel wheel-check cpp-tests clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "  PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH=\"$(TORCH)\"  ARGS=\"$(ARGS)\""
+	@echo "  A torch from another index: make test TORCH=\"torch==2.13.0 --index-url URL\""
+
+bench: $(VENV)/.bench  ## run the main benchmark (options of its own in ARGS)
+	$(PY) benchmarks/bench_fusion.py $(ARGS)
+
+test: $(VENV)/.dev cpp-tests  ## run the tests, without the slow ones (pytest's options in ARGS)
+	$(PY) -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.dev cpp-tests  ## run the slow tests
+	$(PY) -m pytest -m slow $(ARGS)
+
+fuzz: $(VENV)/.dev  ## draw 100,000 random problems and check each
+	$(PY) -m pytest tests/test_fuzz.py --hypothesis-profile=long $(ARGS)
+
+lint: $(VENV)/.dev  ## check style and types, changing nothing
+	$(PY) -m ruff check $(PYTHON_FILES)
+	$(PY) -m ruff format --check $(PYTHON_FILES)
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(VENV)/.dev  ## rewrite Python and C++ files in the project's style
+	$(PY) -m ruff check --fix $(PYTHON_FILES)
+	$(PY) -m ruff format $(PYTHON_FILES)
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+wheel: $(VENV)/.torch  ## build the wheel into dist/
+	rm -rf dist
+	$(PIP) wheel . --no-deps --wheel-dir dist
+
+wheel-check: wheel  ## try the wheel beside another torch: OTHER_TORCH=torch==2.10.0 [OTHER_PYTHON=python3.10]
+	@test -n "$(OTHER_TORCH)" || { echo "set OTHER_TORCH, for example torch==2.10.0" >&2; exit 2; }
+	rm -rf build/wheel-check
+	$(or $(OTHER_PYTHON),$(PYTHON)) -m venv build/wheel-check
+	build/wheel-check/bin/python -m pip install $(OTHER_TORCH) numpy
+	build/wheel-check/bin/python -m pip install --no-deps dist/*.whl
+	cd build/wheel-check && bin/python -m dgl_ext && bin/python ../../tests/smoke.py
+
+# CMake rebuilds only what changed, so it runs every time; MAKEFLAGS would make it chatty.
+cpp-tests: $(VENV)/.dev
+	cmake --log-level=NOTICE -S . -B build/cpp -DPython_EXECUTABLE=$(abspath $(PY))
+	MAKEFLAGS= cmake --build build/cpp --parallel
+
+clean:  ## remove everything that was built, the venv included
+	rm -rf $(VENV) build dist dgl_ext.egg-info dgl_ext/*.so dgl_ext/_build_info.json
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- the venv: a stamp for its torch, and one for the package with each set of extras ---
+
+# Another TORCH than the one that is installed makes the venv anew.
+ifneq ($(strip $(shell cat $(VENV)/.torch 2>/dev/null)),$(strip $(TORCH)))
+.PHONY: $(VENV)/.torch
+endif
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) install $(TORCH) "setuptools>=77" ninja
+	@echo "$(strip $(TORCH))" > $@
+
+# Editable: Python files need no new install. Not isolated: the build's needs are in the venv.
+$(VENV)/.%: $(VENV)/.torch $(BUILD_INPUTS)
+	$(PIP) install --no-build-isolation --editable ".[$*]"
+	@touch $@

@@ -1,0 +1,323 @@
+"""Times one training step of a fusion head: disentangled gradient learning against its rivals.
+
+    python benchmarks/bench_fusion.py                  # every fusion and size, some minutes
+    python benchmarks/bench_fusion.py --smoke          # tiny sizes: does it all still run?
+    python benchmarks/bench_fusion.py --fusion concat,sum --sizes 64x512x6 --seconds 20
+
+A step goes from leaf features to all gradients of features and head: forward, cross-entropy,
+backward, with every gradient None at the start. Two modalities of equal width. Providers:
+
+    joint               plain joint training, one loss: what a head costs without DGL
+    two_pass            the published DGL recipe: two backward passes, head grads cleared between
+    reference           dgl_ext.reference, plain PyTorch, one backward pass
+    compiled_reference  torch.compile of the reference and its losses (compile time not counted)
+    dgl_ext             dgl_ext.fused_decouple
+
+Before anything is timed, all logits and gradients are compared with the reference in the same
+dtype; a provider that differs is not timed. For `joint`, which computes other gradients on
+purpose, the fused logits are compared.
+
+Times are medians over rounds in which all providers take turns; ratios are taken within a round.
+`harness.py` says how and why. The rates count the work that no implementation can avoid
+(`least_work` in `providers.py`), the same for all DGL providers. "of ceiling" relates a step to
+the machine: the time in which the measured GEMM and copy rates could do that least work, as a
+share of the step's time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+try:
+    import fusion_report
+    import harness
+    import providers
+    import report
+except ImportError as error:
+    sys.exit(f"bench_fusion needs dgl_ext, rich and matplotlib installed: {error}")
+
+SIZES = "64x512x6,64x512x34,64x512x309,256x512x309,256x1024x1000,1024x2048x1000"
+SMOKE_SIZES = "33x64x34"
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+DEFAULT_OUT = Path(__file__).parent / "results"
+
+Size = tuple[int, int, int]  # batch, width, classes
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One problem in the table."""
+
+    fusion: str
+    size: Size
+    device: torch.device
+    dtype: torch.dtype
+
+    def problem(self) -> providers.Problem:
+        return providers.make_problem(self.fusion, *self.size, self.device, self.dtype)
+
+    def row(self, provider: str) -> Row:
+        batch, width, classes = self.size
+        return {
+            "fusion": self.fusion,
+            "batch": batch,
+            "width": width,
+            "classes": classes,
+            "provider": provider,
+        }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark; returns 1 if a provider was wrong or crashed."""
+    options = _parse(arguments)
+    console = report.make_console()
+    console.print(f"measuring the ceiling of {options.device} in {options.dtype_name} ...")
+    ceiling = harness.measure_ceiling(options.device, options.dtype, quick=options.smoke)
+    cells = [
+        Cell(fusion, size, options.device, options.dtype)
+        for fusion in options.fusion
+        for size in options.sizes
+    ]
+    rows: list[Row] = []
+    with report.CellProgress(console, len(cells)) as progress:
+        for cell in cells:
+            on_share = progress.begin(f"{cell.fusion} {fusion_report.size_label(cell.size)}")
+            rows += measure_cell(cell, options.providers, ceiling, options.seconds, on_share)
+
+    document = {
+        "benchmark": "fusion",
+        "step": "logits, three cross-entropies (joint: one), backward",
+        "statistic": harness.STATISTIC,
+        "device": str(options.device),
+        "dtype": options.dtype_name,
+        "seconds_per_cell": options.seconds,
+        "environment": harness.environment(options.device),
+        "ceiling": asdict(ceiling),
+        "summary": fusion_report.describe(rows),
+        "rows": rows,
+    }
+    fusion_report.print_results(console, document)
+    for path in write_results(options.out, document, smoke=options.smoke):
+        console.print(f"wrote {path}", markup=False, soft_wrap=True)
+    return int(any(row["status"] in ("wrong", "failed") for row in rows))
+
+
+def measure_cell(
+    cell: Cell,
+    names: list[str],
+    ceiling: harness.Ceiling,
+    seconds: float,
+    on_share: Callable[[float], None] | None = None,
+) -> list[Row]:
+    """Check every provider on one problem, then time those that are right.
+
+    Returns:
+        One row per provider. `status` is "ok", "left out" (this torch or machine lacks
+        something), "wrong" (refused: its results differ) or "failed" (it raised); `note` says why.
+    """
+    rows = {name: cell.row(name) for name in names}
+    truth = snapshot(cell.problem(), providers.PROVIDERS["reference"])[1]
+    steps: dict[str, harness.Step] = {}
+    for name in names:
+        provider = providers.PROVIDERS[name]
+        try:
+            step, results = snapshot(cell.problem(), provider)
+        except providers.Unavailable as reason:
+            rows[name].update(status="left out", note=str(reason))
+            continue
+        except Exception as error:  # one broken provider must not end the run
+            rows[name].update(status="failed", note=f"{type(error).__name__}: {error}")
+            continue
+        if wrong := difference(results, truth, cell.dtype, everything=provider.decoupled):
+            rows[name].update(status="wrong", note=wrong)
+        else:
+            rows[name].update(status="ok", note="")
+            steps[name] = step
+    times = harness.time_alternating(steps, cell.device, seconds, on_round=on_share)
+    for name in steps:
+        rows[name].update(_figures(cell, name, times, ceiling))
+    return list(rows.values())
+
+
+def snapshot(
+    problem: providers.Problem, provider: providers.Provider
+) -> tuple[harness.Step, dict[str, torch.Tensor | None]]:
+    """Build a provider's step, run it once, and copy all that it computed, by name."""
+    step = provider.build(problem)
+    logits = step()
+    results: dict[str, torch.Tensor | None] = {
+        f"logits[{i}]": z.detach().clone() for i, z in enumerate(logits)
+    }
+    for name, leaf in problem.leaves().items():
+        results[f"{name}.grad"] = None if leaf.grad is None else leaf.grad.clone()
+    return step, results
+
+
+def difference(
+    results: dict[str, torch.Tensor | None],
+    truth: dict[str, torch.Tensor | None],
+    dtype: torch.dtype,
+    *,
+    everything: bool,
+) -> str:
+    """Say where results differ from the reference; empty if they do not.
+
+    The measure is the L2 norm of the difference relative to the reference's. The limit is a
+    rounding error with room for other orders of summation: 100 units of the dtype's epsilon, 4 in
+    16 bits, where rounding the stored results outweighs the sums (those are taken in float32).
+    """
+    epsilon = torch.finfo(dtype).eps
+    limit = (4 if torch.finfo(dtype).bits == 16 else 100) * epsilon
+    for name in truth if everything else ("logits[0]",):
+        got, expected = results.get(name), truth[name]
+        if got is None or expected is None:
+            return f"{name} is missing"
+        scale = max(expected.double().norm().item(), epsilon)
+        error = (got.double() - expected.double()).norm().item() / scale
+        if not error <= limit:  # NaN is wrong too
+            return f"{name} differs from the reference by {error:.1e} (limit {limit:.1e})"
+    return ""
+
+
+def _figures(cell: Cell, name: str, times: dict[str, list[float]], ceiling: harness.Ceiling) -> Row:
+    """The numbers of one row: time, ratio to every provider timed with it, rates."""
+    step = harness.spread(times[name])
+    figures: Row = {
+        "median_us": step.median,
+        "p20_us": step.p20,
+        "p80_us": step.p80,
+        "rounds": len(times[name]),
+    }
+    for other, baseline in times.items():
+        ratio = harness.paired_ratio(times[name], baseline)
+        figures[f"ratio_to_{other}"] = ratio.median
+        figures[f"ratio_to_{other}_p20"] = ratio.p20
+        figures[f"ratio_to_{other}_p80"] = ratio.p80
+    flops, nbytes = providers.least_work(
+        cell.fusion, *cell.size, cell.dtype.itemsize, decoupled=providers.PROVIDERS[name].decoupled
+    )
+    seconds = step.median / 1e6
+    compute_bound = flops / ceiling.flops_per_second > nbytes / ceiling.bytes_per_second
+    figures.update(
+        gflops_per_s=flops / seconds / 1e9,
+        gbytes_per_s=nbytes / seconds / 1e9,
+        bound="compute" if compute_bound else "memory",
+        share_of_ceiling=ceiling.floor_seconds(flops, nbytes) / seconds,
+    )
+    return figures
+
+
+def write_results(out: Path, document: dict[str, Any], *, smoke: bool) -> list[Path]:
+    """Write JSON, CSV and plot, named by device and dtype; returns the paths."""
+    kind = torch.device(document["device"]).type
+    stem = f"bench_fusion_{kind}_{document['dtype']}" + ("_smoke" if smoke else "")
+    paths = [out / f"{stem}.{ending}" for ending in ("json", "csv", "png")]
+    report.write_json(paths[0], document)
+    report.write_csv(paths[1], _columns(), document["rows"])
+    fusion_report.plot(paths[2], document)
+    return paths
+
+
+def _columns() -> list[str]:
+    ratios = [
+        f"ratio_to_{name}{suffix}"
+        for name in providers.PROVIDERS
+        for suffix in ("", "_p20", "_p80")
+    ]
+    return [
+        *("fusion", "batch", "width", "classes", "provider", "status", "note"),
+        *("median_us", "p20_us", "p80_us", "rounds", *ratios),
+        *("gflops_per_s", "gbytes_per_s", "bound", "share_of_ceiling"),
+    ]
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    fusions, names = ",".join(providers.FUSIONS), ",".join(providers.PROVIDERS)
+    parser.add_argument(
+        "--fusion", type=_some_of(providers.FUSIONS), default=fusions, help=f"default {fusions}"
+    )
+    parser.add_argument("--sizes", type=_sizes, help=f"batch x width x classes, default {SIZES}")
+    parser.add_argument("--device", type=_device, default="auto", help="auto, cpu, cuda, cuda:1")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", dest="dtype_name")
+    parser.add_argument(
+        "--providers", type=_some_of(providers.PROVIDERS), default=names, help=f"default {names}"
+    )
+    parser.add_argument("--seconds", type=_positive, help="timing per cell, default 8")
+    parser.add_argument(
+        "--out", type=Path, default=DEFAULT_OUT, help="folder, default benchmarks/results"
+    )
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes and little time")
+    options = parser.parse_args(arguments)
+    options.sizes = options.sizes or _sizes(SMOKE_SIZES if options.smoke else SIZES)
+    options.seconds = options.seconds or (0.2 if options.smoke else 8.0)
+    options.dtype = getattr(torch, options.dtype_name)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --out: cannot make the folder: {error}")
+    return options
+
+
+def _some_of(allowed: Any) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        chosen = list(dict.fromkeys(text.split(",")))
+        for name in chosen:
+            if name not in allowed:
+                expected = ", ".join(allowed)
+                raise argparse.ArgumentTypeError(f"expected some of {expected}; got {name!r}")
+        return chosen
+
+    return parse
+
+
+def _sizes(text: str) -> list[Size]:
+    sizes = []
+    for part in text.split(","):
+        numbers = part.split("x")
+        if len(numbers) != 3 or not all(n.isdecimal() and int(n) > 0 for n in numbers):
+            raise argparse.ArgumentTypeError(
+                f"expected batch x width x classes as in 64x512x6,256x512x309; got {part!r}"
+            )
+        sizes.append((int(numbers[0]), int(numbers[1]), int(numbers[2])))
+    return list(dict.fromkeys(sizes))
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0; got {text!r}")
+    return value
+
+
+def _device(text: str) -> torch.device:
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda or cuda:N; got {text!r}")
+    found = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise argparse.ArgumentTypeError(f"torch sees {found} CUDA devices here; got {text!r}")
+    return device
+
+
+if __name__ == "__main__":
+    sys.exit(main())

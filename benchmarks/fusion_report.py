@@ -1,0 +1,221 @@
+"""The fusion benchmark's results as a table, a plot and sentences."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+matplotlib.use("Agg")  # files only: no display is needed
+from matplotlib import pyplot
+
+SUBJECT = "dgl_ext"
+UNSTEADY = 1.5
+COLORS = {
+    "joint": "#555555",
+    "two_pass": "#d55e00",
+    "reference": "#0072b2",
+    "compiled_reference": "#cc79a7",
+    "dgl_ext": "#009e73",
+}
+
+Row = dict[str, Any]
+
+
+def size_label(size: tuple[int, int, int]) -> str:
+    """B x D x C, as the --sizes flag takes it."""
+    return "x".join(str(n) for n in size)
+
+
+def _size(row: Row) -> str:
+    return size_label((row["batch"], row["width"], row["classes"]))
+
+
+def _cell(row: Row) -> str:
+    return f"{row['fusion']} {_size(row)}"
+
+
+def print_results(console: Console, document: dict[str, Any]) -> None:
+    """Print the conditions, one table per fusion, and the summary."""
+    for line in _conditions(document):
+        console.print(line, markup=False, highlight=False)
+    rows = document["rows"]
+    for fusion in dict.fromkeys(row["fusion"] for row in rows):
+        console.print(_table(fusion, [row for row in rows if row["fusion"] == fusion]))
+    for sentence in document["summary"]:
+        console.print(f"* {sentence}", markup=False, highlight=False)
+
+
+def _conditions(document: dict[str, Any]) -> list[str]:
+    env, ceiling = document["environment"], document["ceiling"]
+    return [
+        f"{_machine(env)}; {document['dtype']}; torch {env['torch']}, dgl_ext {env['dgl_ext']}, "
+        f"commit {env['git_sha']}, {env['date']}",
+        f"measured ceiling: {ceiling['flops_per_second'] / 1e9:,.0f} GFLOP/s (matrix product), "
+        f"{ceiling['bytes_per_second'] / 1e9:,.1f} GB/s (copy)",
+        f"times and ratios: {document['statistic']}",
+    ]
+
+
+def _machine(env: dict[str, Any]) -> str:
+    return env["gpu"] or f"{env['cpu']}, threads: {env['threads']}"
+
+
+def _table(fusion: str, rows: list[Row]) -> Table:
+    table = Table(title=f"{fusion} (B x D x C)", title_justify="left", box=box.SIMPLE)
+    table.add_column("size", no_wrap=True)
+    table.add_column("provider", no_wrap=True)
+    for name in ("us", "p20 - p80", "/ joint", "/ two_pass", "rate", "of ceiling"):
+        table.add_column(name, justify="right", no_wrap=True)
+    previous = None
+    for row in rows:
+        size = _size(row)
+        if previous not in (None, size):
+            table.add_section()
+        label, previous = ("" if size == previous else size), size
+        if row["status"] != "ok":
+            table.add_row(label, row["provider"], row["status"], "see below")
+            continue
+        table.add_row(
+            label,
+            row["provider"],
+            f"{row['median_us']:,.0f}",
+            f"{row['p20_us']:,.0f} - {row['p80_us']:,.0f}",
+            _ratio(row, "joint"),
+            _ratio(row, "two_pass"),
+            _rate(row),
+            f"{row['share_of_ceiling']:.1%}",
+        )
+    return table
+
+
+def _ratio(row: Row, other: str) -> str:
+    ratio = row.get(f"ratio_to_{other}")
+    return "-" if ratio is None else f"{ratio:.2f}"
+
+
+def _rate(row: Row) -> str:
+    """The rate whose ceiling is the nearer one."""
+    if row["bound"] == "compute":
+        return f"{row['gflops_per_s']:,.1f} GFLOP/s"
+    return f"{row['gbytes_per_s']:,.2f} GB/s"
+
+
+def describe(rows: list[Row], subject: str = SUBJECT) -> list[str]:
+    """Say in words what the rows show about one provider, slow cells included."""
+    timed = [row for row in rows if row["provider"] == subject and row["status"] == "ok"]
+    sentences = []
+    for other in dict.fromkeys(row["provider"] for row in rows):
+        pairs = [row for row in timed if f"ratio_to_{other}" in row]
+        if other != subject and pairs:
+            sentences.append(_compare(pairs, subject, other))
+    if not timed:
+        sentences.append(f"{subject} was not timed.")
+    return sentences + _not_timed(rows) + _noise(rows)
+
+
+def _compare(rows: list[Row], subject: str, other: str) -> str:
+    """One sentence on a subject's rows against another provider."""
+    key = f"ratio_to_{other}"
+    ordered = sorted(rows, key=lambda row: row[key])
+    low, high = ordered[0], ordered[-1]
+    slower = [row for row in ordered if row[f"{key}_p20"] > 1]
+    faster = [row for row in ordered if row[f"{key}_p80"] < 1]
+    undecided = len(rows) - len(faster) - len(slower)
+    text = (
+        f"Against {other}, {subject} takes {low[key]:.2f} ({_cell(low)}) to {high[key]:.2f} "
+        f"({_cell(high)}) times as long: faster in {len(faster)} of {len(rows)} cells, slower in "
+        f"{len(slower)}, undecided in {undecided} (p20 to p80 of the ratio spans 1)."
+    )
+    if slower:
+        listed = ", ".join(f"{_cell(row)} by {row[key] - 1:.0%}" for row in reversed(slower))
+        text += f" {subject} is slower than {other} at {listed}."
+    return text
+
+
+def _not_timed(rows: list[Row]) -> list[str]:
+    """One sentence per reason for which rows have no figures."""
+    cells: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        if row["status"] != "ok":
+            cells.setdefault((row["provider"], row["status"], row["note"]), []).append(_cell(row))
+    total = len({_cell(row) for row in rows})
+    verbs = {"left out": "was left out", "wrong": "is wrong", "failed": "failed"}
+    return [
+        f"{provider} {verbs[status]} at "
+        f"{'every cell' if len(where) == total else ', '.join(where)}: {note}"
+        for (provider, status, note), where in cells.items()
+    ]
+
+
+def _noise(rows: list[Row]) -> list[str]:
+    """A warning, if times were far from steady."""
+    timed = [row for row in rows if row["status"] == "ok"]
+    unsteady = [row for row in timed if row["p80_us"] > UNSTEADY * row["p20_us"]]
+    if not unsteady:
+        return []
+    return [
+        f"Unsteady: in {len(unsteady)} of {len(timed)} rows p80 is more than {UNSTEADY} times p20. "
+        "Something else used this machine; the times are too long and the ratios uncertain."
+    ]
+
+
+def plot(path: Path, document: dict[str, Any]) -> None:
+    """Draw each provider's time relative to joint (or its time, where joint was not timed)."""
+    rows = [row for row in document["rows"] if row["status"] == "ok"]
+    fusions = list(dict.fromkeys(row["fusion"] for row in document["rows"]))
+    names = list(dict.fromkeys(row["provider"] for row in rows))
+    relative = all("ratio_to_joint" in row for row in rows)
+    key = "ratio_to_joint" if relative else "median_us"
+    low_key, high_key = (f"{key}_p20", f"{key}_p80") if relative else ("p20_us", "p80_us")
+
+    figure, axes = pyplot.subplots(
+        1, len(fusions), figsize=(1 + 4.5 * len(fusions), 5), sharey=True, squeeze=False
+    )
+    for axis, fusion in zip(axes[0], fusions, strict=True):
+        here = [row for row in rows if row["fusion"] == fusion]
+        sizes = list(dict.fromkeys(_size(row) for row in here))
+        for index, name in enumerate(names):
+            mine = [row for row in here if row["provider"] == name]
+            shift = (index - (len(names) - 1) / 2) * 0.14
+            axis.errorbar(
+                [sizes.index(_size(row)) + shift for row in mine],
+                [row[key] for row in mine],
+                yerr=[
+                    [max(0, row[key] - row[low_key]) for row in mine],
+                    [max(0, row[high_key] - row[key]) for row in mine],
+                ],
+                fmt="o",
+                markersize=5,
+                capsize=2,
+                color=COLORS.get(name),
+                label=name,
+            )
+        axis.set_title(fusion)
+        axis.set_xticks(range(len(sizes)), sizes, rotation=35, ha="right", fontsize=8)
+        axis.grid(axis="y", alpha=0.3)
+        if relative:
+            axis.axhline(1, color=COLORS["joint"], linewidth=0.8)
+        else:
+            axis.set_yscale("log")
+    if relative:
+        axes[0][0].set_ylim(0, 1.2 * max((row[key] for row in rows), default=1))
+    axes[0][0].set_ylabel("time / time of joint" if relative else "microseconds a step")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=len(names), frameon=False)
+    env = document["environment"]
+    figure.text(
+        0.5,
+        0.01,
+        f"One training step by B x D x C, lower is better; median and p20 to p80 over rounds. "
+        f"{_machine(env)}, {document['dtype']}, torch {env['torch']}, {env['date'][:10]}",
+        ha="center",
+        fontsize=8,
+    )
+    figure.tight_layout(rect=(0, 0.04, 1, 0.94))
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

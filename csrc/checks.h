@@ -1,0 +1,141 @@
+// Checks of what the ops receive. Python checks first and in the user's terms; these hold for those
+// who call `torch.ops.dgl_ext` themselves, so that bad input is an error and never a crash.
+
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace dgl_ext {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensors = std::vector<std::optional<Tensor>>;
+
+constexpr int64_t kMaxModalities = 8;
+
+using Shape = std::vector<int64_t>;
+
+inline Shape shape_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return Shape(sizes.begin(), sizes.end());
+}
+
+inline std::string to_string(const Shape& shape) {
+  std::ostringstream text;
+  text << "(";
+  for (size_t i = 0; i < shape.size(); ++i) text << (i ? ", " : "") << shape[i];
+  text << (shape.size() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+inline const char* dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double: return "float64";
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    default: return "an unsupported dtype";
+  }
+}
+
+// The checks of one op: every message names the op, the argument, what it expects and what it got.
+class Checks {
+ public:
+  explicit Checks(const char* op) : op_(op) {}
+
+  [[noreturn]] void fail(const std::string& argument, const std::string& expected,
+                         const std::string& got) const {
+    throw std::runtime_error("dgl_ext::" + std::string(op_) + ": " + argument + ": expected " +
+                             expected + ", got " + got);
+  }
+
+  void length(const char* argument, size_t got, size_t expected) const {
+    if (got != expected) {
+      fail(argument, std::to_string(expected) + " entries", std::to_string(got));
+    }
+  }
+
+  void shape(const std::string& argument, const Tensor& tensor, const Shape& expected) const {
+    const Shape got = shape_of(tensor);
+    if (got != expected) fail(argument, "shape " + to_string(expected), to_string(got));
+  }
+
+  // `like` is features[0], which must be a floating-point tensor on the CPU itself.
+  void like(const std::string& argument, const Tensor& tensor, const Tensor& like) const {
+    if (!tensor.is_cpu()) fail(argument, "a CPU tensor", "a tensor on another device");
+    const ScalarType dtype = tensor.scalar_type();
+    if (dtype != ScalarType::Double && dtype != ScalarType::Float &&
+        dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) {
+      fail(argument, "float64, float32, bfloat16 or float16", dtype_name(dtype));
+    }
+    if (dtype != like.scalar_type()) {
+      fail(argument, std::string(dtype_name(like.scalar_type())) + " as features[0]",
+           dtype_name(dtype));
+    }
+    if (tensor.layout() != torch::headeronly::Layout::Strided) {
+      fail(argument, "a dense (strided) tensor", "another layout");
+    }
+  }
+
+  // Equal leading shapes, one dtype; returns that leading shape.
+  Shape features(const std::vector<Tensor>& features, int64_t min_count, int64_t max_count) const {
+    const auto count = static_cast<int64_t>(features.size());
+    if (count < min_count || count > max_count) {
+      fail("features",
+           std::to_string(min_count) + " to " + std::to_string(max_count) + " tensors",
+           std::to_string(count));
+    }
+    Shape leading;
+    for (size_t i = 0; i < features.size(); ++i) {
+      const std::string name = indexed("features", i);
+      like(name, features[i], features[0]);
+      Shape shape = shape_of(features[i]);
+      if (shape.empty()) fail(name, "shape (..., D)", "a scalar");
+      shape.pop_back();
+      if (i == 0) leading = shape;
+      if (shape != leading) {
+        fail(name, "leading shape " + to_string(leading) + " as features[0]", to_string(shape));
+      }
+    }
+    return leading;
+  }
+
+  // Each bias there is has one entry per row of its weight.
+  void biases(const OptionalTensors& biases, const std::vector<Tensor>& weights,
+              const Tensor& like_tensor) const {
+    length("biases", biases.size(), weights.size());
+    for (size_t i = 0; i < biases.size(); ++i) {
+      if (!biases[i]) continue;
+      like(indexed("biases", i), *biases[i], like_tensor);
+      shape(indexed("biases", i), *biases[i], {weights[i].size(0)});
+    }
+  }
+
+  void grad_outputs(const OptionalTensors& grads, size_t count, Shape leading, int64_t classes,
+                    const Tensor& like_tensor) const {
+    length("grad_outputs", grads.size(), count);
+    leading.push_back(classes);
+    for (size_t i = 0; i < grads.size(); ++i) {
+      if (!grads[i]) continue;
+      like(indexed("grad_outputs", i), *grads[i], like_tensor);
+      shape(indexed("grad_outputs", i), *grads[i], leading);
+    }
+  }
+
+  static std::string indexed(const char* argument, size_t i) {
+    return std::string(argument) + "[" + std::to_string(i) + "]";
+  }
+
+ private:
+  const char* op_;
+};
+
+}  // namespace dgl_ext

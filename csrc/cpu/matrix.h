@@ -1,0 +1,245 @@
+// Tensors as matrices, and library GEMMs on views of them through torch's dispatcher.
+//
+// Heads on the CPU compute in float64 or float32 only: float16 and bfloat16 are converted at the
+// op's border (`to_compute`, `to_storage`), so that sums over modalities and rows are never rounded
+// to 16 bits in between, and since torch's float16 GEMM on a CPU can be 100 times slower.
+
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/row_passes.h"
+
+namespace dgl_ext {
+
+inline ScalarType compute_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Tensor to_dtype(const Tensor& tensor, ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+}
+
+inline Tensor to_compute(const Tensor& tensor) {
+  return to_dtype(tensor, compute_dtype(tensor.scalar_type()));
+}
+
+inline std::vector<Tensor> to_storage(std::vector<Tensor> tensors, ScalarType dtype) {
+  for (Tensor& tensor : tensors) tensor = to_dtype(tensor, dtype);
+  return tensors;
+}
+
+// An uninitialised row-major CPU tensor.
+inline Tensor empty_cpu(const Shape& shape, ScalarType dtype) {
+  return torch::stable::empty(shape, dtype, std::nullopt,
+                              torch::stable::Device(torch::headeronly::DeviceType::CPU));
+}
+
+// Calls f with a value of the C++ type of a compute dtype.
+template <typename F>
+void dispatch_dtype(ScalarType dtype, const F& f) {
+  if (dtype == ScalarType::Double) {
+    f(double{});
+  } else {
+    f(float{});
+  }
+}
+
+// A view of rows x cols elements that keeps the tensor it looks into alive.
+class Matrix {
+ public:
+  int64_t rows;
+  int64_t cols;
+
+  // (..., D) as a matrix of one row per sample; copies only if no single row stride reaches them.
+  static Matrix from_rows(const Tensor& tensor) {
+    const int64_t dims = tensor.dim();
+    const auto sizes = tensor.sizes();
+    const auto strides = tensor.strides();
+    const int64_t cols = sizes[dims - 1];
+    int64_t rows = 1;
+    int64_t row_stride = cols;
+    if (tensor.numel() == 0) {  // has no address to compute, and any strides
+      for (int64_t d = 0; d < dims - 1; ++d) rows *= sizes[d];
+      return Matrix(tensor, 0, rows, cols, std::max<int64_t>(1, cols), 1);
+    }
+    for (int64_t d = dims - 2; d >= 0; --d) {
+      if (sizes[d] == 1) continue;
+      if (rows == 1) {
+        row_stride = strides[d];
+      } else if (strides[d] != row_stride * rows) {
+        return from_rows(torch::stable::contiguous(tensor));
+      }
+      rows *= sizes[d];
+    }
+    return Matrix(tensor, 0, rows, cols, row_stride, strides[dims - 1]);
+  }
+
+  Matrix transposed() const {
+    return Matrix(tensor_, offset_, cols, rows, col_stride_, row_stride_);
+  }
+
+  Matrix columns(int64_t begin, int64_t count) const {
+    return Matrix(tensor_, offset_ + begin * col_stride_, rows, count, row_stride_, col_stride_);
+  }
+
+  Matrix row_block(int64_t begin, int64_t count) const {
+    return Matrix(tensor_, offset_ + begin * row_stride_, count, cols, row_stride_, col_stride_);
+  }
+
+  template <typename T>
+  T* data() const {
+    return static_cast<T*>(tensor_.data_ptr()) + offset_;
+  }
+
+  template <typename T>
+  Strided<T> strided() const {
+    return {data<T>(), row_stride_, col_stride_};
+  }
+
+  ScalarType dtype() const { return tensor_.scalar_type(); }
+
+  // A tensor on the same memory. It is made from the address: a view by an op would cost more and
+  // carry autograd state along.
+  Tensor view() const {
+    const std::array<int64_t, 2> sizes{rows, cols};
+    const std::array<int64_t, 2> strides{row_stride_, col_stride_};
+    char* base = static_cast<char*>(tensor_.data_ptr());
+    return torch::stable::from_blob(base + offset_ * tensor_.element_size(), sizes, strides,
+                                    torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                    tensor_.scalar_type());
+  }
+
+ private:
+  Matrix(Tensor tensor, int64_t offset, int64_t rows, int64_t cols, int64_t row_stride,
+         int64_t col_stride)
+      : rows(rows),
+        cols(cols),
+        tensor_(std::move(tensor)),
+        offset_(offset),
+        row_stride_(row_stride),
+        col_stride_(col_stride) {}
+
+  Tensor tensor_;
+  int64_t offset_;
+  int64_t row_stride_;
+  int64_t col_stride_;
+};
+
+inline Matrix empty_matrix(int64_t rows, int64_t cols, ScalarType dtype) {
+  return Matrix::from_rows(empty_cpu({rows, cols}, dtype));
+}
+
+// out = a b
+inline void gemm(const Matrix& a, const Matrix& b, const Matrix& out) {
+  if (out.rows == 0 || out.cols == 0) return;
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a.view()),
+                                    torch::stable::detail::from(b.view()),
+                                    torch::stable::detail::from(out.view())};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // the result is ours to release
+}
+
+// x w^T for a weight of `w.rows` outputs. `out` may be returned, or a scratch matrix with the rows
+// along the other axis: with few outputs the library is 1.2 to 1.5 times faster that way round, and
+// the pass over the logits that follows reads either.
+inline Matrix multiply_weight(const Matrix& x, const Matrix& w, const Matrix& out) {
+  constexpr int64_t kFewOutputs = 64;
+  if (w.rows > kFewOutputs) {
+    gemm(x, w.transposed(), out);
+    return out;
+  }
+  const Matrix flipped = empty_matrix(w.rows, x.rows, x.dtype());
+  gemm(w, x.transposed(), flipped);
+  return flipped.transposed();
+}
+
+// Rows or columns in ranges over torch's threads, none so small that starting it costs more.
+template <typename F>
+void parallel_ranges(int64_t count, int64_t elements_each, const F& f) {
+  constexpr int64_t kMinElements = 32768;
+  const int64_t grain = std::max<int64_t>(1, kMinElements / std::max<int64_t>(1, elements_each));
+  torch::stable::parallel_for(0, count, grain, f);
+}
+
+// A bias in the compute dtype, or zeros.
+inline Tensor bias_or_zeros(const std::optional<Tensor>& bias, int64_t size, ScalarType dtype) {
+  if (bias) return torch::stable::contiguous(to_compute(*bias));
+  Tensor zeros = empty_cpu({size}, dtype);
+  torch::stable::zero_(zeros);
+  return zeros;
+}
+
+// A gradient that may be absent, and the share of it that counts.
+struct Share {
+  const std::optional<Matrix>& grad;
+  double scale;
+};
+
+// The terms that are there and count.
+template <typename T>
+std::vector<Term<T>> terms_of(const std::vector<Share>& shares) {
+  std::vector<Term<T>> terms;
+  for (const Share& share : shares) {
+    if (share.grad && share.scale != 0) {
+      terms.push_back({share.grad->template strided<T>(), static_cast<T>(share.scale)});
+    }
+  }
+  return terms;
+}
+
+// out = sum_k scale_k grad_k, for a row-major out
+inline void mix_into(const std::vector<Share>& shares, const Matrix& out) {
+  dispatch_dtype(out.dtype(), [&](auto type) {
+    using T = decltype(type);
+    const auto terms = terms_of<T>(shares);
+    T* data = out.data<T>();
+    parallel_ranges(out.rows, out.cols, [&](int64_t begin, int64_t end) {
+      mix<T>(begin, end, out.cols, terms.data(), terms.size(), data);
+    });
+  });
+}
+
+// sum_k scale_k grad_k: a view where that is one gradient as it is, else a new matrix.
+inline Matrix mixed(const std::vector<Share>& shares, int64_t rows, int64_t cols,
+                    ScalarType dtype) {
+  const Share* only = nullptr;
+  int count = 0;
+  for (const Share& share : shares) {
+    if (share.grad && share.scale != 0) {
+      only = &share;
+      ++count;
+    }
+  }
+  if (count == 1 && only->scale == 1) return *only->grad;
+  Matrix out = empty_matrix(rows, cols, dtype);
+  mix_into(shares, out);
+  return out;
+}
+
+// The column sums of sum_k scale_k grad_k: the gradient of a bias.
+inline Tensor summed_rows(const std::vector<Share>& shares, int64_t rows, int64_t cols,
+                          ScalarType dtype) {
+  Tensor out = empty_cpu({cols}, dtype);
+  dispatch_dtype(dtype, [&](auto type) {
+    using T = decltype(type);
+    const auto terms = terms_of<T>(shares);
+    T* data = static_cast<T*>(out.data_ptr());
+    parallel_ranges(cols, rows, [&](int64_t begin, int64_t end) {
+      column_sums<T>(begin, end, rows, terms.data(), terms.size(), data);
+    });
+  });
+  return out;
+}
+
+}  // namespace dgl_ext

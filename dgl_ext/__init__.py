@@ -1,0 +1,18 @@
+"""Disentangled Gradient Learning for multimodal networks, as one op and one backward pass.
+
+Wei et al., "Boosting Multimodal Learning via Disentangled Gradient Learning", ICCV 2025,
+arXiv 2507.10213.
+"""
+
+from . import _extension, nn, reference
+from .functional import fused_decouple
+from .types import DecoupledLogits
+
+__version__ = "0.1.0"
+
+if _extension.available():
+    from . import _ops
+
+    _library = _ops.register()
+
+__all__ = ["DecoupledLogits", "__version__", "fused_decouple", "nn", "reference"]

@@ -1,0 +1,83 @@
+"""`python -m dgl_ext`: what was built, and what this machine can run of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dgl_ext
+from dgl_ext import _extension
+
+
+def build_info() -> dict[str, Any] | None:
+    """What the build recorded of itself; None where nothing was built."""
+    path = Path(__file__).with_name("_build_info.json")
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def environment() -> dict[str, Any]:
+    """Everything that the report says, as plain values."""
+    gpus = range(torch.cuda.device_count())
+    return {
+        "dgl_ext": dgl_ext.__version__,
+        "location": str(Path(__file__).parent),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "build": build_info(),
+        "extension_loaded": _extension.available(),
+        "extension_error": str(_extension.error() or "") or None,
+        "backends": ["reference", *(["cpu"] if _extension.available() else [])],
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpus": [torch.cuda.get_device_name(index) for index in gpus],
+    }
+
+
+def report(env: dict[str, Any]) -> str:
+    """The environment as lines for a person."""
+    build = env["build"]
+    lines = [
+        ("dgl_ext", f"{env['dgl_ext']} in {env['location']}"),
+        ("Python", f"{env['python']} on {env['platform']}"),
+        ("torch", f"{env['torch']}, {_cuda_build(env['torch_cuda'])}"),
+        ("CPU", f"{env['cpu_capability']}, {env['threads']} threads"),
+        ("GPUs", ", ".join(env["gpus"]) or "none visible"),
+    ]
+    if build is None:
+        lines.append(("built", "nothing: this is a source tree, or a build that failed"))
+    else:
+        cuda = build["cuda"]
+        kernels = f"for {cuda['arch_list']}" if cuda["compiled"] else f"none: {cuda['reason']}"
+        lines += [
+            ("built", f"{', '.join(build['modules'])} with torch {build['torch']}"),
+            ("flags", " ".join(build["cxx_flags"])),
+            ("CUDA kernels", kernels),
+        ]
+    lines += [
+        ("C++ extension", "loaded" if env["extension_loaded"] else f"NO: {env['extension_error']}"),
+        ("backends", ", ".join(env["backends"])),
+    ]
+    return "\n".join(f"{name + ':':<15}{text}" for name, text in lines)
+
+
+def _cuda_build(version: str | None) -> str:
+    return f"built for CUDA {version}" if version else "built without CUDA"
+
+
+def main() -> None:
+    """Prints the report."""
+    parser = argparse.ArgumentParser(prog="python -m dgl_ext", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    env = environment()
+    print(json.dumps(env, indent=2) if parser.parse_args().json else report(env))
+
+
+if __name__ == "__main__":
+    main()

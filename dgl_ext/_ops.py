@@ -1,0 +1,119 @@
+"""The dispatcher ops: their names in Python, their fake kernels, and what stands in for autograd.
+
+The ops themselves have no derivative: `autograd.py` pairs a forward with its backward op. An op
+that is called on its own with something that requires grad raises here, since the dispatcher's
+default is to return, with a warning at most, a result whose gradient is silently missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def call(op: Callable[..., list[Tensor]], *args: Any) -> list[Tensor]:
+    """Calls an op from inside an autograd.Function, where no gradient can be lost.
+
+    It goes past the checking kernels below, which would cost 5 us a call.
+    """
+    if torch.compiler.is_compiling():  # Dynamo does not trace the guard
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+def _register(name: str, fake: Callable[..., list[Tensor]], library: torch.library.Library) -> None:
+    torch.library.register_fake(f"dgl_ext::{name}", fake, lib=library)
+    overload = getattr(torch.ops.dgl_ext, name).default
+
+    def refuse_autograd(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            raise RuntimeError(
+                f"dgl_ext::{name} is not differentiable on its own: call dgl_ext.fused_decouple. "
+                'For second derivatives use backend="reference".'
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    library.impl(name, refuse_autograd, "Autograd", with_keyset=True)
+
+
+def _linear_head_forward(
+    features: list[Tensor], weights: list[Tensor], biases: list[Tensor | None]
+) -> list[Tensor]:
+    shape = (*features[0].shape[:-1], weights[0].shape[0])
+    return [features[0].new_empty(shape) for _ in range(len(features) + 1)]
+
+
+def _linear_head_backward(
+    grad_outputs: list[Tensor | None],
+    features: list[Tensor],
+    weights: list[Tensor],
+    needs_features: list[bool],
+    needs_weights: list[bool],
+    needs_biases: list[bool],
+    encoder_leak: float,
+    head_leak: float,
+) -> list[Tensor]:
+    return _needed_grads(features, weights, needs_features, needs_weights, needs_biases)
+
+
+def _film_head_forward(
+    features: list[Tensor], weights: list[Tensor], biases: list[Tensor | None]
+) -> list[Tensor]:
+    leading = features[0].shape[:-1]
+    film_weight, out_weight = weights
+    like = features[0]
+    logits = [like.new_empty((*leading, out_weight.shape[0])) for _ in range(3)]
+    # gamma and beta, kept for backward in the dtype that they were computed in.
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return [*logits, like.new_empty((*leading, film_weight.shape[0]), dtype=dtype)]
+
+
+def _film_head_backward(
+    grad_outputs: list[Tensor | None],
+    features: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    film: Tensor,
+    needs_features: list[bool],
+    needs_weights: list[bool],
+    needs_biases: list[bool],
+    encoder_leak: float,
+    head_leak: float,
+) -> list[Tensor]:
+    return _needed_grads(features, weights, needs_features, needs_weights, needs_biases)
+
+
+def _needed_grads(
+    features: list[Tensor],
+    weights: list[Tensor],
+    needs_features: list[bool],
+    needs_weights: list[bool],
+    needs_biases: list[bool],
+) -> list[Tensor]:
+    """Contiguous empty gradients of what is needed: features, then weights, then biases."""
+    like = features[0]
+    shapes = [h.shape for h, need in zip(features, needs_features, strict=True) if need]
+    shapes += [w.shape for w, need in zip(weights, needs_weights, strict=True) if need]
+    shapes += [w.shape[:1] for w, need in zip(weights, needs_biases, strict=True) if need]
+    return [like.new_empty(shape) for shape in shapes]
+
+
+FAKE_KERNELS: dict[str, Callable[..., list[Tensor]]] = {
+    "linear_head_forward": _linear_head_forward,
+    "linear_head_backward": _linear_head_backward,
+    "film_head_forward": _film_head_forward,
+    "film_head_backward": _film_head_backward,
+}
+
+
+def register() -> torch.library.Library:
+    """Completes the ops that the extension has defined; to be kept alive with the package."""
+    library = torch.library.Library("dgl_ext", "IMPL")
+    for name, fake in FAKE_KERNELS.items():
+        _register(name, fake, library)
+    return library

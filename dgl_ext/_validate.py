@@ -1,0 +1,158 @@
+"""Checks of what a user passes in: each message names the argument, what was expected and what came.
+
+They run on every call, so they read attributes and compare, never touch a tensor's data, and make
+text only on the way out. Wrong types and dtypes raise `TypeError`, everything else `ValueError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+Shape = tuple[int | None, ...]
+
+
+def label(argument: str, index: int | None) -> str:
+    """The name of an argument, or of one entry of it."""
+    return argument if index is None else f"{argument}[{index}]"
+
+
+def check_tensor(argument: str, index: int | None, value: object) -> Tensor:
+    """Returns `value` if it is a dense floating-point tensor of a supported dtype."""
+    if not isinstance(value, Tensor):
+        name = label(argument, index)
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in DTYPES:
+        names = ", ".join(str(dtype) for dtype in DTYPES)
+        raise TypeError(f"{label(argument, index)}: expected one of {names}, got {value.dtype}")
+    if value.layout is not torch.strided:
+        raise TypeError(
+            f"{label(argument, index)}: expected a dense (torch.strided) tensor, "
+            f"got {value.layout}"
+        )
+    return value
+
+
+def check_sequence(name: str, value: object, what: str) -> tuple[object, ...]:
+    """Returns `value` as a tuple if it is a list, a tuple or another sequence, but not a tensor."""
+    if isinstance(value, (list, tuple)):
+        return tuple(value)
+    # torch.nn.ParameterList is not a Sequence, but has all that one needs; a tensor would be
+    # cut along its batch in silence.
+    if isinstance(value, (Tensor, str)) or not (
+        hasattr(value, "__len__") and hasattr(value, "__getitem__")
+    ):
+        raise TypeError(f"{name}: expected {what}, got {type(value).__name__}")
+    return tuple(value[i] for i in range(len(value)))
+
+
+def check_features(features: object) -> tuple[Tensor, ...]:
+    """Returns the features as a tuple: one tensor per modality, equal leading shape."""
+    values = check_sequence("features", features, "a sequence of tensors, one per modality")
+    if not values:
+        raise ValueError("features: expected at least one tensor, got none")
+    leading = None
+    for i, value in enumerate(values):
+        shape = check_tensor("features", i, value).shape
+        if not shape:
+            raise ValueError(f"features[{i}]: expected shape (..., D), got a scalar")
+        if leading is None:
+            leading = shape[:-1]
+        elif shape[:-1] != leading:
+            raise ValueError(
+                f"features[{i}]: expected leading shape {tuple(leading)} as features[0], "
+                f"got {tuple(shape[:-1])}"
+            )
+    return values  # type: ignore[return-value]
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """Returns the dtype that autocast asks for on this kind of device, or None outside autocast."""
+    if not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Casts as autocast does for `nn.Linear`: float64 stays what it is."""
+    if dtype is None or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(dtype)
+
+
+def check_like(argument: str, index: int | None, tensor: Tensor, like: Tensor) -> None:
+    """Raises unless `tensor` has the dtype and device of `like`, which is `features[0]`."""
+    if tensor.dtype != like.dtype:
+        raise TypeError(
+            f"{label(argument, index)}: expected {like.dtype} as features[0], got {tensor.dtype}"
+        )
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{label(argument, index)}: expected device {like.device} as features[0], "
+            f"got {tensor.device}"
+        )
+
+
+def check_shape(argument: str, index: int | None, tensor: Tensor, expected: Shape) -> None:
+    """Raises unless the shape is `expected`, where `None` stands for C, any number of outputs."""
+    shape = tensor.shape
+    if shape == expected:
+        return
+    if len(shape) != len(expected) or any(
+        want is not None and want != size for want, size in zip(expected, shape, strict=True)
+    ):
+        sizes = ["C" if size is None else str(size) for size in expected]
+        text = ", ".join(sizes) + ("," if len(sizes) == 1 else "")
+        raise ValueError(f"{label(argument, index)}: expected shape ({text}), got {tuple(shape)}")
+
+
+def check_width(name: str, value: object) -> int:
+    """Returns a layer's width as an int if it is a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected a positive int, got {value}")
+    return value
+
+
+def check_share(name: str, value: object) -> float:
+    """Returns a leak as a float if it is a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number in [0, 1], got {type(value).__name__}")
+    if not 0 <= value <= 1:  # true of NaN, too
+        raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
+    return float(value)
+
+
+def check_present(present: object, features: Sequence[Tensor]) -> tuple[Tensor | None, ...] | None:
+    """Returns `present` as one boolean tensor (or None) per modality, of the leading shape."""
+    if present is None:
+        return None
+    values = check_sequence("present", present, "a sequence of bool tensors, one per modality")
+    if len(values) != len(features):
+        raise ValueError(
+            f"present: expected {len(features)} entries, one per modality, got {len(values)}"
+        )
+    masks: list[Tensor | None] = []
+    for i, (mask, feature) in enumerate(zip(values, features, strict=True)):
+        name = f"present[{i}]"
+        if mask is None:
+            masks.append(None)
+            continue
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"{name}: expected a bool tensor or None, got {type(mask).__name__}")
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{name}: expected torch.bool, got {mask.dtype}")
+        if mask.device != feature.device:
+            raise ValueError(f"{name}: expected device {feature.device}, got {mask.device}")
+        if mask.shape != feature.shape[:-1]:
+            raise ValueError(
+                f"{name}: expected shape {tuple(feature.shape[:-1])}, the features' leading "
+                f"shape, got {tuple(mask.shape)}"
+            )
+        masks.append(mask)
+    return tuple(masks)

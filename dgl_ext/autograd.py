@@ -1,0 +1,207 @@
+"""Where the gradients are rewired: one `torch.autograd.Function` per head over the dispatcher ops.
+
+A forward op returns the logits of all branches, and the backward op takes their gradients to the
+inputs that the method lets them reach: the fused branch's to the head, a unimodal branch's to its
+encoder, and shares of the others where a leak is open. What nothing reaches gets `None`, as
+autograd gives for a detached tensor, and not zeros, which would still decay a parameter under AdamW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _ops
+from .heads import Biases, Features, Weights
+
+Outputs = tuple[Tensor, ...]
+Grads = Sequence[Tensor | None]
+
+
+class Routing(NamedTuple):
+    """Which parameters take part in each unimodal branch: tuples of their indices, per branch."""
+
+    weights: tuple[tuple[int, ...], ...]
+    biases: tuple[tuple[int, ...], ...]
+
+
+def _linear_routing(modalities: int, weights: int) -> Routing:
+    own = tuple((0 if weights == 1 else i,) for i in range(modalities))
+    return Routing(own, own)
+
+
+# forward's arguments before the tensors: options, which have no gradient.
+_OPTIONS = 3
+_NO_GRADS = (None,) * _OPTIONS
+
+# y alone meets the film layer's bias, but not its weight.
+_FILM_ROUTING = Routing(((0, 1), (1,)), ((0, 1), (0, 1)))
+
+
+def _split(flat: Sequence[Any], modalities: int) -> tuple[Any, Any, Any]:
+    """Takes a flat sequence apart: features, weights and as many biases."""
+    end = modalities + (len(flat) - modalities) // 2
+    return flat[:modalities], flat[modalities:end], flat[end:]
+
+
+def _heard(branches: tuple[tuple[int, ...], ...], there: Sequence[bool]) -> set[int]:
+    """The parameters that take part in a unimodal branch that is there."""
+    return {i for own, present in zip(branches, there, strict=True) if present for i in own}
+
+
+def _reached(
+    needs: Sequence[bool],
+    grads: Grads,
+    routing: Routing,
+    leaks: tuple[float, float],
+) -> Sequence[bool]:
+    """Narrows the needs to what the gradient of some branch reaches."""
+    fused, *unimodal = [grad is not None for grad in grads]
+    if fused and all(unimodal):
+        return needs
+    encoder_leak, head_leak = leaks
+    features, weights, biases = _split(needs, len(unimodal))
+    to_encoders = fused and encoder_leak != 0
+    reached = [need and (own or to_encoders) for need, own in zip(features, unimodal, strict=True)]
+    for parameters, branches in ((weights, routing.weights), (biases, routing.biases)):
+        heard = _heard(branches, unimodal) if head_leak != 0 else set()
+        reached += [need and (fused or i in heard) for i, need in enumerate(parameters)]
+    return reached
+
+
+def _prepare(ctx: Any, outputs: Outputs, leaks: tuple[float, float], routing: Routing) -> None:
+    """Keeps what backward decides by, and marks the logits whose gradient could reach nothing.
+
+    Those then do not require grad, as if the reference had computed them from detached tensors.
+    """
+    ctx.set_materialize_grads(False)
+    ctx.leaks = leaks
+    ctx.needs = ctx.needs_input_grad[_OPTIONS:]
+    if all(ctx.needs):
+        return
+    encoder_leak, head_leak = leaks
+    features, weights, biases = _split(ctx.needs, len(outputs) - 1)
+    live = [any(weights) or any(biases) or (encoder_leak != 0 and any(features))]
+    for i, need in enumerate(features):
+        leaked = head_leak != 0 and (
+            any(weights[w] for w in routing.weights[i]) or any(biases[b] for b in routing.biases[i])
+        )
+        live.append(need or leaked)
+    constant = [output for output, alive in zip(outputs, live, strict=True) if not alive]
+    if constant:
+        ctx.mark_non_differentiable(*constant)
+
+
+class _RefuseSecondDerivative(torch.autograd.Function):
+    """Passes gradients on, tied to what they depend on by a node that raises.
+
+    `once_differentiable` ties them to the incoming gradients only: where those are constants, the
+    second derivative by a feature or weight would be zero without a word.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        raise RuntimeError(
+            "dgl_ext: this backend has no second derivatives; use backend=\"reference\" for them"
+        )
+
+
+def _call_backward(
+    ctx: Any,
+    op: Callable[..., list[Tensor]],
+    grad_outputs: Grads,
+    arguments: tuple[Any, ...],
+    routing: Routing,
+) -> tuple[Tensor | None, ...]:
+    """Computes the gradients that are needed and puts `None` in the place of the others."""
+    needs = _reached(ctx.needs, grad_outputs, routing, ctx.leaks)
+    if not any(needs):
+        return (None,) * (_OPTIONS + len(needs))
+    with_graph = torch.is_grad_enabled()  # backward(create_graph=True)
+    with torch.no_grad():
+        split_needs = _split(needs, len(grad_outputs) - 1)
+        grads = _ops.call(op, grad_outputs, *arguments, *split_needs, *ctx.leaks)
+    if with_graph:
+        grads = _RefuseSecondDerivative.apply(
+            len(grads), *grads, *grad_outputs, *ctx.saved_tensors
+        )
+    if len(grads) == len(needs):
+        return (*_NO_GRADS, *grads)
+    dealt = iter(grads)
+    return (*_NO_GRADS, *[next(dealt) if need else None for need in needs])
+
+
+class LinearHead(torch.autograd.Function):
+    """concat and sum: one weight for all modalities, or one each."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, modalities: int, encoder_leak: float, head_leak: float, *tensors: Any
+    ) -> Outputs:
+        features, weights, biases = _split(tensors, modalities)
+        op = torch.ops.dgl_ext.linear_head_forward.default
+        outputs = tuple(_ops.call(op, features, weights, biases))
+        ctx.save_for_backward(*features, *weights)
+        ctx.routing = _linear_routing(modalities, len(weights))
+        _prepare(ctx, outputs, (encoder_leak, head_leak), ctx.routing)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
+        modalities = len(grad_outputs) - 1
+        saved = ctx.saved_tensors
+        op = torch.ops.dgl_ext.linear_head_backward.default
+        arguments = saved[:modalities], saved[modalities:]
+        return _call_backward(ctx, op, grad_outputs, arguments, ctx.routing)
+
+
+class FilmHead(torch.autograd.Function):
+    """FiLM: the first feature x conditions the second, y."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, modalities: int, encoder_leak: float, head_leak: float, *tensors: Any
+    ) -> Outputs:
+        features, weights, biases = _split(tensors, modalities)
+        op = torch.ops.dgl_ext.film_head_forward.default
+        *logits, film = _ops.call(op, features, weights, biases)
+        ctx.save_for_backward(*tensors, film)
+        _prepare(ctx, tuple(logits), (encoder_leak, head_leak), _FILM_ROUTING)
+        return tuple(logits)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
+        *tensors, film = ctx.saved_tensors
+        op = torch.ops.dgl_ext.film_head_backward.default
+        arguments = *_split(tensors, len(grad_outputs) - 1), film
+        return _call_backward(ctx, op, grad_outputs, arguments, _FILM_ROUTING)
+
+
+FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
+    "concat": LinearHead,
+    "sum": LinearHead,
+    "film": FilmHead,
+}
+
+
+def apply(
+    fusion: str,
+    features: Features,
+    weights: Weights,
+    biases: Biases,
+    encoder_leak: float,
+    head_leak: float,
+) -> Outputs:
+    """Returns a head's logits, fused first, with disentangled gradients behind them."""
+    function = FUNCTIONS[fusion]
+    outputs: Outputs = function.apply(
+        len(features), encoder_leak, head_leak, *features, *weights, *biases
+    )
+    return outputs

@@ -1,0 +1,126 @@
+"""The functions: validate, choose a backend, call it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _extension, autograd, reference
+from ._validate import check_present, check_share
+from .heads import Features, get_head
+from .types import DecoupledLogits
+
+BACKENDS = ("auto", "reference", "cpu")
+
+
+def fused_decouple(
+    features: Sequence[Tensor],
+    weight: Tensor | Sequence[Tensor],
+    bias: Tensor | Sequence[Tensor | None] | None = None,
+    *,
+    fusion: str = "concat",
+    present: Sequence[Tensor | None] | None = None,
+    encoder_leak: float = 0.0,
+    head_leak: float = 0.0,
+    backend: str = "auto",
+) -> DecoupledLogits:
+    r"""Fuses modalities with disentangled gradients: one forward, one ordinary backward.
+
+    With features `h_i` of shape `(..., D_i)`, M of them, and C outputs:
+
+    ======  ==============================================  =====================================
+    fusion  fused `z`                                       unimodal `z_i` (the others absent)
+    ======  ==============================================  =====================================
+    concat  `sum_i h_i W_i^T + b`, `W = [W_1 | ... | W_M]`  `h_i W_i^T + b`
+    sum     `sum_i (h_i W_i^T + b_i)`                       `h_i W_i^T + b_i`
+    film    `(gamma * y + beta) W_o^T + b_o`,               x: `beta(x) W_o^T + b_o`,
+            `[gamma | beta] = x W_f^T + b_f`                y: `(b_gamma * y + b_beta) W_o^T + b_o`
+    ======  ==============================================  =====================================
+
+    Which gradient reaches which input, for any loss on the outputs:
+
+    - a feature `h_i` receives that of its own `z_i`, never that of `z`;
+    - `weight` and `bias` receive that of `z`, never that of a `z_i`;
+    - an input whose outputs no loss uses receives `None`, as if it were detached.
+
+    So `loss(z) + sum_i alpha_i * loss(z_i)` with one `backward()` trains the head by the multimodal
+    loss and each encoder by its own unimodal loss.
+
+    Args:
+        features: M tensors `(..., D_i)` with equal leading dimensions, of one floating dtype
+            (float64, float32, bfloat16, float16) and device. M is 1 to 8; film takes two, and the
+            first, x, conditions the second, y.
+        weight: concat: `(C, sum D_i)`. sum: M of `(C, D_i)`. film: `(2H, D_x)` and `(C, H)`, with
+            `H = D_y`.
+        bias: concat: `(C,)`. sum: M of `(C,)`. film: `(2H,)` and `(C,)`. Any of them may be None.
+        fusion: "concat", "sum" or "film".
+        present: per modality a bool tensor of the leading shape, or None for "everywhere". Where it
+            is False the feature counts as zero, is not read, and gets a gradient of exactly zero.
+            Runs on the reference backend.
+        encoder_leak: the share, 0 to 1, of the fused logits' gradient that the features receive on
+            top of their own.
+        head_leak: the share, 0 to 1, of the unimodal logits' gradients that the head receives on
+            top of that of the fused ones. Both at 1 give plain autograd of all outputs.
+        backend: "cpu" is the C++ extension, "reference" plain PyTorch. "auto" takes the first of
+            them that can do it.
+
+    Returns:
+        `DecoupledLogits(fused, unimodal)`: `(..., C)` and a tuple of M `(..., C)`, in the features'
+        dtype. Under autocast all tensors are cast as for `nn.Linear`. The backends other than
+        "reference" can be differentiated once.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: shapes, devices, counts or values do not fit, or an explicit `backend` cannot
+            take these arguments.
+        RuntimeError: `backend` names a part of the extension that did not load.
+
+    Source: Wei et al., "Boosting Multimodal Learning via Disentangled Gradient Learning", ICCV 2025,
+    arXiv 2507.10213, section 3; the unimodal logits of film are our reading of its rule.
+
+    Example:
+        >>> audio, video = torch.randn(8, 32, requires_grad=True), torch.randn(8, 64)
+        >>> weight, bias = torch.randn(5, 96, requires_grad=True), torch.zeros(5)
+        >>> out = dgl_ext.fused_decouple((audio, video), weight, bias)
+        >>> out.fused.shape, len(out.unimodal)
+        (torch.Size([8, 5]), 2)
+        >>> out.fused.square().mean().backward()
+        >>> audio.grad is None, weight.grad is None
+        (True, False)
+    """
+    tensors, weights, biases = get_head(fusion).check(features, weight, bias)
+    encoder_leak = check_share("encoder_leak", encoder_leak)
+    head_leak = check_share("head_leak", head_leak)
+    masks = None if present is None else check_present(present, tensors)
+    if _choose_backend(backend, tensors, masks is not None) == "reference":
+        return reference.compute(
+            fusion, tensors, weights, biases, encoder_leak, head_leak, masks
+        )
+    outputs = autograd.apply(fusion, tensors, weights, biases, encoder_leak, head_leak)
+    return DecoupledLogits(outputs[0], outputs[1:])
+
+
+def check_backend(backend: str) -> str:
+    """Returns `backend` if there is one of that name."""
+    if backend not in BACKENDS:
+        names = ", ".join(f'"{name}"' for name in BACKENDS)
+        raise ValueError(f"backend: expected one of {names}, got {backend!r}")
+    return backend
+
+
+def _choose_backend(backend: str, features: Features, masked: bool) -> str:
+    """Returns the backend to call; raises if the one that is asked for cannot be had."""
+    device = features[0].device.type
+    if backend == "auto":
+        # torch.func's transforms (vmap, grad, ...) take plain PyTorch only.
+        able = device == "cpu" and not masked and not torch._C._are_functorch_transforms_active()
+        return "cpu" if able and _extension.available() else "reference"
+    if check_backend(backend) == "cpu":
+        if device != "cpu":
+            raise ValueError(f'backend: "cpu" needs features on the CPU, got {device}')
+        if masked:
+            raise ValueError('backend: expected "auto" or "reference" with present, got "cpu"')
+        _extension.require()
+    return backend

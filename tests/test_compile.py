@@ -1,0 +1,106 @@
+"""torch.compile: one graph, dynamic batch, the same values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch._dynamo.testing
+from two_pass import named_logits
+
+import dgl_ext
+from dgl_ext.testing import assert_same, cotangents_like, flat, gradients, make_problem
+
+# Tracing is what is tested here; generating code for each case would only cost time.
+BACKEND = "aot_eager"
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("leaks", [(0.0, 0.0), (0.5, 0.25)], ids=str)
+def test_fullgraph_equals_eager(fusion, leaks):
+    problem = make_problem(fusion, dtype=torch.float32)
+
+    def call():
+        return problem.call(
+            dgl_ext.fused_decouple, backend="cpu", encoder_leak=leaks[0], head_leak=leaks[1]
+        )
+
+    compiled = torch.compile(call, fullgraph=True, backend=BACKEND)()
+    eager = call()
+    cotangents = cotangents_like(eager)
+    assert_same(named_logits(compiled), named_logits(eager), 1e-6)
+    assert_same(
+        gradients(compiled, problem, cotangents), gradients(eager, problem, cotangents), 1e-6
+    )
+
+
+def test_dynamic_batch_compiles_once(fusion):
+    frames = torch._dynamo.testing.CompileCounterWithBackend(BACKEND)
+    module = {
+        "concat": dgl_ext.nn.ConcatFusion,
+        "sum": dgl_ext.nn.SumFusion,
+        "film": dgl_ext.nn.FiLMFusion,
+    }[fusion]((5, 4), 3)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=frames)
+    for rows in (4, 7, 31):
+        x, y = torch.randn(rows, 5, requires_grad=True), torch.randn(rows, 4, requires_grad=True)
+        results = []
+        for call in (compiled, module):
+            logits = call(x, y)
+            grads = torch.autograd.grad(flat(logits), [x, y], cotangents_like(logits)[:3])
+            results.append(dict(zip("xy", grads, strict=True)))
+        assert_same(*results, 1e-6)
+    assert frames.frame_count == 1
+
+
+def test_a_loss_on_one_branch_keeps_the_nones(fusion):
+    problem = make_problem(fusion, dtype=torch.float32)
+
+    @torch.compile(fullgraph=True, backend=BACKEND)
+    def loss():
+        return problem.call(dgl_ext.fused_decouple).fused.square().mean()
+
+    named = dict(problem.named())
+    loss().backward()
+    for name, tensor in named.items():
+        zero_or_none = tensor.grad is None or not tensor.grad.any()
+        assert zero_or_none == name.startswith("features"), name
+
+
+def test_a_second_derivative_raises_under_compile(fusion):
+    problem = make_problem(fusion, dtype=torch.float32)
+
+    @torch.compile(fullgraph=True, backend=BACKEND)
+    def call():
+        return problem.call(dgl_ext.fused_decouple).fused
+
+    fused = call()
+    with pytest.raises(RuntimeError):
+        (grad,) = torch.autograd.grad(
+            fused, problem.weights[0], torch.randn_like(fused), create_graph=True
+        )
+        torch.autograd.grad(grad, problem.weights[0], torch.randn_like(grad))
+
+
+def test_a_training_step_by_inductor():
+    """The default compiler once, end to end with losses: two encoders and a head."""
+    torch.manual_seed(0)
+    encoders = torch.nn.ModuleList(torch.nn.Linear(6, 5) for _ in range(2))
+    fusion = dgl_ext.nn.ConcatFusion((5, 5), 3)
+    inputs = torch.randn(2, 8, 6)
+    target = torch.randint(3, (8,))
+
+    def loss():
+        logits = fusion(*(encoder(x) for encoder, x in zip(encoders, inputs, strict=True)))
+        return sum(torch.nn.functional.cross_entropy(z, target) for z in flat(logits))
+
+    parameters = [*encoders.parameters(), *fusion.parameters()]
+    expected = torch.autograd.grad(loss(), parameters)
+    found = torch.autograd.grad(torch.compile(loss, fullgraph=True)(), parameters)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)

@@ -1,0 +1,66 @@
+"""torch's own checks of the ops: schema, fake kernels, tracing with dynamic shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dgl_ext._ops import FAKE_KERNELS
+from dgl_ext.testing import make_problem
+
+SAMPLES = {
+    "contiguous": {},
+    "transposed": {"layout": "transposed", "leading": (3, 5)},
+    "sliced": {"layout": "sliced"},
+    "expanded": {"layout": "expanded"},
+    "empty": {"leading": (0,)},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "no_bias": {"bias": False},
+}
+
+
+def arguments(name: str, fusion: str, sample: dict) -> tuple:
+    problem = make_problem(fusion, requires_grad=False, **sample)
+    features, weights = list(problem.features), list(problem.weights)
+    biases = list(problem.biases)
+    head, direction = name.rsplit("_", 1)
+    if direction == "forward":
+        return features, weights, biases
+    outputs = getattr(torch.ops.dgl_ext, f"{head}_forward").default(features, weights, biases)
+    logits = outputs[: len(features) + 1]
+    grads = [torch.randn(z.shape).to(z.dtype) for z in logits]
+    extra = [biases, outputs[-1]] if fusion == "film" else []
+    needs = [[True] * len(group) for group in (features, weights, biases)]
+    return grads, features, weights, *extra, *needs, 0.5, 0.25
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+@pytest.mark.parametrize(
+    ("name", "fusion"),
+    [
+        (name, fusion)
+        for name in FAKE_KERNELS
+        for fusion in (("film",) if name.startswith("film") else ("concat", "sum"))
+    ],
+)
+def test_opcheck(name, fusion, sample):
+    op = getattr(torch.ops.dgl_ext, name).default
+    torch.library.opcheck(op, arguments(name, fusion, SAMPLES[sample]))
+
+
+@pytest.mark.parametrize("fusion", ["concat", "sum", "film"])
+def test_opcheck_with_some_gradients_left_out(fusion):
+    name = "film_head_backward" if fusion == "film" else "linear_head_backward"
+    grads, *rest = arguments(name, fusion, {})
+    needs = [[i == 0 for i, _ in enumerate(group)] for group in rest[-5:-2]]
+    op = getattr(torch.ops.dgl_ext, name).default
+    torch.library.opcheck(op, ([*grads[:2], None], *rest[:-5], *needs, 0.0, 0.0))
+
+
+def test_every_defined_op_has_a_fake_kernel():
+    defined = {
+        schema.name.removeprefix("dgl_ext::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("dgl_ext::")
+    }
+    assert defined == set(FAKE_KERNELS)

@@ -1,0 +1,65 @@
+"""The training recipe that the method replaces, as ground truth for the reference.
+
+Two backward passes through a plain head: first the unimodal losses, each with the other modalities
+absent, then the head's gradients are thrown away, and the multimodal loss trains the head on
+detached features. Written from the method's description.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dgl_ext.testing import Problem, flat
+from dgl_ext.types import DecoupledLogits
+
+
+def plain_head(problem: Problem, features: Sequence[Tensor]) -> Tensor:
+    """The head as one would write it without the method."""
+    weights, biases = problem.weights, problem.biases
+    if problem.fusion == "concat":
+        return F.linear(torch.cat(list(features), dim=-1), weights[0], biases[0])
+    if problem.fusion == "sum":
+        parts = [F.linear(h, w, b) for h, w, b in zip(features, weights, biases, strict=True)]
+        return torch.stack(parts).sum(dim=0)
+    x, y = features
+    gamma, beta = F.linear(x, weights[0], biases[0]).chunk(2, dim=-1)
+    return F.linear(gamma * y + beta, weights[1], biases[1])
+
+
+def plain_unimodal(problem: Problem, i: int) -> Tensor:
+    """The head with all modalities but one absent: zero-filled, or for sum left out of the sum."""
+    features = problem.features
+    if problem.fusion == "sum":
+        return F.linear(features[i], problem.weights[i], problem.biases[i])
+    zero_filled = [h if i == j else torch.zeros_like(h) for j, h in enumerate(features)]
+    return plain_head(problem, zero_filled)
+
+
+def two_pass(
+    problem: Problem, cotangents: Sequence[Tensor] | None = None
+) -> tuple[DecoupledLogits, dict[str, Tensor]]:
+    """Returns the logits and, if there are cotangents, what the recipe leaves in every `.grad`."""
+    features = problem.features
+    for _, tensor in problem.named():
+        tensor.grad = None
+    unimodal = [plain_unimodal(problem, i) for i in range(len(features))]
+    fused = plain_head(problem, [h.detach() for h in features])
+    logits = DecoupledLogits(fused, tuple(unimodal))
+    if cotangents is None:
+        return logits, {}
+    torch.autograd.backward(unimodal, cotangents[1:], retain_graph=True)
+    for parameter in (*problem.weights, *problem.biases):
+        if parameter is not None:
+            parameter.grad = None
+    fused.backward(cotangents[0])
+    return logits, {name: tensor.grad for name, tensor in problem.named()}
+
+
+def named_logits(logits: DecoupledLogits) -> dict[str, Tensor | None]:
+    """Logits by name, for the comparisons of `dgl_ext.testing`."""
+    names = ["fused", *(f"unimodal[{i}]" for i in range(len(logits.unimodal)))]
+    return dict(zip(names, flat(logits), strict=True))
