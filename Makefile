@@ -48,18 +48,20 @@ wheel: $(VENV)/.torch  ## build the wheel into dist/
 	rm -rf dist
 	$(PIP) wheel . --no-deps --wheel-dir dist
 
-wheel-check: wheel  ## try the wheel beside another torch: OTHER_TORCH=torch==2.10.0 [OTHER_PYTHON=python3.10]
+wheel-check:  ## try the wheel beside another torch: OTHER_TORCH=torch==2.10.0 [OTHER_PYTHON=python3.10]
 	@test -n "$(OTHER_TORCH)" || { echo "set OTHER_TORCH, for example torch==2.10.0" >&2; exit 2; }
+	$(MAKE) --no-print-directory wheel
 	rm -rf build/wheel-check
 	$(or $(OTHER_PYTHON),$(PYTHON)) -m venv build/wheel-check
 	build/wheel-check/bin/python -m pip install $(OTHER_TORCH) numpy
 	build/wheel-check/bin/python -m pip install --no-deps dist/*.whl
 	cd build/wheel-check && bin/python -m dgl_ext && bin/python ../../tests/smoke.py
 
-# CMake rebuilds only what changed, so it runs every time; MAKEFLAGS would make it chatty.
+# CMake rebuilds only what changed, so it runs every time.
 cpp-tests: $(VENV)/.dev
-	cmake --log-level=NOTICE -S . -B build/cpp -DPython_EXECUTABLE=$(abspath $(PY))
-	MAKEFLAGS= cmake --build build/cpp --parallel
+	cmake --log-level=NOTICE -G Ninja -S . -B build/cpp \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja -DPython_EXECUTABLE=$(abspath $(PY))
+	cmake --build build/cpp
 
 clean:  ## remove everything that was built, the venv included
 	rm -rf $(VENV) build dist dgl_ext.egg-info dgl_ext/*.so dgl_ext/_build_info.json
@@ -80,5 +82,5 @@ $(VENV)/.torch:
 
 # Editable: Python files need no new install. Not isolated: the build's needs are in the venv.
 $(VENV)/.%: $(VENV)/.torch $(BUILD_INPUTS)
-	$(PIP) install --no-build-isolation --editable ".[$*]"
+	$(PIP) install --quiet --no-build-isolation --editable ".[$*]"
 	@touch $@

@@ -10,7 +10,7 @@ backward, with every gradient None at the start. Two modalities of equal width. 
     joint               plain joint training, one loss: what a head costs without DGL
     two_pass            the published DGL recipe: two backward passes, head grads cleared between
     reference           dgl_ext.reference, plain PyTorch, one backward pass
-    compiled_reference  torch.compile of the reference and its losses (compile time not counted)
+    compiled            torch.compile of the reference and its losses (compile time not counted)
     dgl_ext             dgl_ext.fused_decouple
 
 Before anything is timed, all logits and gradients are compared with the reference in the same
@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -142,6 +143,8 @@ def measure_cell(
         else:
             rows[name].update(status="ok", note="")
             steps[name] = step
+    if not steps:
+        return list(rows.values())
     times = harness.time_alternating(steps, cell.device, seconds, on_round=on_share)
     for name in steps:
         rows[name].update(_figures(cell, name, times, ceiling))
@@ -181,6 +184,8 @@ def difference(
         got, expected = results.get(name), truth[name]
         if got is None or expected is None:
             return f"{name} is missing"
+        if got.shape != expected.shape:
+            return f"{name} has shape {tuple(got.shape)}, the reference {tuple(expected.shape)}"
         scale = max(expected.double().norm().item(), epsilon)
         error = (got.double() - expected.double()).norm().item() / scale
         if not error <= limit:  # NaN is wrong too
@@ -267,6 +272,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"argument --out: cannot make the folder: {error}")
+    if not os.access(options.out, os.W_OK):
+        parser.error(f"argument --out: cannot write to {options.out}")
     return options
 
 

@@ -19,7 +19,7 @@ COLORS = {
     "joint": "#555555",
     "two_pass": "#d55e00",
     "reference": "#0072b2",
-    "compiled_reference": "#cc79a7",
+    "compiled": "#cc79a7",
     "dgl_ext": "#009e73",
 }
 
@@ -206,7 +206,7 @@ def plot(path: Path, document: dict[str, Any]) -> None:
         axes[0][0].set_ylim(0, 1.2 * max((row[key] for row in rows), default=1))
     axes[0][0].set_ylabel("time / time of joint" if relative else "microseconds a step")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=len(names), frameon=False)
+    figure.legend(handles, labels, loc="upper center", ncols=max(1, len(names)), frameon=False)
     env = document["environment"]
     figure.text(
         0.5,

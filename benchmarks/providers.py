@@ -179,7 +179,7 @@ def _reference(problem: Problem) -> Step:
     return _one_pass(problem, partial(_forward, dgl_ext.reference.fused_decouple, problem.fusion))
 
 
-def _compiled_reference(problem: Problem) -> Step:
+def _compiled(problem: Problem) -> Step:
     """The reference's head and losses under torch.compile; compiled here, before any timing."""
     torch.compiler.reset()  # else the shapes of earlier problems use up the recompile limit
     decoupled = partial(_forward, dgl_ext.reference.fused_decouple, problem.fusion)
@@ -252,7 +252,7 @@ class _OperatorNames(TorchDispatchMode):
 
 
 def _reason(error: Exception) -> str:
-    """An error's type and its most telling line: a compiler's own message comes late in the text."""
+    """An error's type and its most telling line: a C++ compiler's message is not the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["(no text)"]
     told = next((line for line in lines if " error: " in line), lines[0])
     return f"{type(error).__name__}: {told}"
@@ -270,6 +270,6 @@ PROVIDERS: dict[str, Provider] = {
     "joint": Provider(_joint, decoupled=False),
     "two_pass": Provider(_two_pass),
     "reference": Provider(_reference),
-    "compiled_reference": Provider(_compiled_reference),
+    "compiled": Provider(_compiled),
     "dgl_ext": Provider(_dgl_ext),
 }

