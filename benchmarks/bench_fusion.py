@@ -18,7 +18,8 @@ dtype; a provider that differs is not timed. For `joint`, which computes other g
 purpose, the fused logits are compared.
 
 Times are medians over rounds in which all providers take turns; ratios are taken within a round.
-`harness.py` says how and why. The rates count the work that no implementation can avoid
+`harness.py` says how and why. The cells are visited three times, a third of the rounds each, so
+that a slow minute of the machine does not make one cell. The rates count the work that no implementation can avoid
 (`least_work` in `providers.py`), the same for all DGL providers. "of ceiling" relates a step to
 the machine: the time in which the measured GEMM and copy rates could do that least work, as a
 share of the step's time.
@@ -31,13 +32,14 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 try:
+    import fusion_cells
     import fusion_report
     import harness
     import providers
@@ -47,34 +49,11 @@ except ImportError as error:
 
 SIZES = "64x512x6,64x512x34,64x512x309,256x512x309,256x1024x1000,1024x2048x1000"
 SMOKE_SIZES = "33x64x34"
+PASSES = 3
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 DEFAULT_OUT = Path(__file__).parent / "results"
 
 Size = tuple[int, int, int]  # batch, width, classes
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One problem in the table."""
-
-    fusion: str
-    size: Size
-    device: torch.device
-    dtype: torch.dtype
-
-    def problem(self) -> providers.Problem:
-        return providers.make_problem(self.fusion, *self.size, self.device, self.dtype)
-
-    def row(self, provider: str) -> Row:
-        batch, width, classes = self.size
-        return {
-            "fusion": self.fusion,
-            "batch": batch,
-            "width": width,
-            "classes": classes,
-            "provider": provider,
-        }
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -83,16 +62,30 @@ def main(arguments: list[str] | None = None) -> int:
     console = report.make_console()
     console.print(f"measuring the ceiling of {options.device} in {options.dtype_name} ...")
     ceiling = harness.measure_ceiling(options.device, options.dtype, quick=options.smoke)
-    cells = [
-        Cell(fusion, size, options.device, options.dtype)
+    timings = {
+        fusion_cells.Cell(fusion, size, options.device, options.dtype): fusion_cells.Timing(
+            options.providers
+        )
         for fusion in options.fusion
         for size in options.sizes
+    }
+    load = harness.ForeignLoad()
+    passes = 1 if options.smoke else PASSES
+    with report.CellProgress(console, passes * len(timings)) as progress:
+        for _ in range(passes):
+            for cell, timing in timings.items():
+                on_share = progress.begin(str(cell))
+                fusion_cells.measure(
+                    cell,
+                    timing,
+                    options.seconds / passes,
+                    min_rounds=math.ceil(harness.MIN_ROUNDS / passes),
+                    load=load,
+                    on_share=on_share,
+                )
+    rows = [
+        row for cell, timing in timings.items() for row in fusion_cells.rows(cell, timing, ceiling)
     ]
-    rows: list[Row] = []
-    with report.CellProgress(console, len(cells)) as progress:
-        for cell in cells:
-            on_share = progress.begin(f"{cell.fusion} {fusion_report.size_label(cell.size)}")
-            rows += measure_cell(cell, options.providers, ceiling, options.seconds, on_share)
 
     document = {
         "benchmark": "fusion",
@@ -103,7 +96,8 @@ def main(arguments: list[str] | None = None) -> int:
         "seconds_per_cell": options.seconds,
         "environment": harness.environment(options.device),
         "ceiling": asdict(ceiling),
-        "summary": fusion_report.describe(rows),
+        "foreign_load": load.share,
+        "summary": fusion_report.describe(rows, foreign_load=load.share),
         "rows": rows,
     }
     fusion_report.print_results(console, document)
@@ -112,137 +106,15 @@ def main(arguments: list[str] | None = None) -> int:
     return int(any(row["status"] in ("wrong", "failed") for row in rows))
 
 
-def measure_cell(
-    cell: Cell,
-    names: list[str],
-    ceiling: harness.Ceiling,
-    seconds: float,
-    on_share: Callable[[float], None] | None = None,
-) -> list[Row]:
-    """Check every provider on one problem, then time those that are right.
-
-    Returns:
-        One row per provider. `status` is "ok", "left out" (this torch or machine lacks
-        something), "wrong" (refused: its results differ) or "failed" (it raised); `note` says why.
-    """
-    rows = {name: cell.row(name) for name in names}
-    truth = snapshot(cell.problem(), providers.PROVIDERS["reference"])[1]
-    steps: dict[str, harness.Step] = {}
-    for name in names:
-        provider = providers.PROVIDERS[name]
-        try:
-            step, results = snapshot(cell.problem(), provider)
-        except providers.Unavailable as reason:
-            rows[name].update(status="left out", note=str(reason))
-            continue
-        except Exception as error:  # one broken provider must not end the run
-            rows[name].update(status="failed", note=f"{type(error).__name__}: {error}")
-            continue
-        if wrong := difference(results, truth, cell.dtype, everything=provider.decoupled):
-            rows[name].update(status="wrong", note=wrong)
-        else:
-            rows[name].update(status="ok", note="")
-            steps[name] = step
-    if not steps:
-        return list(rows.values())
-    times = harness.time_alternating(steps, cell.device, seconds, on_round=on_share)
-    for name in steps:
-        rows[name].update(_figures(cell, name, times, ceiling))
-    return list(rows.values())
-
-
-def snapshot(
-    problem: providers.Problem, provider: providers.Provider
-) -> tuple[harness.Step, dict[str, torch.Tensor | None]]:
-    """Build a provider's step, run it once, and copy all that it computed, by name."""
-    step = provider.build(problem)
-    logits = step()
-    results: dict[str, torch.Tensor | None] = {
-        f"logits[{i}]": z.detach().clone() for i, z in enumerate(logits)
-    }
-    for name, leaf in problem.leaves().items():
-        results[f"{name}.grad"] = None if leaf.grad is None else leaf.grad.clone()
-    return step, results
-
-
-def difference(
-    results: dict[str, torch.Tensor | None],
-    truth: dict[str, torch.Tensor | None],
-    dtype: torch.dtype,
-    *,
-    everything: bool,
-) -> str:
-    """Say where results differ from the reference; empty if they do not.
-
-    The measure is the L2 norm of the difference relative to the reference's. The limit is a
-    rounding error with room for other orders of summation: 100 units of the dtype's epsilon, 4 in
-    16 bits, where rounding the stored results outweighs the sums (those are taken in float32).
-    """
-    epsilon = torch.finfo(dtype).eps
-    limit = (4 if torch.finfo(dtype).bits == 16 else 100) * epsilon
-    for name in truth if everything else ("logits[0]",):
-        got, expected = results.get(name), truth[name]
-        if got is None or expected is None:
-            return f"{name} is missing"
-        if got.shape != expected.shape:
-            return f"{name} has shape {tuple(got.shape)}, the reference {tuple(expected.shape)}"
-        scale = max(expected.double().norm().item(), epsilon)
-        error = (got.double() - expected.double()).norm().item() / scale
-        if not error <= limit:  # NaN is wrong too
-            return f"{name} differs from the reference by {error:.1e} (limit {limit:.1e})"
-    return ""
-
-
-def _figures(cell: Cell, name: str, times: dict[str, list[float]], ceiling: harness.Ceiling) -> Row:
-    """The numbers of one row: time, ratio to every provider timed with it, rates."""
-    step = harness.spread(times[name])
-    figures: Row = {
-        "median_us": step.median,
-        "p20_us": step.p20,
-        "p80_us": step.p80,
-        "rounds": len(times[name]),
-    }
-    for other, baseline in times.items():
-        ratio = harness.paired_ratio(times[name], baseline)
-        figures[f"ratio_to_{other}"] = ratio.median
-        figures[f"ratio_to_{other}_p20"] = ratio.p20
-        figures[f"ratio_to_{other}_p80"] = ratio.p80
-    flops, nbytes = providers.least_work(
-        cell.fusion, *cell.size, cell.dtype.itemsize, decoupled=providers.PROVIDERS[name].decoupled
-    )
-    seconds = step.median / 1e6
-    compute_bound = flops / ceiling.flops_per_second > nbytes / ceiling.bytes_per_second
-    figures.update(
-        gflops_per_s=flops / seconds / 1e9,
-        gbytes_per_s=nbytes / seconds / 1e9,
-        bound="compute" if compute_bound else "memory",
-        share_of_ceiling=ceiling.floor_seconds(flops, nbytes) / seconds,
-    )
-    return figures
-
-
 def write_results(out: Path, document: dict[str, Any], *, smoke: bool) -> list[Path]:
     """Write JSON, CSV and plot, named by device and dtype; returns the paths."""
     kind = torch.device(document["device"]).type
     stem = f"bench_fusion_{kind}_{document['dtype']}" + ("_smoke" if smoke else "")
     paths = [out / f"{stem}.{ending}" for ending in ("json", "csv", "png")]
     report.write_json(paths[0], document)
-    report.write_csv(paths[1], _columns(), document["rows"])
+    report.write_csv(paths[1], fusion_cells.columns(), document["rows"])
     fusion_report.plot(paths[2], document)
     return paths
-
-
-def _columns() -> list[str]:
-    ratios = [
-        f"ratio_to_{name}{suffix}"
-        for name in providers.PROVIDERS
-        for suffix in ("", "_p20", "_p80")
-    ]
-    return [
-        *("fusion", "batch", "width", "classes", "provider", "status", "note"),
-        *("median_us", "p20_us", "p80_us", "rounds", *ratios),
-        *("gflops_per_s", "gbytes_per_s", "bound", "share_of_ceiling"),
-    ]
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

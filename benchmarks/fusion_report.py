@@ -15,6 +15,7 @@ from matplotlib import pyplot
 
 SUBJECT = "dgl_ext"
 UNSTEADY = 1.5
+BUSY = 0.05
 COLORS = {
     "joint": "#555555",
     "two_pass": "#d55e00",
@@ -26,13 +27,8 @@ COLORS = {
 Row = dict[str, Any]
 
 
-def size_label(size: tuple[int, int, int]) -> str:
-    """B x D x C, as the --sizes flag takes it."""
-    return "x".join(str(n) for n in size)
-
-
 def _size(row: Row) -> str:
-    return size_label((row["batch"], row["width"], row["classes"]))
+    return f"{row['batch']}x{row['width']}x{row['classes']}"
 
 
 def _cell(row: Row) -> str:
@@ -105,7 +101,9 @@ def _rate(row: Row) -> str:
     return f"{row['gbytes_per_s']:,.2f} GB/s"
 
 
-def describe(rows: list[Row], subject: str = SUBJECT) -> list[str]:
+def describe(
+    rows: list[Row], subject: str = SUBJECT, foreign_load: float | None = None
+) -> list[str]:
     """Say in words what the rows show about one provider, slow cells included."""
     timed = [row for row in rows if row["provider"] == subject and row["status"] == "ok"]
     sentences = []
@@ -115,7 +113,7 @@ def describe(rows: list[Row], subject: str = SUBJECT) -> list[str]:
             sentences.append(_compare(pairs, subject, other))
     if not timed:
         sentences.append(f"{subject} was not timed.")
-    return sentences + _not_timed(rows) + _noise(rows)
+    return sentences + _not_timed(rows) + _noise(rows, foreign_load)
 
 
 def _compare(rows: list[Row], subject: str, other: str) -> str:
@@ -152,16 +150,21 @@ def _not_timed(rows: list[Row]) -> list[str]:
     ]
 
 
-def _noise(rows: list[Row]) -> list[str]:
-    """A warning, if times were far from steady."""
+def _noise(rows: list[Row], foreign_load: float | None) -> list[str]:
+    """Warnings, if times were far from steady or the machine was not ours alone."""
+    sentences = []
     timed = [row for row in rows if row["status"] == "ok"]
     unsteady = [row for row in timed if row["p80_us"] > UNSTEADY * row["p20_us"]]
-    if not unsteady:
-        return []
-    return [
-        f"Unsteady: in {len(unsteady)} of {len(timed)} rows p80 is more than {UNSTEADY} times p20. "
-        "Something else used this machine; the times are too long and the ratios uncertain."
-    ]
+    if unsteady:
+        sentences.append(
+            f"Unsteady: in {len(unsteady)} of {len(timed)} rows p80 is more than {UNSTEADY} times "
+            "p20; there the times are too long and the ratios uncertain."
+        )
+    if foreign_load is not None and foreign_load > BUSY:
+        sentences.append(
+            f"Busy: other processes took {foreign_load:.0%} of the CPUs while this was timed."
+        )
+    return sentences
 
 
 def plot(path: Path, document: dict[str, Any]) -> None:

@@ -163,6 +163,40 @@ class _CudaBlock:
         return _block_value([start.elapsed_time(end) / 1e3 for start, end in events])
 
 
+class ForeignLoad:
+    """A context manager that adds up how much of the CPUs other processes took meanwhile."""
+
+    def __init__(self) -> None:
+        self._foreign = 0.0
+        self._total = 0.0
+
+    def __enter__(self) -> ForeignLoad:
+        self._start = self._clocks()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        own, busy, total = (b - a for a, b in zip(self._start, self._clocks(), strict=True))
+        self._foreign += max(0.0, busy - own)
+        self._total += total
+
+    @property
+    def share(self) -> float | None:
+        """CPU seconds of other processes by CPU seconds there were; None where unknown."""
+        return self._foreign / self._total if self._total else None
+
+    @staticmethod
+    def _clocks() -> tuple[float, float, float]:
+        """CPU seconds: used by this process, used by all, passed."""
+        try:
+            line = Path("/proc/stat").read_text().partition("\n")[0]
+        except OSError:
+            return 0.0, 0.0, 0.0  # not Linux
+        user, nice, system, idle, iowait, irq, softirq, steal = map(int, line.split()[1:9])
+        busy = user + nice + system + irq + softirq + steal
+        ticks = os.sysconf("SC_CLK_TCK")
+        return time.process_time(), busy / ticks, (busy + idle + iowait) / ticks
+
+
 @dataclass(frozen=True)
 class Ceiling:
     """The best that this machine was seen to do: plain matrix products and plain copies."""

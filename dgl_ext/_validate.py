@@ -72,6 +72,8 @@ def check_features(features: object) -> tuple[Tensor, ...]:
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """Returns the dtype that autocast asks for on this kind of device, or None outside autocast."""
+    if not torch.amp.is_autocast_available(device_type):  # "meta", for one, has no such setting
+        return None
     if not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)

@@ -1,7 +1,7 @@
 """The heads there are, and what each one asks of its features and parameters.
 
 This is the one list of fusion heads. The other tables (`reference.FORMULAS`, `autograd.FUNCTIONS`,
-`testing.SCALES`) are keyed by the names here and a test holds them equal, so that a new head is
+`nn.MODULES`) are keyed by the names here and a test holds them equal, so that a new head is
 validated, computed and tested by being registered.
 """
 

@@ -254,3 +254,8 @@ class FiLMFusion(_Fusion):
 
     def _head_parameters(self) -> tuple[list[Tensor], list[Tensor | None]]:
         return [self.film.weight, self.out.weight], [self.film.bias, self.out.bias]
+
+
+MODULES: dict[str, type[_Fusion]] = {
+    module.fusion: module for module in (ConcatFusion, SumFusion, FiLMFusion)
+}

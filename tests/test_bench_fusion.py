@@ -23,6 +23,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import bench_fusion  # noqa: E402
+import fusion_cells  # noqa: E402
 import fusion_report  # noqa: E402
 import harness  # noqa: E402
 import providers  # noqa: E402
@@ -33,7 +34,13 @@ SIZE = (5, 8, 3)
 
 
 def cell(fusion="concat", dtype=torch.float32):
-    return bench_fusion.Cell(fusion, SIZE, CPU, dtype)
+    return fusion_cells.Cell(fusion, SIZE, CPU, dtype)
+
+
+def measured_rows(names):
+    timing = fusion_cells.Timing(names)
+    fusion_cells.measure(cell(), timing, 0.01)
+    return fusion_cells.rows(cell(), timing, CEILING)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +160,7 @@ def test_a_wrong_provider_is_not_timed(monkeypatch, kind, named):
 
     monkeypatch.setattr(harness, "time_alternating", time_nothing)
     monkeypatch.setitem(providers.PROVIDERS, "broken", broken(kind))
-    rows = bench_fusion.measure_cell(cell(), ["broken", "reference"], CEILING, 0.01)
+    rows = measured_rows(["broken", "reference"])
     assert timed == ["reference"]
     assert [row["status"] for row in rows] == ["wrong", "ok"]
     assert "median_us" not in rows[0]
@@ -180,7 +187,7 @@ def test_what_cannot_run_is_left_out_with_a_reason(monkeypatch):
         raise providers.Unavailable("needs a newer torch")
 
     monkeypatch.setitem(providers.PROVIDERS, "lacks", providers.Provider(lacks))
-    rows = bench_fusion.measure_cell(cell(), ["lacks", "joint"], CEILING, 0.01)
+    rows = measured_rows(["lacks", "joint"])
     assert (rows[0]["status"], rows[0]["note"]) == ("left out", "needs a newer torch")
     assert rows[1]["median_us"] > 0
     assert "lacks was left out at every cell: needs a newer torch" in fusion_report.describe(rows)
@@ -197,14 +204,14 @@ def test_dgl_ext_is_left_out_rather_than_timed_as_the_reference(monkeypatch):
 def test_two_pass_agrees_with_the_reference_and_joint_does_not(fusion, dtype):
     here = cell(fusion, dtype)
     results = {
-        name: bench_fusion.snapshot(here.problem(), providers.PROVIDERS[name])[1]
+        name: fusion_cells.snapshot(here.problem(), providers.PROVIDERS[name])[1]
         for name in ("reference", "two_pass", "joint")
     }
     truth = results["reference"]
-    assert not bench_fusion.difference(results["two_pass"], truth, dtype, everything=True)
-    assert not bench_fusion.difference(results["joint"], truth, dtype, everything=False)
+    assert not fusion_cells.difference(results["two_pass"], truth, dtype, everything=True)
+    assert not fusion_cells.difference(results["joint"], truth, dtype, everything=False)
     no_logits = {name: value for name, value in truth.items() if "grad" in name}
-    assert "features[0].grad differs" in bench_fusion.difference(
+    assert "features[0].grad differs" in fusion_cells.difference(
         results["joint"], no_logits, dtype, everything=True
     )
 
@@ -382,3 +389,56 @@ def test_summary_warns_of_unsteady_times():
     assert not any("Unsteady" in sentence for sentence in fusion_report.describe(rows))
     rows[1]["p80_us"] = 200
     assert fusion_report.describe(rows)[-1].startswith("Unsteady: in 1 of 2 rows p80 is more than")
+
+
+def test_summary_warns_of_other_processes():
+    rows = [summary_row("sum", "joint", 1, 1, 1)]
+    assert not any(
+        "Busy" in sentence for sentence in fusion_report.describe(rows, foreign_load=0.01)
+    )
+    assert "took 25% of the CPUs" in fusion_report.describe(rows, foreign_load=0.25)[-1]
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the CPUs' clocks are in /proc/stat")
+def test_foreign_load_counts_other_processes_only():
+    spin = "import time; end = time.time() + 30\nwhile time.time() < end: pass"
+    with harness.ForeignLoad() as own:
+        end = time.process_time() + 0.5
+        while time.process_time() < end:
+            pass
+    other = subprocess.Popen([sys.executable, "-c", spin])
+    try:
+        with harness.ForeignLoad() as foreign:
+            time.sleep(0.5)
+    finally:
+        other.kill()
+        other.wait()
+    assert 0 <= own.share <= 1
+    one_cpu = 1 / os.cpu_count()
+    assert foreign.share > 0.3 * one_cpu
+
+
+def test_foreign_load_is_unknown_without_proc(monkeypatch):
+    def no_file(*_, **__):
+        raise FileNotFoundError("/proc/stat")
+
+    monkeypatch.setattr(Path, "read_text", no_file)
+    with harness.ForeignLoad() as load:
+        pass
+    assert load.share is None
+
+
+def test_passes_add_up_and_a_later_mistake_excludes(monkeypatch):
+    timing = fusion_cells.Timing(["joint", "reference"])
+    fusion_cells.measure(cell(), timing, 1e-9, min_rounds=2)
+    fusion_cells.measure(cell(), timing, 1e-9, min_rounds=3)
+    assert {name: len(times) for name, times in timing.times.items()} == {
+        "joint": 5,
+        "reference": 5,
+    }
+    monkeypatch.setitem(providers.PROVIDERS, "joint", broken("nan"))
+    fusion_cells.measure(cell(), timing, 1e-9, min_rounds=2)
+    rows = fusion_cells.rows(cell(), timing, CEILING)
+    assert [row["status"] for row in rows] == ["wrong", "ok"]
+    assert rows[1]["rounds"] == 7
+    assert "ratio_to_joint" not in rows[1]

@@ -33,6 +33,12 @@ def test_an_empty_batch_gives_zero_parameter_gradients(fusion):
         assert torch.equal(grad, torch.zeros_like(grad)), name
 
 
+def test_devices_without_a_kernel_take_the_reference(fusion):
+    problem = make_problem(fusion).to("meta")
+    logits = problem.call(dgl_ext.fused_decouple)
+    assert {z.device.type for z in flat(logits)} == {"meta"}
+
+
 def test_no_grad_gives_logits_only(fusion):
     problem = make_problem(fusion)
     with torch.no_grad():

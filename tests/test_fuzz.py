@@ -1,0 +1,74 @@
+"""Random problems against float64: shapes, layouts, dtypes, leaks, subsets, in any combination.
+
+`--hypothesis-profile=long` draws 100,000 of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from two_pass import named_logits
+
+import dgl_ext
+from dgl_ext.heads import HEADS
+from dgl_ext.testing import (
+    LAYOUTS,
+    assert_same,
+    assert_two_references,
+    cotangents_like,
+    flat,
+    gradients,
+    make_problem,
+)
+
+SIZES = st.one_of(st.integers(0, 9), st.sampled_from([16, 31, 64, 65, 100]))
+LEAKS = st.sampled_from([0.0, 0.0, 0.25, 1.0])
+
+
+@st.composite
+def problems(draw):
+    fusion = draw(st.sampled_from(list(HEADS)))
+    count = draw(st.sampled_from(list(HEADS[fusion].modalities)))
+    widths = draw(st.lists(SIZES, min_size=count, max_size=count))
+    biases = len(HEADS[fusion].weight_shapes(widths))
+    problem = make_problem(
+        fusion,
+        leading=draw(st.lists(st.integers(0, 9), max_size=3)),
+        widths=widths,
+        classes=draw(SIZES),
+        bias=draw(st.lists(st.booleans(), min_size=biases, max_size=biases)),
+        dtype=draw(
+            st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
+        ),
+        layout=draw(st.sampled_from(LAYOUTS)),
+        seed=draw(st.integers(0, 2**32)),
+    )
+    for _, tensor in problem.named():
+        tensor.requires_grad_(draw(st.integers(0, 3)) > 0)
+    return problem
+
+
+@given(
+    problem=problems(),
+    leaks=st.fixed_dictionaries({"encoder_leak": LEAKS, "head_leak": LEAKS}),
+    used=st.lists(st.integers(0, 4), min_size=9, max_size=9),
+    layout=st.sampled_from(LAYOUTS),
+)
+def test_no_random_problem_is_wrong(problem, leaks, used, layout):
+    def results(given_problem, backend, cotangents):
+        logits = given_problem.call(dgl_ext.fused_decouple, backend=backend, **leaks)
+        grads = [
+            g.to(z.dtype) if use else None
+            for g, z, use in zip(cotangents, flat(logits), used, strict=False)
+        ]
+        return {**named_logits(logits), **gradients(logits, given_problem, grads)}
+
+    shapes = problem.call(dgl_ext.reference.fused_decouple)
+    cotangents = cotangents_like(shapes, layout=layout)
+    truth = results(problem.to(torch.float64), "reference", cotangents)
+    actual = results(problem, "cpu", cotangents)
+    if problem.features[0].dtype == torch.float64:
+        assert_same(actual, truth)
+    else:
+        assert_two_references(actual, results(problem, "reference", cotangents), truth)
