@@ -38,11 +38,16 @@ inline std::string to_string(const Shape& shape) {
 
 inline const char* dtype_name(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Double: return "float64";
-    case ScalarType::Float: return "float32";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    default: return "an unsupported dtype";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    default:
+      return "an unsupported dtype";
   }
 }
 
@@ -89,8 +94,7 @@ class Checks {
   Shape features(const std::vector<Tensor>& features, int64_t min_count, int64_t max_count) const {
     const auto count = static_cast<int64_t>(features.size());
     if (count < min_count || count > max_count) {
-      fail("features",
-           std::to_string(min_count) + " to " + std::to_string(max_count) + " tensors",
+      fail("features", std::to_string(min_count) + " to " + std::to_string(max_count) + " tensors",
            std::to_string(count));
     }
     Shape leading;

@@ -1,4 +1,4 @@
-"""Checks of what a user passes in: each message names the argument, what was expected and what came.
+"""Checks of what a user passes in: a message names the argument, what was expected, what came.
 
 They run on every call, so they read attributes and compare, never touch a tensor's data, and make
 text only on the way out. Wrong types and dtypes raise `TypeError`, everything else `ValueError`.
@@ -31,8 +31,7 @@ def check_tensor(argument: str, index: int | None, value: object) -> Tensor:
         raise TypeError(f"{label(argument, index)}: expected one of {names}, got {value.dtype}")
     if value.layout is not torch.strided:
         raise TypeError(
-            f"{label(argument, index)}: expected a dense (torch.strided) tensor, "
-            f"got {value.layout}"
+            f"{label(argument, index)}: expected a dense (torch.strided) tensor, got {value.layout}"
         )
     return value
 

@@ -3,7 +3,7 @@
 A forward op returns the logits of all branches, and the backward op takes their gradients to the
 inputs that the method lets them reach: the fused branch's to the head, a unimodal branch's to its
 encoder, and shares of the others where a leak is open. What nothing reaches gets `None`, as
-autograd gives for a detached tensor, and not zeros, which would still decay a parameter under AdamW.
+autograd gives for a detached tensor, and not zeros, by which AdamW would still decay a parameter.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class _RefuseSecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         raise RuntimeError(
-            "dgl_ext: this backend has no second derivatives; use backend=\"reference\" for them"
+            'dgl_ext: this backend has no second derivatives; use backend="reference" for them'
         )
 
 
@@ -129,9 +129,7 @@ def _call_backward(
         split_needs = _split(needs, len(grad_outputs) - 1)
         grads = _ops.call(op, grad_outputs, *arguments, *split_needs, *ctx.leaks)
     if with_graph:
-        grads = _RefuseSecondDerivative.apply(
-            len(grads), *grads, *grad_outputs, *ctx.saved_tensors
-        )
+        grads = _RefuseSecondDerivative.apply(len(grads), *grads, *grad_outputs, *ctx.saved_tensors)
     if len(grads) == len(needs):
         return (*_NO_GRADS, *grads)
     dealt = iter(grads)
@@ -145,6 +143,7 @@ class LinearHead(torch.autograd.Function):
     def forward(
         ctx: Any, modalities: int, encoder_leak: float, head_leak: float, *tensors: Any
     ) -> Outputs:
+        """Takes features, weights and biases in one flat list; returns the logits, fused first."""
         features, weights, biases = _split(tensors, modalities)
         op = torch.ops.dgl_ext.linear_head_forward.default
         outputs = tuple(_ops.call(op, features, weights, biases))
@@ -155,6 +154,7 @@ class LinearHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
+        """Takes the logits' gradients to the inputs that they may reach."""
         modalities = len(grad_outputs) - 1
         saved = ctx.saved_tensors
         op = torch.ops.dgl_ext.linear_head_backward.default
@@ -169,6 +169,7 @@ class FilmHead(torch.autograd.Function):
     def forward(
         ctx: Any, modalities: int, encoder_leak: float, head_leak: float, *tensors: Any
     ) -> Outputs:
+        """Takes features, weights and biases in one flat list; returns the logits, fused first."""
         features, weights, biases = _split(tensors, modalities)
         op = torch.ops.dgl_ext.film_head_forward.default
         *logits, film = _ops.call(op, features, weights, biases)
@@ -178,6 +179,7 @@ class FilmHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
+        """Takes the logits' gradients to the inputs that they may reach."""
         *tensors, film = ctx.saved_tensors
         op = torch.ops.dgl_ext.film_head_backward.default
         arguments = *_split(tensors, len(grad_outputs) - 1), film

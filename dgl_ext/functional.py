@@ -77,8 +77,8 @@ def fused_decouple(
             take these arguments.
         RuntimeError: `backend` names a part of the extension that did not load.
 
-    Source: Wei et al., "Boosting Multimodal Learning via Disentangled Gradient Learning", ICCV 2025,
-    arXiv 2507.10213, section 3; the unimodal logits of film are our reading of its rule.
+    Source: Wei et al., "Boosting Multimodal Learning via Disentangled Gradient Learning",
+    ICCV 2025, arXiv 2507.10213; the unimodal logits of film are our reading of its rule.
 
     Example:
         >>> audio, video = torch.randn(8, 32, requires_grad=True), torch.randn(8, 64)
@@ -95,9 +95,7 @@ def fused_decouple(
     head_leak = check_share("head_leak", head_leak)
     masks = None if present is None else check_present(present, tensors)
     if _choose_backend(backend, tensors, masks is not None) == "reference":
-        return reference.compute(
-            fusion, tensors, weights, biases, encoder_leak, head_leak, masks
-        )
+        return reference.compute(fusion, tensors, weights, biases, encoder_leak, head_leak, masks)
     outputs = autograd.apply(fusion, tensors, weights, biases, encoder_leak, head_leak)
     return DecoupledLogits(outputs[0], outputs[1:])
 

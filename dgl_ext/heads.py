@@ -50,7 +50,7 @@ class Head:
     def check(
         self, features: object, weight: object, bias: object
     ) -> tuple[Features, Weights, Biases]:
-        """Returns the arguments as tuples of tensors, cast if autocast is on; raises unless they fit.
+        """Returns the arguments as tuples of tensors, cast under autocast; raises unless they fit.
 
         There is one bias per weight, `None` where it is absent.
         """
@@ -65,7 +65,9 @@ class Head:
 
         shapes = self.weight_shapes([tensor.shape[-1] for tensor in tensors])
         weights = self._sequence("weight", weight, len(shapes))
-        biases = (None,) * len(shapes) if bias is None else self._sequence("bias", bias, len(shapes))
+        biases = (
+            (None,) * len(shapes) if bias is None else self._sequence("bias", bias, len(shapes))
+        )
         classes: int | None = None  # as the first weight says whose rows are outputs
         checked_weights = []
         checked_biases: list[Tensor | None] = []
@@ -104,8 +106,7 @@ class Head:
         )
         if len(values) != length:
             raise ValueError(
-                f'{argument}: expected {length} tensors for fusion="{self.name}", '
-                f"got {len(values)}"
+                f'{argument}: expected {length} tensors for fusion="{self.name}", got {len(values)}'
             )
         return values
 

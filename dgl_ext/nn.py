@@ -184,7 +184,8 @@ class SumFusion(_Fusion):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, encoder_leak, head_leak, backend)
-        self.linears = nn.ModuleList(
+        # For the type checker: it takes the modules of a ModuleList for modules of any kind.
+        self.linears: Sequence[nn.Linear] = nn.ModuleList(  # type: ignore[assignment]
             nn.Linear(width, self.out_features, bias, device=device, dtype=dtype)
             for width in self.in_features
         )

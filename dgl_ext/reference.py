@@ -18,9 +18,7 @@ from ._validate import check_present, check_share
 from .heads import Biases, Features, Weights, get_head
 from .types import DecoupledLogits
 
-Formula = Callable[
-    [Features, Weights, Biases, float, float], tuple[Tensor, tuple[Tensor, ...]]
-]
+Formula = Callable[[Features, Weights, Biases, float, float], tuple[Tensor, tuple[Tensor, ...]]]
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -81,12 +81,13 @@ def test_a_second_derivative_raises_under_compile(fusion):
     def call():
         return problem.call(dgl_ext.fused_decouple).fused
 
-    fused = call()
+    def second_derivative():
+        fused, weight = call(), problem.weights[0]
+        (grad,) = torch.autograd.grad(fused, weight, torch.randn_like(fused), create_graph=True)
+        return torch.autograd.grad(grad, weight, torch.randn_like(grad))
+
     with pytest.raises(RuntimeError):
-        (grad,) = torch.autograd.grad(
-            fused, problem.weights[0], torch.randn_like(fused), create_graph=True
-        )
-        torch.autograd.grad(grad, problem.weights[0], torch.randn_like(grad))
+        second_derivative()
 
 
 def test_a_training_step_by_inductor():

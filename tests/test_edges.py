@@ -14,7 +14,9 @@ BACKENDS = ("reference", "cpu")
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("leading", [(0,), (0, 5), (4, 0), (1,), (1, 1), ()])
-@pytest.mark.parametrize(("widths", "classes"), [((1, 1), 1), ((5, 4), 3), ((0, 4), 3), ((5, 4), 0)])
+@pytest.mark.parametrize(
+    ("widths", "classes"), [((1, 1), 1), ((5, 4), 3), ((0, 4), 3), ((5, 4), 0)]
+)
 def test_empty_and_minimal_sizes(fusion, backend, leading, widths, classes):
     problem = make_problem(fusion, leading=leading, widths=widths, classes=classes)
     logits = problem.call(dgl_ext.fused_decouple, backend=backend)
@@ -91,6 +93,8 @@ def test_more_than_two_to_the_31_elements():
     grad = torch.randn(rows, 1, generator=generator)
     logits.unimodal[0].backward(grad)
     last = x.detach()[-3:].double() @ weight[:, :width].double().T
-    torch.testing.assert_close(logits.unimodal[0].detach()[-3:].double(), last, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits.unimodal[0].detach()[-3:].double(), last, rtol=1e-4, atol=1e-4
+    )
     expected = grad[-3:].double() @ weight[:, :width].double()
     torch.testing.assert_close(x.grad[-3:].double(), expected, rtol=1e-5, atol=1e-5)

@@ -57,9 +57,7 @@ def test_equals_two_pass_recipe_for_every_number_of_modalities(backend, head, co
 @pytest.mark.parametrize("leading", [(), (1,), (33,), (3, 7), (2, 3, 4), (257,)])
 @pytest.mark.parametrize("classes", [1, 6, 64, 65, 131])
 def test_equals_two_pass_recipe_for_every_shape(fusion, backend, leading, classes):
-    check_against_two_pass(
-        backend, fusion=fusion, widths=(13, 7), leading=leading, classes=classes
-    )
+    check_against_two_pass(backend, fusion=fusion, widths=(13, 7), leading=leading, classes=classes)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -326,7 +326,7 @@ def test_an_error_leaves_the_arguments_as_they_were():
 def test_a_backend_that_did_not_load_raises_the_real_error(monkeypatch):
     cause = ImportError("libtorch_cpu.so: not there")
     monkeypatch.setattr(_extension, "_error", cause)
-    with pytest.raises(RuntimeError, match="not loaded: libtorch_cpu.so: not there") as raised:
+    with pytest.raises(RuntimeError, match=r"not loaded: libtorch_cpu\.so: not there") as raised:
         dgl_ext.fused_decouple(**concat(backend="cpu"))
     assert raised.value.__cause__ is cause
     assert dgl_ext.fused_decouple(**concat()).fused.shape == (ROWS, CLASSES)

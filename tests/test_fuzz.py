@@ -38,9 +38,7 @@ def problems(draw):
         widths=widths,
         classes=draw(SIZES),
         bias=draw(st.lists(st.booleans(), min_size=biases, max_size=biases)),
-        dtype=draw(
-            st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
-        ),
+        dtype=draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])),
         layout=draw(st.sampled_from(LAYOUTS)),
         seed=draw(st.integers(0, 2**32)),
     )

@@ -128,7 +128,11 @@ def test_copies_and_pickles(fusion):
     ("arguments", "error", "message"),
     [
         ({"in_features": 512}, TypeError, r"in_features: expected a tuple of ints, .*, got int"),
-        ({"in_features": (512, 0)}, ValueError, r"in_features\[1\]: expected a positive int, got 0"),
+        (
+            {"in_features": (512, 0)},
+            ValueError,
+            r"in_features\[1\]: expected a positive int, got 0",
+        ),
         ({"in_features": (5.0, 4)}, TypeError, r"in_features\[0\]: expected an int, got float"),
         ({"out_features": -1}, ValueError, r"out_features: expected a positive int, got -1"),
         ({"out_features": True}, TypeError, r"out_features: expected an int, got bool"),

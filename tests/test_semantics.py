@@ -120,8 +120,7 @@ def test_every_subset_of_losses_gives_the_same_nones_as_the_reference(
                 head_leak=head_leak,
             )
             cotangents = [
-                g if use else None
-                for g, use in zip(cotangents_like(logits), used, strict=True)
+                g if use else None for g, use in zip(cotangents_like(logits), used, strict=True)
             ]
             results.append(gradients(logits, problem, cotangents))
         assert_same(results[1], results[0])

@@ -33,8 +33,8 @@ struct FilmHead {
 FilmHead parse(const Checks& checks, const std::vector<Tensor>& features,
                const std::vector<Tensor>& weights) {
   Shape leading = checks.features(features, 2, 2);
-  const int64_t rows = std::accumulate(leading.begin(), leading.end(), int64_t{1},
-                                       std::multiplies<int64_t>());
+  const int64_t rows =
+      std::accumulate(leading.begin(), leading.end(), int64_t{1}, std::multiplies<int64_t>());
   checks.length("weights", weights.size(), 2);
   const Matrix x = Matrix::from_rows(to_compute(features[0]));
   const Matrix y = Matrix::from_rows(to_compute(features[1]));
@@ -88,9 +88,8 @@ std::vector<Tensor> forward(std::vector<Tensor> features, std::vector<Tensor> we
     });
   });
 
-  const Matrix partial =
-      multiply_weight(stacked, head.out_weight,
-                      empty_matrix(kBranches * head.rows, head.classes, head.compute));
+  const Matrix partial = multiply_weight(
+      stacked, head.out_weight, empty_matrix(kBranches * head.rows, head.classes, head.compute));
   Shape shape = head.leading;
   shape.push_back(head.classes);
   std::vector<Tensor> results;
@@ -134,8 +133,8 @@ class FilmBackward {
   // d_x W_beta, and encoder_leak of what the fused branch sends to x
   void grad_x(const Matrix& out) {
     if (grads_[kFused] && encoder_leak_ != 0) {
-      gemm(film_plane(hidden_grad(kFused), encoder_leak_, hidden_grad(kOfX), 1),
-           head_.film_weight, out);
+      gemm(film_plane(hidden_grad(kFused), encoder_leak_, hidden_grad(kOfX), 1), head_.film_weight,
+           out);
     } else {
       gemm(*hidden_grad(kOfX), head_.film_weight.row_block(head_.hidden, head_.hidden), out);
     }
@@ -183,9 +182,9 @@ class FilmBackward {
   }
 
   Tensor grad_out_bias() {
-    return summed_rows({{grads_[kFused], 1}, {grads_[kOfX], shares_[kOfX]},
-                        {grads_[kOfY], shares_[kOfY]}},
-                       head_.rows, head_.classes, head_.compute);
+    return summed_rows(
+        {{grads_[kFused], 1}, {grads_[kOfX], shares_[kOfX]}, {grads_[kOfY], shares_[kOfY]}},
+        head_.rows, head_.classes, head_.compute);
   }
 
  private:
@@ -215,8 +214,8 @@ class FilmBackward {
       using T = decltype(type);
       parallel_ranges(head_.rows, 2 * head_.hidden, [&](int64_t begin, int64_t end) {
         dgl_ext::film_grad<T>(begin, end, head_.hidden, data_or_null<T>(d), static_cast<T>(scale),
-                              data_or_null<T>(d_x), static_cast<T>(scale_x),
-                              head_.y.strided<T>(), out.data<T>());
+                              data_or_null<T>(d_x), static_cast<T>(scale_x), head_.y.strided<T>(),
+                              out.data<T>());
       });
     });
     return out;

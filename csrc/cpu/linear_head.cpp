@@ -79,8 +79,8 @@ std::vector<Tensor> forward(std::vector<Tensor> features, std::vector<Tensor> we
   logits.push_back(empty_cpu(shape, head.compute));
   for (int64_t i = 0; i < head.modalities(); ++i) {
     logits.push_back(empty_cpu(shape, head.compute));
-    partials.push_back(multiply_weight(head.features[i], head.weights[i],
-                                       Matrix::from_rows(logits.back())));
+    partials.push_back(
+        multiply_weight(head.features[i], head.weights[i], Matrix::from_rows(logits.back())));
   }
 
   std::vector<Tensor> bias_rows;
@@ -138,8 +138,8 @@ std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> f
 
   // grad W_i = (g + head_leak g_i)^T h_i
   const auto weight_grad = [&](int64_t i, const Matrix& out) {
-    const Matrix residual = mixed({{grad_fused, 1}, {grads[i + 1], head_leak}}, head.rows,
-                                  head.classes, head.compute);
+    const Matrix residual =
+        mixed({{grad_fused, 1}, {grads[i + 1], head_leak}}, head.rows, head.classes, head.compute);
     gemm(residual.transposed(), head.features[i], out);
   };
   for (size_t w = 0; w < weights.size(); ++w) {

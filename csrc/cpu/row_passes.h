@@ -56,8 +56,7 @@ void add_bias(int64_t row_begin, int64_t row_end, int64_t columns, const Strided
 // fused[r, c] = fused_bias[c] + sum_i partial_i[r, c], and every branch's own logits.
 template <typename T>
 void combine_logits(int64_t row_begin, int64_t row_end, int64_t columns,
-                    const LogitsBranch<T>* branches, int64_t count, const T* fused_bias,
-                    T* fused) {
+                    const LogitsBranch<T>* branches, int64_t count, const T* fused_bias, T* fused) {
   for (int64_t r = row_begin; r < row_end; ++r) {
     T* fused_row = fused + r * columns;
     std::copy(fused_bias, fused_bias + columns, fused_row);

@@ -46,8 +46,7 @@ void bind(py::module_& m) {
   });
   m.def("combine_logits",
         [](const std::vector<Array<T>>& partials, const std::vector<Array<T>>& biases,
-           std::vector<Array<T>>& logits, const Array<T>& fused_bias, Array<T>& fused,
-           Range rows) {
+           std::vector<Array<T>>& logits, const Array<T>& fused_bias, Array<T>& fused, Range rows) {
           std::vector<dgl_ext::LogitsBranch<T>> branches;
           for (size_t i = 0; i < partials.size(); ++i) {
             branches.push_back({strided(partials[i]), biases[i].data(), logits[i].mutable_data()});
@@ -69,25 +68,23 @@ void bind(py::module_& m) {
   m.def("film_hidden", [](const Array<T>& film, const Array<T>& y, const Array<T>& bias,
                           std::optional<Array<T>> fused, std::optional<Array<T>> of_x,
                           std::optional<Array<T>> of_y, Range rows) {
-    dgl_ext::film_hidden<T>(rows.first, rows.second, y.shape(1), film.data(), strided(y),
-                            bias.data(),
-                            {fused ? fused->mutable_data() : nullptr,
-                             of_x ? of_x->mutable_data() : nullptr,
-                             of_y ? of_y->mutable_data() : nullptr});
+    dgl_ext::film_hidden<T>(
+        rows.first, rows.second, y.shape(1), film.data(), strided(y), bias.data(),
+        {fused ? fused->mutable_data() : nullptr, of_x ? of_x->mutable_data() : nullptr,
+         of_y ? of_y->mutable_data() : nullptr});
   });
-  m.def("film_grad", [](const std::optional<Array<T>>& d, T scale,
-                        const std::optional<Array<T>>& d_x, T scale_x, const Array<T>& y,
-                        Array<T>& out, Range rows) {
-    dgl_ext::film_grad<T>(rows.first, rows.second, y.shape(1), data_or_null(d), scale,
-                          data_or_null(d_x), scale_x, strided(y), out.mutable_data());
-  });
-  m.def("film_grad_target",
-        [](const std::optional<Array<T>>& d, T scale, const Array<T>& film,
-           const std::optional<Array<T>>& d_y, const Array<T>& bias, Array<T>& out, Range rows) {
-          dgl_ext::film_grad_target<T>(rows.first, rows.second, out.shape(1), data_or_null(d),
-                                       scale, film.data(), data_or_null(d_y), bias.data(),
-                                       out.mutable_data());
+  m.def("film_grad",
+        [](const std::optional<Array<T>>& d, T scale, const std::optional<Array<T>>& d_x, T scale_x,
+           const Array<T>& y, Array<T>& out, Range rows) {
+          dgl_ext::film_grad<T>(rows.first, rows.second, y.shape(1), data_or_null(d), scale,
+                                data_or_null(d_x), scale_x, strided(y), out.mutable_data());
         });
+  m.def("film_grad_target", [](const std::optional<Array<T>>& d, T scale, const Array<T>& film,
+                               const std::optional<Array<T>>& d_y, const Array<T>& bias,
+                               Array<T>& out, Range rows) {
+    dgl_ext::film_grad_target<T>(rows.first, rows.second, out.shape(1), data_or_null(d), scale,
+                                 film.data(), data_or_null(d_y), bias.data(), out.mutable_data());
+  });
 }
 
 }  // namespace
