@@ -73,7 +73,8 @@ class Checks {
     if (got != expected) fail(argument, "shape " + to_string(expected), to_string(got));
   }
 
-  // `like` is features[0], which must be a floating-point tensor on the CPU itself.
+  // `like` is features[0], which must be a floating-point tensor on the CPU itself. Other layouts
+  // than strided need no check: the dispatcher has no kernel for them.
   void like(const std::string& argument, const Tensor& tensor, const Tensor& like) const {
     if (!tensor.is_cpu()) fail(argument, "a CPU tensor", "a tensor on another device");
     const ScalarType dtype = tensor.scalar_type();
@@ -84,9 +85,6 @@ class Checks {
     if (dtype != like.scalar_type()) {
       fail(argument, std::string(dtype_name(like.scalar_type())) + " as features[0]",
            dtype_name(dtype));
-    }
-    if (tensor.layout() != torch::headeronly::Layout::Strided) {
-      fail(argument, "a dense (strided) tensor", "another layout");
     }
   }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -114,7 +115,14 @@ def _choose_backend(backend: str, features: Features, masked: bool) -> str:
     if backend == "auto":
         # torch.func's transforms (vmap, grad, ...) take plain PyTorch only.
         able = device == "cpu" and not masked and not torch._C._are_functorch_transforms_active()
-        return "cpu" if able and _extension.available() else "reference"
+        if able and not _extension.available():
+            warnings.warn(
+                f"dgl_ext runs its slower reference: {_extension.error()}; see python -m dgl_ext",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            return "reference"
+        return "cpu" if able else "reference"
     if check_backend(backend) == "cpu":
         if device != "cpu":
             raise ValueError(f'backend: "cpu" needs features on the CPU, got {device}')

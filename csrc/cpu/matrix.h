@@ -8,6 +8,7 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <array>
@@ -145,7 +146,7 @@ inline void gemm(const Matrix& a, const Matrix& b, const Matrix& out) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a.view()),
                                     torch::stable::detail::from(b.view()),
                                     torch::stable::detail::from(out.view())};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // the result is ours to release
 }
