@@ -15,26 +15,32 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_backend"))
-from cuda_choice import choose, find_toolkit  # noqa: E402
+from cuda_choice import CudaChoice, choose, find_toolkit  # noqa: E402
 from dgl_ext_backend import MINIMUM_TORCH  # noqa: E402
 
 SPEC = json.loads((ROOT / "csrc" / "sources.json").read_text())
 
+# Whatever stands against compiling is said when something is compiled: metadata and sdists are made
+# without torch.
+PROBLEM = None
+NEEDED = f"install torch >= {'.'.join(map(str, MINIMUM_TORCH))} first, then dgl_ext"
+CUDA = CudaChoice(False, "torch is missing")
 try:
     import torch
-except ImportError as error:
-    TORCH, TORCH_CUDA, PROBLEM = None, None, f"torch cannot be imported ({error})"
-else:
-    TORCH, TORCH_CUDA, PROBLEM = torch.__version__, torch.version.cuda, None
-    if tuple(map(int, TORCH.split(".")[:2])) < MINIMUM_TORCH:
-        PROBLEM = f"torch {TORCH} is too old"
 
-CUDA = choose(
-    TORCH_CUDA,
-    has_kernels=any(module.get("cuda") for module in SPEC["modules"].values()),
-    request=os.environ.get("DGL_EXT_CUDA"),
-    toolkit=find_toolkit() if TORCH_CUDA else None,
-)
+    TORCH = torch.__version__
+    if tuple(map(int, TORCH.split(".")[:2])) < MINIMUM_TORCH:
+        PROBLEM = f"torch {TORCH} is too old: {NEEDED}"
+    CUDA = choose(
+        torch.version.cuda,
+        has_kernels=any(module.get("cuda") for module in SPEC["modules"].values()),
+        request=os.environ.get("DGL_EXT_CUDA"),
+        toolkit=find_toolkit() if torch.version.cuda else None,
+    )
+except ImportError as error:
+    PROBLEM = f"torch cannot be imported ({error}): {NEEDED}"
+except RuntimeError as error:
+    PROBLEM = str(error)
 if CUDA.toolkit:
     # torch guesses CUDA_HOME from the folder of the nvcc on PATH; it reads this at import.
     os.environ["CUDA_HOME"] = CUDA.toolkit.home
@@ -43,7 +49,7 @@ if PROBLEM is None:
     from torch.utils import cpp_extension
 
     base_build_ext = cpp_extension.BuildExtension
-else:  # metadata and sdists need no torch
+else:
     base_build_ext = plain_build_ext
 
 
@@ -53,10 +59,7 @@ class BuildExt(base_build_ext):
     def run(self):
         """Compiles the modules, then records how beside them."""
         if PROBLEM:
-            raise SystemExit(
-                f"dgl_ext: {PROBLEM}. Building needs torch >= {'.'.join(map(str, MINIMUM_TORCH))}: "
-                "install it first, then dgl_ext (pip install torch)."
-            )
+            raise SystemExit(f"dgl_ext cannot be built: {PROBLEM}")
         print(f"dgl_ext: compiling {', '.join(self.names())} against torch {TORCH}")
         print(f"dgl_ext: CUDA kernels: {'yes' if CUDA.compiled else 'no'}, {CUDA.reason}")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -124,11 +124,9 @@ def _call_backward(
     needs = _reached(ctx.needs, grad_outputs, routing, ctx.leaks)
     if not any(needs):
         return (None,) * (_OPTIONS + len(needs))
-    with_graph = torch.is_grad_enabled()  # backward(create_graph=True)
-    with torch.no_grad():
-        split_needs = _split(needs, len(grad_outputs) - 1)
-        grads = _ops.call(op, grad_outputs, *arguments, *split_needs, *ctx.leaks)
-    if with_graph:
+    split_needs = _split(needs, len(grad_outputs) - 1)
+    grads = _ops.call(op, grad_outputs, *arguments, *split_needs, *ctx.leaks)
+    if torch.is_grad_enabled():  # backward(create_graph=True)
         grads = _RefuseSecondDerivative.apply(len(grads), *grads, *grad_outputs, *ctx.saved_tensors)
     if len(grads) == len(needs):
         return (*_NO_GRADS, *grads)

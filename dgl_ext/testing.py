@@ -6,7 +6,7 @@ gradients look right.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,12 +86,15 @@ class Problem:
 
     def to(self, *args: Any) -> Problem:
         """A copy on fresh leaves of another dtype or device, with the same requires_grad."""
+        return self.map(lambda tensor: tensor.to(*args))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Problem:
+        """A copy on fresh leaves that `function` makes, with the same requires_grad."""
 
         def convert(tensor: Tensor | None) -> Tensor | None:
             if tensor is None:
                 return None
-            moved = tensor.detach().to(*args)
-            return moved.requires_grad_(tensor.requires_grad)
+            return function(tensor.detach()).requires_grad_(tensor.requires_grad)
 
         groups = [tuple(map(convert, g)) for g in (self.features, self.weights, self.biases)]
         return Problem(self.fusion, *groups)  # type: ignore[arg-type]
@@ -238,6 +241,38 @@ def assert_two_references(
         found = error(value, exact)
         if not found <= bound:
             raise AssertionError(f"{name}: error {found:.3g}, allowed {bound:.3g}")
+
+
+def assert_within_rounding(
+    actual: Mapping[str, Tensor | None],
+    truth: Mapping[str, Tensor | None],
+    absolute: Mapping[str, Tensor | None],
+    terms: int,
+) -> None:
+    """Asserts that every entry is as near to the truth as summing in any order must come.
+
+    A sum of n products is off by at most n roundings of the sum of their absolute values, and the
+    result is rounded once more to its own dtype.
+
+    Args:
+        actual: float32, bfloat16 or float16 results, summed in float32.
+        truth: the same in float64.
+        absolute: the same in float64 from the absolute values of all inputs.
+        terms: no sum, nor chain of sums, has more.
+    """
+    assert_same_names(actual, truth)
+    for name, exact in truth.items():
+        value, bound = actual[name], absolute[name]
+        if value is None or exact is None or bound is None:
+            continue
+        info = torch.finfo(value.dtype)
+        allowed = terms * torch.finfo(torch.float32).eps * bound
+        allowed = allowed + info.eps * exact.abs() + info.smallest_normal * info.eps
+        wrong = (value.double() - exact).abs() > allowed
+        if wrong.any() or value.isnan().any():
+            raise AssertionError(
+                f"{name}: {int(wrong.sum())} entries are further off than rounding"
+            )
 
 
 def assert_same_names(

@@ -158,3 +158,45 @@ def test_film_grad_target(core, draw, absent):
     )
     d, d_y = d * (absent != "d"), d_y * (absent != "d_y")
     check(out, 0.5 * film[:, :4] * d + bias[:4] * d_y)
+
+
+@pytest.fixture(params=[False, True], ids=["portable", "fma"])
+def fma(request, modules):
+    if request.param and not modules.has_fma():
+        pytest.skip("this processor has no AVX2 and FMA")
+    return request.param
+
+
+SIZES = [1, 3, 4, 7, 8, 9, 31, 64, 65]
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("classes", SIZES)
+@pytest.mark.parametrize("width", SIZES)
+def test_small_rows_by_rows(core, draw, fma, rows, classes, width):
+    x = draw(rows, width + 3)[:, :width]  # rows that lie further apart than they are long
+    w = draw(classes, width + 1)[:, 1:]
+    out = poisoned(x, rows, classes)
+    core.small_rows_by_rows(x, w, out, (0, rows), fma)
+    check(out, x @ w.T)
+
+
+@pytest.mark.parametrize("rows", SIZES)
+@pytest.mark.parametrize("columns", SIZES)
+@pytest.mark.parametrize("count", [0, 1, 6, 33])
+@pytest.mark.parametrize("flipped", [False, True])
+def test_small_product(core, draw, fma, rows, columns, count, flipped):
+    a = draw(rows, count, flipped=flipped)
+    b = draw(count, columns + 2)[:, :columns]
+    out = poisoned(a, rows, columns + 5)[:, :columns]
+    core.small_product(a, b, out, (0, rows), (0, columns), fma)
+    check(out, a @ b)
+
+
+def test_small_products_write_their_ranges_only(core, draw, fma):
+    a, b = draw(9, 4), draw(4, 40)
+    out = poisoned(a, 9, 40)
+    core.small_product(a, b, out, (2, 7), (3, 30), fma)
+    check(out[2:7, 3:30], (a @ b)[2:7, 3:30])
+    out[2:7, 3:30] = np.nan
+    assert np.isnan(out).all()

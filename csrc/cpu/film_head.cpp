@@ -72,7 +72,7 @@ std::vector<Tensor> forward(std::vector<Tensor> features, std::vector<Tensor> we
   film_shape.push_back(2 * head.hidden);
   const Tensor film = empty_cpu(film_shape, head.compute);
   const Matrix film_rows = Matrix::from_rows(film);
-  gemm(head.x, head.film_weight.transposed(), film_rows);
+  multiply(head.x, head.film_weight.transposed(), film_rows);
 
   const Matrix stacked = empty_matrix(kBranches * head.rows, head.hidden, head.compute);
   dispatch_dtype(head.compute, [&](auto type) {
@@ -133,10 +133,10 @@ class FilmBackward {
   // d_x W_beta, and encoder_leak of what the fused branch sends to x
   void grad_x(const Matrix& out) {
     if (grads_[kFused] && encoder_leak_ != 0) {
-      gemm(film_plane(hidden_grad(kFused), encoder_leak_, hidden_grad(kOfX), 1), head_.film_weight,
-           out);
+      multiply(film_plane(hidden_grad(kFused), encoder_leak_, hidden_grad(kOfX), 1),
+               head_.film_weight, out);
     } else {
-      gemm(*hidden_grad(kOfX), head_.film_weight.row_block(head_.hidden, head_.hidden), out);
+      multiply(*hidden_grad(kOfX), head_.film_weight.row_block(head_.hidden, head_.hidden), out);
     }
   }
 
@@ -155,7 +155,7 @@ class FilmBackward {
     });
   }
 
-  void grad_film_weight(const Matrix& out) { gemm(film_grad().transposed(), head_.x, out); }
+  void grad_film_weight(const Matrix& out) { multiply(film_grad().transposed(), head_.x, out); }
 
   // g^T h, and head_leak of g_x^T h_x and g_y^T h_y
   void grad_out_weight(const Matrix& out) {
@@ -166,7 +166,7 @@ class FilmBackward {
       if (!counts(branch)) continue;
       const bool alone = branch == kFused && shares_[kOfX] == 0;  // closed leak: straight to out
       products.push_back(alone ? out : empty_matrix(out.rows, out.cols, head_.compute));
-      gemm(grads_[branch]->transposed(), hidden_rows(branch), *products.back());
+      multiply(grads_[branch]->transposed(), hidden_rows(branch), *products.back());
       terms.push_back({products.back(), shares_[branch]});
       if (alone) return;
     }
@@ -201,7 +201,7 @@ class FilmBackward {
     std::optional<Matrix>& d = hidden_grads_[branch];
     if (!d && grads_[branch]) {
       d = empty_matrix(head_.rows, head_.hidden, head_.compute);
-      gemm(*grads_[branch], head_.out_weight, *d);
+      multiply(*grads_[branch], head_.out_weight, *d);
     }
     return d;
   }

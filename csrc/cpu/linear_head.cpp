@@ -133,14 +133,14 @@ std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> f
     results.push_back(empty_cpu(shape_of(features[i]), head.compute));
     const Matrix residual = mixed({{grads[i + 1], 1}, {grad_fused, encoder_leak}}, head.rows,
                                   head.classes, head.compute);
-    gemm(residual, head.weights[i], Matrix::from_rows(results.back()));
+    multiply(residual, head.weights[i], Matrix::from_rows(results.back()));
   }
 
   // grad W_i = (g + head_leak g_i)^T h_i
   const auto weight_grad = [&](int64_t i, const Matrix& out) {
     const Matrix residual =
         mixed({{grad_fused, 1}, {grads[i + 1], head_leak}}, head.rows, head.classes, head.compute);
-    gemm(residual.transposed(), head.features[i], out);
+    multiply(residual.transposed(), head.features[i], out);
   };
   for (size_t w = 0; w < weights.size(); ++w) {
     if (!needs_weights[w]) continue;

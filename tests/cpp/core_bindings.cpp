@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/row_passes.h"
+#include "cpu/small_gemm.h"
 
 namespace py = pybind11;
 
@@ -87,6 +88,24 @@ void bind(py::module_& m) {
   });
 }
 
+// Both compilations of the small products; the package takes the one that the processor has.
+template <typename T>
+void bind_small(py::module_& m) {
+  m.def("small_rows_by_rows",
+        [](const Array<T>& x, const Array<T>& w, Array<T>& out, Range rows, bool fma) {
+          auto* body =
+              fma ? dgl_ext::small_gemm::rows_by_rows_fma<T> : dgl_ext::small_gemm::rows_by_rows<T>;
+          body(rows.first, rows.second, w.shape(0), x.shape(1), strided(x), strided(w),
+               out.mutable_data());
+        });
+  m.def("small_product", [](const Array<T>& a, const Array<T>& b, Array<T>& out, Range rows,
+                            Range columns, bool fma) {
+    auto* body = fma ? dgl_ext::small_gemm::product_fma<T> : dgl_ext::small_gemm::product<T>;
+    body(rows.first, rows.second, columns.first, columns.second, a.shape(1), strided(a), strided(b),
+         out.mutable_data(), out.strides(0) / static_cast<int64_t>(sizeof(T)));
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(dgl_core, m) {
@@ -94,4 +113,7 @@ PYBIND11_MODULE(dgl_core, m) {
   py::module_ f64 = m.def_submodule("float64");
   bind<float>(f32);
   bind<double>(f64);
+  bind_small<float>(f32);
+  bind_small<double>(f64);
+  m.def("has_fma", &dgl_ext::small_gemm::has_fma);
 }
