@@ -71,9 +71,8 @@ def check_features(features: object) -> tuple[Tensor, ...]:
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """Returns the dtype that autocast asks for on this kind of device, or None outside autocast."""
-    if not torch.amp.is_autocast_available(device_type):  # "meta", for one, has no such setting
-        return None
-    if not torch.is_autocast_enabled(device_type):
+    # "meta" has no such setting. (torch 2.10 cannot trace torch.amp.is_autocast_available.)
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
 
