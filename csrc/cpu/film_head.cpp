@@ -24,10 +24,10 @@ struct FilmHead {
   int64_t classes;
   ScalarType storage;  // of the arguments
   ScalarType compute;
-  Matrix x;
-  Matrix y;
-  Matrix film_weight;  // (2H, D_x)
-  Matrix out_weight;   // (C, H)
+  MatrixView x;
+  MatrixView y;
+  MatrixView film_weight;  // (2H, D_x)
+  MatrixView out_weight;   // (C, H)
 };
 
 FilmHead parse(const Checks& checks, const std::vector<Tensor>& features,
@@ -36,8 +36,8 @@ FilmHead parse(const Checks& checks, const std::vector<Tensor>& features,
   const int64_t rows =
       std::accumulate(leading.begin(), leading.end(), int64_t{1}, std::multiplies<int64_t>());
   checks.length("weights", weights.size(), 2);
-  const Matrix x = Matrix::from_rows(to_compute(features[0]));
-  const Matrix y = Matrix::from_rows(to_compute(features[1]));
+  const MatrixView x = MatrixView::from_rows(to_compute(features[0]));
+  const MatrixView y = MatrixView::from_rows(to_compute(features[1]));
   for (size_t i = 0; i < weights.size(); ++i) {
     checks.like(Checks::indexed("weights", i), weights[i], features[0]);
   }
@@ -56,8 +56,8 @@ FilmHead parse(const Checks& checks, const std::vector<Tensor>& features,
                   compute_dtype(storage),
                   x,
                   y,
-                  Matrix::from_rows(to_compute(weights[0])),
-                  Matrix::from_rows(to_compute(weights[1]))};
+                  MatrixView::from_rows(to_compute(weights[0])),
+                  MatrixView::from_rows(to_compute(weights[1]))};
 }
 
 std::vector<Tensor> forward(std::vector<Tensor> features, std::vector<Tensor> weights,
@@ -71,10 +71,10 @@ std::vector<Tensor> forward(std::vector<Tensor> features, std::vector<Tensor> we
   Shape film_shape = head.leading;
   film_shape.push_back(2 * head.hidden);
   const Tensor film = empty_cpu(film_shape, head.compute);
-  const Matrix film_rows = Matrix::from_rows(film);
+  const MatrixView film_rows = MatrixView::from_rows(film);
   multiply(head.x, head.film_weight.transposed(), film_rows);
 
-  const Matrix stacked = empty_matrix(kBranches * head.rows, head.hidden, head.compute);
+  const MatrixView stacked = empty_matrix(kBranches * head.rows, head.hidden, head.compute);
   dispatch_dtype(head.compute, [&](auto type) {
     using T = decltype(type);
     T* film_data = film_rows.data<T>();
@@ -88,7 +88,7 @@ std::vector<Tensor> forward(std::vector<Tensor> features, std::vector<Tensor> we
     });
   });
 
-  const Matrix partial = multiply_weight(
+  const MatrixView partial = multiply_weight(
       stacked, head.out_weight, empty_matrix(kBranches * head.rows, head.classes, head.compute));
   Shape shape = head.leading;
   shape.push_back(head.classes);
@@ -119,19 +119,19 @@ class FilmBackward {
   FilmBackward(const FilmHead& head, const OptionalTensors& grad_outputs, const Tensor& film,
                const std::optional<Tensor>& film_bias, double encoder_leak, double head_leak)
       : head_(head),
-        film_(Matrix::from_rows(torch::stable::contiguous(film))),
+        film_(MatrixView::from_rows(torch::stable::contiguous(film))),
         film_bias_(bias_or_zeros(film_bias, 2 * head.hidden, head.compute)),
         encoder_leak_(encoder_leak),
         shares_{1, head_leak, head_leak} {
     for (int64_t branch = 0; branch < kBranches; ++branch) {
       if (grad_outputs[branch]) {
-        grads_[branch] = Matrix::from_rows(to_compute(*grad_outputs[branch]));
+        grads_[branch] = MatrixView::from_rows(to_compute(*grad_outputs[branch]));
       }
     }
   }
 
   // d_x W_beta, and encoder_leak of what the fused branch sends to x
-  void grad_x(const Matrix& out) {
+  void grad_x(const MatrixView& out) {
     if (grads_[kFused] && encoder_leak_ != 0) {
       multiply(film_plane(hidden_grad(kFused), encoder_leak_, hidden_grad(kOfX), 1),
                head_.film_weight, out);
@@ -141,10 +141,10 @@ class FilmBackward {
   }
 
   // b_gamma d_y, and encoder_leak of gamma d
-  void grad_y(const Matrix& out) {
-    const std::optional<Matrix> d =
-        encoder_leak_ != 0 ? hidden_grad(kFused) : std::optional<Matrix>();
-    const std::optional<Matrix> d_y = hidden_grad(kOfY);
+  void grad_y(const MatrixView& out) {
+    const std::optional<MatrixView> d =
+        encoder_leak_ != 0 ? hidden_grad(kFused) : std::optional<MatrixView>();
+    const std::optional<MatrixView> d_y = hidden_grad(kOfY);
     dispatch_dtype(head_.compute, [&](auto type) {
       using T = decltype(type);
       parallel_ranges(head_.rows, head_.hidden, [&](int64_t begin, int64_t end) {
@@ -155,11 +155,11 @@ class FilmBackward {
     });
   }
 
-  void grad_film_weight(const Matrix& out) { multiply(film_grad().transposed(), head_.x, out); }
+  void grad_film_weight(const MatrixView& out) { multiply(film_grad().transposed(), head_.x, out); }
 
   // g^T h, and head_leak of g_x^T h_x and g_y^T h_y
-  void grad_out_weight(const Matrix& out) {
-    std::vector<std::optional<Matrix>> products;  // alive as long as the shares that name them
+  void grad_out_weight(const MatrixView& out) {
+    std::vector<std::optional<MatrixView>> products;  // alive as long as the shares that name them
     products.reserve(kBranches);
     std::vector<Share> terms;
     for (int64_t branch = 0; branch < kBranches; ++branch) {
@@ -174,8 +174,8 @@ class FilmBackward {
   }
 
   Tensor grad_film_bias() {
-    const std::optional<Matrix> plane = film_grad();
-    std::optional<Matrix> plane_y;
+    const std::optional<MatrixView> plane = film_grad();
+    std::optional<MatrixView> plane_y;
     if (counts(kOfY)) plane_y = film_plane(hidden_grad(kOfY), 1, std::nullopt, 0);
     return summed_rows({{plane, 1}, {plane_y, shares_[kOfY]}}, head_.rows, 2 * head_.hidden,
                        head_.compute);
@@ -189,7 +189,7 @@ class FilmBackward {
 
  private:
   template <typename T>
-  static const T* data_or_null(const std::optional<Matrix>& matrix) {
+  static const T* data_or_null(const std::optional<MatrixView>& matrix) {
     return matrix ? matrix->data<T>() : nullptr;
   }
 
@@ -197,8 +197,8 @@ class FilmBackward {
   bool counts(int64_t branch) const { return grads_[branch] && shares_[branch] != 0; }
 
   // grad W_o, the gradient of a branch's hidden rows; computed once, absent with the branch's.
-  const std::optional<Matrix>& hidden_grad(int64_t branch) {
-    std::optional<Matrix>& d = hidden_grads_[branch];
+  const std::optional<MatrixView>& hidden_grad(int64_t branch) {
+    std::optional<MatrixView>& d = hidden_grads_[branch];
     if (!d && grads_[branch]) {
       d = empty_matrix(head_.rows, head_.hidden, head_.compute);
       multiply(*grads_[branch], head_.out_weight, *d);
@@ -207,9 +207,9 @@ class FilmBackward {
   }
 
   // [s d y | s d + s_x d_x], see row_passes.h
-  Matrix film_plane(const std::optional<Matrix>& d, double scale, const std::optional<Matrix>& d_x,
-                    double scale_x) const {
-    const Matrix out = empty_matrix(head_.rows, 2 * head_.hidden, head_.compute);
+  MatrixView film_plane(const std::optional<MatrixView>& d, double scale,
+                        const std::optional<MatrixView>& d_x, double scale_x) const {
+    const MatrixView out = empty_matrix(head_.rows, 2 * head_.hidden, head_.compute);
     dispatch_dtype(head_.compute, [&](auto type) {
       using T = decltype(type);
       parallel_ranges(head_.rows, 2 * head_.hidden, [&](int64_t begin, int64_t end) {
@@ -222,7 +222,7 @@ class FilmBackward {
   }
 
   // The gradient of [gamma | beta] that trains W_f, from the fused branch and from x alone.
-  const Matrix& film_grad() {
+  const MatrixView& film_grad() {
     if (!film_grad_) {
       film_grad_ = film_plane(hidden_grad(kFused), 1,
                               counts(kOfX) ? hidden_grad(kOfX) : std::nullopt, shares_[kOfX]);
@@ -231,9 +231,9 @@ class FilmBackward {
   }
 
   // A branch's hidden rows, made again from gamma and beta.
-  Matrix hidden_rows(int64_t branch) const {
+  MatrixView hidden_rows(int64_t branch) const {
     if (branch == kOfX) return film_.columns(head_.hidden, head_.hidden);
-    const Matrix out = empty_matrix(head_.rows, head_.hidden, head_.compute);
+    const MatrixView out = empty_matrix(head_.rows, head_.hidden, head_.compute);
     dispatch_dtype(head_.compute, [&](auto type) {
       using T = decltype(type);
       T* data = out.data<T>();
@@ -248,13 +248,13 @@ class FilmBackward {
   }
 
   const FilmHead& head_;
-  Matrix film_;
+  MatrixView film_;
   Tensor film_bias_;
   double encoder_leak_;
   std::array<double, kBranches> shares_;  // of each branch's gradient, to the head
-  std::array<std::optional<Matrix>, kBranches> grads_;
-  std::array<std::optional<Matrix>, kBranches> hidden_grads_;
-  std::optional<Matrix> film_grad_;
+  std::array<std::optional<MatrixView>, kBranches> grads_;
+  std::array<std::optional<MatrixView>, kBranches> hidden_grads_;
+  std::optional<MatrixView> film_grad_;
 };
 
 std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> features,
@@ -282,12 +282,12 @@ std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> f
   const auto add = [&](bool needed, const Tensor& like, auto compute) {
     if (!needed) return;
     results.push_back(empty_cpu(shape_of(like), head.compute));
-    compute(Matrix::from_rows(results.back()));
+    compute(MatrixView::from_rows(results.back()));
   };
-  add(needs_features[0], features[0], [&](const Matrix& out) { grads.grad_x(out); });
-  add(needs_features[1], features[1], [&](const Matrix& out) { grads.grad_y(out); });
-  add(needs_weights[0], weights[0], [&](const Matrix& out) { grads.grad_film_weight(out); });
-  add(needs_weights[1], weights[1], [&](const Matrix& out) { grads.grad_out_weight(out); });
+  add(needs_features[0], features[0], [&](const MatrixView& out) { grads.grad_x(out); });
+  add(needs_features[1], features[1], [&](const MatrixView& out) { grads.grad_y(out); });
+  add(needs_weights[0], weights[0], [&](const MatrixView& out) { grads.grad_film_weight(out); });
+  add(needs_weights[1], weights[1], [&](const MatrixView& out) { grads.grad_out_weight(out); });
   if (needs_biases[0]) results.push_back(grads.grad_film_bias());
   if (needs_biases[1]) results.push_back(grads.grad_out_bias());
   return to_storage(std::move(results), head.storage);

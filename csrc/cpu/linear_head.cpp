@@ -21,8 +21,8 @@ struct LinearHead {
   ScalarType storage;  // of the arguments
   ScalarType compute;
   bool shared;  // one weight and one bias for all modalities
-  std::vector<Matrix> features;
-  std::vector<Matrix> weights;  // per modality: (C, D_i)
+  std::vector<MatrixView> features;
+  std::vector<MatrixView> weights;  // per modality: (C, D_i)
 
   int64_t modalities() const { return static_cast<int64_t>(features.size()); }
 };
@@ -37,7 +37,7 @@ LinearHead parse(const Checks& checks, const std::vector<Tensor>& features,
   head.compute = compute_dtype(head.storage);
   head.shared = weights.size() == 1;
   for (const Tensor& feature : features) {
-    head.features.push_back(Matrix::from_rows(to_compute(feature)));
+    head.features.push_back(MatrixView::from_rows(to_compute(feature)));
   }
   if (!head.shared) checks.length("weights", weights.size(), features.size());
   if (weights[0].dim() != 2) {
@@ -45,22 +45,22 @@ LinearHead parse(const Checks& checks, const std::vector<Tensor>& features,
   }
   head.classes = weights[0].size(0);
   int64_t width = 0;
-  for (const Matrix& feature : head.features) width += feature.cols;
+  for (const MatrixView& feature : head.features) width += feature.cols;
   for (size_t i = 0; i < weights.size(); ++i) {
     const std::string name = Checks::indexed("weights", i);
     checks.like(name, weights[i], features[0]);
     checks.shape(name, weights[i], {head.classes, head.shared ? width : head.features[i].cols});
   }
   if (head.shared) {
-    const Matrix weight = Matrix::from_rows(to_compute(weights[0]));
+    const MatrixView weight = MatrixView::from_rows(to_compute(weights[0]));
     int64_t begin = 0;
-    for (const Matrix& feature : head.features) {
+    for (const MatrixView& feature : head.features) {
       head.weights.push_back(weight.columns(begin, feature.cols));
       begin += feature.cols;
     }
   } else {
     for (const Tensor& weight : weights) {
-      head.weights.push_back(Matrix::from_rows(to_compute(weight)));
+      head.weights.push_back(MatrixView::from_rows(to_compute(weight)));
     }
   }
   return head;
@@ -75,12 +75,12 @@ std::vector<Tensor> forward(std::vector<Tensor> features, std::vector<Tensor> we
   Shape shape = head.leading;
   shape.push_back(head.classes);
   std::vector<Tensor> logits;  // fused first
-  std::vector<Matrix> partials;
+  std::vector<MatrixView> partials;
   logits.push_back(empty_cpu(shape, head.compute));
   for (int64_t i = 0; i < head.modalities(); ++i) {
     logits.push_back(empty_cpu(shape, head.compute));
     partials.push_back(
-        multiply_weight(head.features[i], head.weights[i], Matrix::from_rows(logits.back())));
+        multiply_weight(head.features[i], head.weights[i], MatrixView::from_rows(logits.back())));
   }
 
   std::vector<Tensor> bias_rows;
@@ -120,32 +120,32 @@ std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> f
   checks.length("needs_weights", needs_weights.size(), weights.size());
   checks.length("needs_biases", needs_biases.size(), weights.size());
 
-  std::vector<std::optional<Matrix>> grads;  // of the logits, fused first
+  std::vector<std::optional<MatrixView>> grads;  // of the logits, fused first
   for (const auto& grad : grad_outputs) {
-    grads.push_back(grad ? std::optional(Matrix::from_rows(to_compute(*grad))) : std::nullopt);
+    grads.push_back(grad ? std::optional(MatrixView::from_rows(to_compute(*grad))) : std::nullopt);
   }
-  const std::optional<Matrix>& grad_fused = grads[0];
+  const std::optional<MatrixView>& grad_fused = grads[0];
   std::vector<Tensor> results;
 
   // grad h_i = (g_i + encoder_leak g) W_i
   for (int64_t i = 0; i < head.modalities(); ++i) {
     if (!needs_features[i]) continue;
     results.push_back(empty_cpu(shape_of(features[i]), head.compute));
-    const Matrix residual = mixed({{grads[i + 1], 1}, {grad_fused, encoder_leak}}, head.rows,
-                                  head.classes, head.compute);
-    multiply(residual, head.weights[i], Matrix::from_rows(results.back()));
+    const MatrixView residual = mixed({{grads[i + 1], 1}, {grad_fused, encoder_leak}}, head.rows,
+                                      head.classes, head.compute);
+    multiply(residual, head.weights[i], MatrixView::from_rows(results.back()));
   }
 
   // grad W_i = (g + head_leak g_i)^T h_i
-  const auto weight_grad = [&](int64_t i, const Matrix& out) {
-    const Matrix residual =
+  const auto weight_grad = [&](int64_t i, const MatrixView& out) {
+    const MatrixView residual =
         mixed({{grad_fused, 1}, {grads[i + 1], head_leak}}, head.rows, head.classes, head.compute);
     multiply(residual.transposed(), head.features[i], out);
   };
   for (size_t w = 0; w < weights.size(); ++w) {
     if (!needs_weights[w]) continue;
     results.push_back(empty_cpu(shape_of(weights[w]), head.compute));
-    const Matrix out = Matrix::from_rows(results.back());
+    const MatrixView out = MatrixView::from_rows(results.back());
     if (!head.shared) {
       weight_grad(static_cast<int64_t>(w), out);
       continue;

@@ -57,13 +57,13 @@ void dispatch_dtype(ScalarType dtype, const F& f) {
 }
 
 // A view of rows x cols elements that keeps the tensor it looks into alive.
-class Matrix {
+class MatrixView {
  public:
   int64_t rows;
   int64_t cols;
 
   // (..., D) as a matrix of one row per sample; copies only if no single row stride reaches them.
-  static Matrix from_rows(const Tensor& tensor) {
+  static MatrixView from_rows(const Tensor& tensor) {
     const int64_t dims = tensor.dim();
     const auto sizes = tensor.sizes();
     const auto strides = tensor.strides();
@@ -72,7 +72,7 @@ class Matrix {
     int64_t row_stride = cols;
     if (tensor.numel() == 0) {  // has no address to compute, and any strides
       for (int64_t d = 0; d < dims - 1; ++d) rows *= sizes[d];
-      return Matrix(tensor, 0, rows, cols, std::max<int64_t>(1, cols), 1);
+      return MatrixView(tensor, 0, rows, cols, std::max<int64_t>(1, cols), 1);
     }
     for (int64_t d = dims - 2; d >= 0; --d) {
       if (sizes[d] == 1) continue;
@@ -83,19 +83,21 @@ class Matrix {
       }
       rows *= sizes[d];
     }
-    return Matrix(tensor, 0, rows, cols, row_stride, strides[dims - 1]);
+    return MatrixView(tensor, 0, rows, cols, row_stride, strides[dims - 1]);
   }
 
-  Matrix transposed() const {
-    return Matrix(tensor_, offset_, cols, rows, col_stride_, row_stride_);
+  MatrixView transposed() const {
+    return MatrixView(tensor_, offset_, cols, rows, col_stride_, row_stride_);
   }
 
-  Matrix columns(int64_t begin, int64_t count) const {
-    return Matrix(tensor_, offset_ + begin * col_stride_, rows, count, row_stride_, col_stride_);
+  MatrixView columns(int64_t begin, int64_t count) const {
+    return MatrixView(tensor_, offset_ + begin * col_stride_, rows, count, row_stride_,
+                      col_stride_);
   }
 
-  Matrix row_block(int64_t begin, int64_t count) const {
-    return Matrix(tensor_, offset_ + begin * row_stride_, count, cols, row_stride_, col_stride_);
+  MatrixView row_block(int64_t begin, int64_t count) const {
+    return MatrixView(tensor_, offset_ + begin * row_stride_, count, cols, row_stride_,
+                      col_stride_);
   }
 
   template <typename T>
@@ -124,8 +126,8 @@ class Matrix {
   }
 
  private:
-  Matrix(Tensor tensor, int64_t offset, int64_t rows, int64_t cols, int64_t row_stride,
-         int64_t col_stride)
+  MatrixView(Tensor tensor, int64_t offset, int64_t rows, int64_t cols, int64_t row_stride,
+             int64_t col_stride)
       : rows(rows),
         cols(cols),
         tensor_(std::move(tensor)),
@@ -139,15 +141,15 @@ class Matrix {
   int64_t col_stride_;
 };
 
-inline Matrix empty_matrix(int64_t rows, int64_t cols, ScalarType dtype) {
-  return Matrix::from_rows(empty_cpu({rows, cols}, dtype));
+inline MatrixView empty_matrix(int64_t rows, int64_t cols, ScalarType dtype) {
+  return MatrixView::from_rows(empty_cpu({rows, cols}, dtype));
 }
 
 // Up to here a head counts as narrow.
 constexpr int64_t kFewOutputs = 64;
 
 // out = a b, by the library
-inline void gemm(const Matrix& a, const Matrix& b, const Matrix& out) {
+inline void gemm(const MatrixView& a, const MatrixView& b, const MatrixView& out) {
   if (out.rows == 0 || out.cols == 0) return;
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a.view()),
                                     torch::stable::detail::from(b.view()),
@@ -173,7 +175,7 @@ inline bool is_small(int64_t m, int64_t n, int64_t k) {
 }
 
 // out = a b
-inline void multiply(const Matrix& a, const Matrix& b, const Matrix& out) {
+inline void multiply(const MatrixView& a, const MatrixView& b, const MatrixView& out) {
   const bool small = is_small(a.rows, b.cols, a.cols) && std::min(a.rows, a.cols) <= kFewOutputs;
   if (!small || !b.has_contiguous_rows() || !out.has_contiguous_rows()) {
     gemm(a, b, out);
@@ -196,7 +198,7 @@ inline void multiply(const Matrix& a, const Matrix& b, const Matrix& out) {
 // x w^T for a weight of `w.rows` outputs. `out`, which is row-major, may be returned, or a scratch
 // matrix with the rows along the other axis: with few outputs, or few logits, the library is 1.1 to
 // 1.5 times faster that way round, and the pass over the logits that follows reads either.
-inline Matrix multiply_weight(const Matrix& x, const Matrix& w, const Matrix& out) {
+inline MatrixView multiply_weight(const MatrixView& x, const MatrixView& w, const MatrixView& out) {
   constexpr int64_t kFewLogits = 32768;
   if (is_small(x.rows, w.rows, x.cols) && w.rows <= kFewOutputs && x.has_contiguous_rows() &&
       w.has_contiguous_rows()) {
@@ -213,7 +215,7 @@ inline Matrix multiply_weight(const Matrix& x, const Matrix& w, const Matrix& ou
     gemm(x, w.transposed(), out);
     return out;
   }
-  const Matrix flipped = empty_matrix(w.rows, x.rows, x.dtype());
+  const MatrixView flipped = empty_matrix(w.rows, x.rows, x.dtype());
   gemm(w, x.transposed(), flipped);
   return flipped.transposed();
 }
@@ -228,7 +230,7 @@ inline Tensor bias_or_zeros(const std::optional<Tensor>& bias, int64_t size, Sca
 
 // A gradient that may be absent, and the share of it that counts.
 struct Share {
-  const std::optional<Matrix>& grad;
+  const std::optional<MatrixView>& grad;
   double scale;
 };
 
@@ -245,7 +247,7 @@ std::vector<Term<T>> terms_of(const std::vector<Share>& shares) {
 }
 
 // out = sum_k scale_k grad_k, for a row-major out
-inline void mix_into(const std::vector<Share>& shares, const Matrix& out) {
+inline void mix_into(const std::vector<Share>& shares, const MatrixView& out) {
   dispatch_dtype(out.dtype(), [&](auto type) {
     using T = decltype(type);
     const auto terms = terms_of<T>(shares);
@@ -257,8 +259,8 @@ inline void mix_into(const std::vector<Share>& shares, const Matrix& out) {
 }
 
 // sum_k scale_k grad_k: a view where that is one gradient as it is, else a new matrix.
-inline Matrix mixed(const std::vector<Share>& shares, int64_t rows, int64_t cols,
-                    ScalarType dtype) {
+inline MatrixView mixed(const std::vector<Share>& shares, int64_t rows, int64_t cols,
+                        ScalarType dtype) {
   const Share* only = nullptr;
   int count = 0;
   for (const Share& share : shares) {
@@ -268,7 +270,7 @@ inline Matrix mixed(const std::vector<Share>& shares, int64_t rows, int64_t cols
     }
   }
   if (count == 1 && only->scale == 1) return *only->grad;
-  Matrix out = empty_matrix(rows, cols, dtype);
+  MatrixView out = empty_matrix(rows, cols, dtype);
   mix_into(shares, out);
   return out;
 }

@@ -1,0 +1,312 @@
+// Backward launch of the FiLM head (formulas: FilmHeadBackward in heads.h). Four phases:
+//   prepare   hidden features again from the saved modulation; aligned copies of the gradients
+//   head      d[k] = g_k W_o for the branches k that are needed; grad_out_weight, grad_out_bias
+//   combine   d[k] -> gradients of the modulation, for the parameters and for x; grad_target
+//   film      grad_film_weight, grad_condition, grad_film_bias
+#pragma once
+
+#include "phases.cuh"
+
+namespace dgl_ext {
+
+struct FilmBackwardArguments {
+  FilmHeadBackward problem;
+  FilmBackwardPlan plan;
+  void* workspace;
+  TileGrid out_weight{}, branch{}, film_weight{}, condition{};
+  /// Work items of the head phase and of the film phase, by kind: each kind ends where the next
+  /// begins.
+  int64_t out_weight_end = 0, branch_end = 0, head_end = 0;
+  int64_t film_weight_end = 0, condition_end = 0, film_end = 0;
+};
+
+template <class C>
+struct FilmBackward {
+  using T = typename C::T;
+  using Accumulator = typename C::Accumulator;
+  using WeightTile = GemmTile<C, Major::kOuter, Major::kOuter>;   // g^T h: k = rows
+  using FeatureTile = GemmTile<C, Major::kDepth, Major::kOuter>;  // g W
+  using Arguments = FilmBackwardArguments;
+  static constexpr int kSharedBytes = WeightTile::kSharedBytes > FeatureTile::kSharedBytes
+                                          ? WeightTile::kSharedBytes
+                                          : FeatureTile::kSharedBytes;
+
+  static void count_tiles(Arguments& args) {
+    const FilmHeadBackward& p = args.problem;
+    args.out_weight = TileGrid::of<C>(p.head.classes, p.head.hidden);
+    args.branch = TileGrid::of<C>(p.head.rows, p.head.hidden);
+    args.film_weight = TileGrid::of<C>(p.head.hidden, p.head.condition_width);
+    args.condition = TileGrid::of<C>(p.head.rows, p.head.condition_width);
+    int branches = 0;
+    for (int k = 0; k < 3; ++k) branches += args.plan.need_branch[k];
+    args.out_weight_end = p.grad_out_weight.data ? args.out_weight.count : 0;
+    args.branch_end = args.out_weight_end + branches * args.branch.count;
+    args.head_end = args.branch_end + (p.grad_out_bias ? ceil_div(p.head.classes, kColumnTile) : 0);
+    args.film_weight_end = p.grad_film_weight.data ? 2 * args.film_weight.count : 0;
+    args.condition_end = args.film_weight_end + (p.grad_condition.data ? args.condition.count : 0);
+    args.film_end =
+        args.condition_end + (p.grad_film_bias ? 2 * ceil_div(p.head.hidden, kColumnTile) : 0);
+  }
+
+  static __device__ __forceinline__ void run(const Arguments& args) {
+    T* shared = reinterpret_cast<T*>(dynamic_shared_memory());
+    prepare(args);
+    grid_sync();
+    run_head_tiles(args, shared);
+    grid_sync();
+    combine(args);
+    grid_sync();
+    run_film_tiles(args, shared);
+  }
+
+ private:
+  // ---- workspace
+  // ---------------------------------------------------------------------------------
+
+  static __device__ __forceinline__ const ConstMatrix& incoming(const FilmHeadBackward& p,
+                                                                int branch) {
+    return branch == 0 ? p.grad_fused : p.grad_unimodal[branch - 1];
+  }
+  static __device__ __forceinline__ T* gradient_copy(const Arguments& args, int branch) {
+    return workspace_at<T>(args.workspace, args.plan.gradients_offset) +
+           args.plan.slot[branch] * args.problem.head.rows * args.plan.padded_classes;
+  }
+  static __device__ __forceinline__ Operand<T> gradient(const Arguments& args, int branch) {
+    if (args.plan.copy_gradients) return {gradient_copy(args, branch), args.plan.padded_classes};
+    return operand<T>(incoming(args.problem, branch));
+  }
+  /// h, head_leak h_x, head_leak h_y: what grad_out_weight multiplies the gradients with.
+  static __device__ __forceinline__ T* features(const Arguments& args, int branch) {
+    return workspace_at<T>(args.workspace, args.plan.features_offset) +
+           args.plan.slot[branch] * args.problem.head.rows * args.plan.padded_hidden;
+  }
+  static __device__ __forceinline__ Accumulator* branch_at(const Arguments& args, int branch,
+                                                           int64_t row, int64_t column) {
+    return workspace_at<Accumulator>(args.workspace, args.plan.branches_offset) +
+           (branch * args.problem.head.rows + row) * args.plan.padded_hidden + column;
+  }
+  /// d[branch] where it was computed, else 0: nothing arrives from that branch.
+  static __device__ __forceinline__ Accumulator branch_value(const Arguments& args, int branch,
+                                                             int64_t row, int64_t column) {
+    return args.plan.need_branch[branch] ? *branch_at(args, branch, row, column) : Accumulator(0);
+  }
+  /// Gradients of [gamma|beta] as the parameters receive them, in halves of padded_hidden, and as
+  /// x receives them: [gamma|beta] without a gap, or beta alone when the leak is closed.
+  static __device__ __forceinline__ T* for_parameters(const Arguments& args) {
+    return workspace_at<T>(args.workspace, args.plan.parameters_offset);
+  }
+  static __device__ __forceinline__ T* for_encoder(const Arguments& args) {
+    return workspace_at<T>(args.workspace, args.plan.encoder_offset);
+  }
+
+  // ---- prepare
+  // -----------------------------------------------------------------------------------
+
+  static __device__ __forceinline__ void prepare(const Arguments& args) {
+    const FilmHeadBackward& p = args.problem;
+#pragma unroll 1
+    for (int k = 0; k < 3; ++k) {
+      if (!args.plan.copy_gradients) break;
+      if (!args.plan.need_branch[k] && !args.plan.to_out_weight[k]) continue;
+      const ConstMatrix& from = incoming(p, k);
+      T* to = gradient_copy(args, k);
+      for_each_element<C>(p.head.rows, p.head.classes, [&](int64_t row, int64_t column) {
+        to[row * args.plan.padded_classes + column] =
+            static_cast<const T*>(from.data)[row * from.stride + column];
+      });
+    }
+    if (!p.grad_out_weight.data) return;
+    const Accumulator leak = p.leaks.head;
+    const int64_t hidden = p.head.hidden;
+    for_each_element<C>(p.head.rows, hidden, [&](int64_t row, int64_t column) {
+      const Accumulator gamma = element<Accumulator>(p.modulation, row, column);
+      const Accumulator beta = element<Accumulator>(p.modulation, row, hidden + column);
+      const Accumulator y = element<T>(p.head.target, row, column);
+      const int64_t at = row * args.plan.padded_hidden + column;
+      if (args.plan.to_out_weight[0]) features(args, 0)[at] = narrow<T>(gamma * y + beta);
+      if (args.plan.to_out_weight[1]) features(args, 1)[at] = narrow<T>(leak * beta);
+      if (args.plan.to_out_weight[2]) {
+        features(args, 2)[at] = narrow<T>(leak * (bias_at<T>(p.head.film_bias, column) * y +
+                                                  bias_at<T>(p.head.film_bias, hidden + column)));
+      }
+    });
+  }
+
+  // ---- head
+  // --------------------------------------------------------------------------------------
+
+  static __device__ __forceinline__ void run_head_tiles(const Arguments& args, T* shared) {
+#pragma unroll 1
+    for (int64_t item = blockIdx.x; item < args.head_end; item += gridDim.x) {
+      if (item < args.out_weight_end) {
+        out_weight_tile(args, shared, item);
+      } else if (item < args.branch_end) {
+        branch_tile(args, shared, item - args.out_weight_end);
+      } else {
+        out_bias_tile(args, shared, item - args.branch_end);
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void out_weight_tile(const Arguments& args, T* shared,
+                                                         int64_t index) {
+    const FilmHeadBackward& p = args.problem;
+    const int64_t m0 = args.out_weight.row<C>(index), n0 = args.out_weight.column<C>(index);
+    int first = 0;  // the branch in slot 0
+    while (!args.plan.to_out_weight[first]) ++first;
+    WeightTile tile;
+    tile.clear();
+    tile.accumulate(shared, gradient(args, first), {features(args, first), args.plan.padded_hidden},
+                    m0, p.head.classes, n0, p.head.hidden, 0, args.plan.out_branches * p.head.rows);
+    tile.for_each_run(shared, m0, p.head.classes, n0, p.head.hidden,
+                      [&](int m, int n, Accumulator(&v)[WeightTile::kRun], int count) {
+                        write_run(address<T>(p.grad_out_weight, m0 + m, n0 + n), v, count);
+                      });
+  }
+
+  static __device__ __forceinline__ void branch_tile(const Arguments& args, T* shared,
+                                                     int64_t index) {
+    const FilmHead& head = args.problem.head;
+    int k = 0;  // the branch: the needed ones follow each other
+    for (; !args.plan.need_branch[k] || index >= args.branch.count; ++k) {
+      if (args.plan.need_branch[k]) index -= args.branch.count;
+    }
+    const int64_t m0 = args.branch.row<C>(index), n0 = args.branch.column<C>(index);
+    FeatureTile tile;
+    tile.clear();
+    tile.accumulate(shared, gradient(args, k), operand<T>(head.out_weight), m0, head.rows, n0,
+                    head.hidden, 0, head.classes);
+    tile.for_each_run(shared, m0, head.rows, n0, head.hidden,
+                      [&](int m, int n, Accumulator(&v)[FeatureTile::kRun], int count) {
+                        write_run(branch_at(args, k, m0 + m, n0 + n), v, count);
+                      });
+  }
+
+  static __device__ __forceinline__ void out_bias_tile(const Arguments& args, T* shared,
+                                                       int64_t index) {
+    const FilmHeadBackward& p = args.problem;
+    const Accumulator leak = p.leaks.head;
+    column_sums<C>(
+        shared, 0, p.head.rows, p.head.classes, index,
+        [&](int64_t row, int64_t column) {
+          Accumulator v = p.grad_fused.data ? element<T>(p.grad_fused, row, column) : 0;
+          for (int k = 0; k < 2; ++k) {
+            const ConstMatrix& g = p.grad_unimodal[k];
+            if (leak != 0 && g.data) v += leak * element<T>(g, row, column);
+          }
+          return v;
+        },
+        [&](int64_t column, Accumulator sum) {
+          static_cast<T*>(p.grad_out_bias)[column] = narrow<T>(sum);
+        });
+  }
+
+  // ---- combine
+  // -----------------------------------------------------------------------------------
+
+  static __device__ __forceinline__ void combine(const Arguments& args) {
+    const FilmHeadBackward& p = args.problem;
+    const Accumulator encoder = p.leaks.encoder, head = p.leaks.head;
+    const int64_t pitch = args.plan.padded_hidden;
+    for_each_element<C>(p.head.rows, p.head.hidden, [&](int64_t row, int64_t column) {
+      const Accumulator fused = branch_value(args, 0, row, column);
+      const Accumulator x_alone = branch_value(args, 1, row, column);
+      const int64_t gamma_at = row * 2 * pitch + column, beta_at = gamma_at + pitch;
+      const Accumulator y = element<T>(p.head.target, row, column);
+      if (p.grad_film_weight.data) {
+        for_parameters(args)[gamma_at] = narrow<T>(fused * y);
+        // a closed leak must not read its branch: 0 * inf would poison the sum
+        for_parameters(args)[beta_at] = narrow<T>(head != 0 ? fused + head * x_alone : fused);
+      }
+      if (p.grad_condition.data) {
+        T* to = for_encoder(args) + row * args.plan.encoder_pitch + column;
+        if (args.plan.condition_leak) {
+          to[0] = narrow<T>(encoder * fused * y);
+          to[p.head.hidden] = narrow<T>(encoder * fused + x_alone);
+        } else {
+          to[0] = narrow<T>(x_alone);
+        }
+      }
+      if (p.grad_target.data) {
+        Accumulator v = bias_at<T>(p.head.film_bias, column) * branch_value(args, 2, row, column);
+        if (encoder != 0) v += encoder * element<Accumulator>(p.modulation, row, column) * fused;
+        *address<T>(p.grad_target, row, column) = narrow<T>(v);
+      }
+    });
+  }
+
+  // ---- film
+  // --------------------------------------------------------------------------------------
+
+  static __device__ __forceinline__ void run_film_tiles(const Arguments& args, T* shared) {
+#pragma unroll 1
+    for (int64_t item = blockIdx.x; item < args.film_end; item += gridDim.x) {
+      if (item < args.film_weight_end) {
+        film_weight_tile(args, shared, item);
+      } else if (item < args.condition_end) {
+        condition_tile(args, shared, item - args.film_weight_end);
+      } else {
+        film_bias_tile(args, shared, item - args.condition_end);
+      }
+    }
+  }
+
+  /// Half 0: the rows of W_f that make gamma; half 1: those that make beta.
+  static __device__ __forceinline__ void film_weight_tile(const Arguments& args, T* shared,
+                                                          int64_t item) {
+    const FilmHeadBackward& p = args.problem;
+    const int64_t half = item / args.film_weight.count, index = item % args.film_weight.count;
+    const int64_t m0 = args.film_weight.row<C>(index), n0 = args.film_weight.column<C>(index);
+    const Operand<T> gradient{for_parameters(args) + half * args.plan.padded_hidden,
+                              2 * args.plan.padded_hidden};
+    WeightTile tile;
+    tile.clear();
+    tile.accumulate(shared, gradient, operand<T>(p.head.condition), m0, p.head.hidden, n0,
+                    p.head.condition_width, 0, p.head.rows);
+    tile.for_each_run(shared, m0, p.head.hidden, n0, p.head.condition_width,
+                      [&](int m, int n, Accumulator(&v)[WeightTile::kRun], int count) {
+                        const int64_t row = half * p.head.hidden + m0 + m;
+                        write_run(address<T>(p.grad_film_weight, row, n0 + n), v, count);
+                      });
+  }
+
+  static __device__ __forceinline__ void condition_tile(const Arguments& args, T* shared,
+                                                        int64_t index) {
+    const FilmHeadBackward& p = args.problem;
+    const int64_t m0 = args.condition.row<C>(index), n0 = args.condition.column<C>(index);
+    const int64_t first_half = args.plan.condition_leak ? 0 : 1;
+    Operand<T> weight = operand<T>(p.head.film_weight);
+    weight.data += first_half * p.head.hidden * weight.stride;
+    FeatureTile tile;
+    tile.clear();
+    tile.accumulate(shared, {for_encoder(args), args.plan.encoder_pitch}, weight, m0, p.head.rows,
+                    n0, p.head.condition_width, 0, (2 - first_half) * p.head.hidden);
+    tile.for_each_run(shared, m0, p.head.rows, n0, p.head.condition_width,
+                      [&](int m, int n, Accumulator(&v)[FeatureTile::kRun], int count) {
+                        write_run(address<T>(p.grad_condition, m0 + m, n0 + n), v, count);
+                      });
+  }
+
+  static __device__ __forceinline__ void film_bias_tile(const Arguments& args, T* shared,
+                                                        int64_t item) {
+    const FilmHeadBackward& p = args.problem;
+    const int64_t across = ceil_div(p.head.hidden, kColumnTile);
+    const int64_t half = item / across, index = item % across;
+    const Accumulator leak = p.leaks.head;
+    column_sums<C>(
+        shared, 0, p.head.rows, p.head.hidden, index,
+        [&](int64_t row, int64_t column) {
+          Accumulator v = branch_value(args, 0, row, column);
+          if (leak != 0) {
+            v += leak * branch_value(args, 2, row, column);
+            if (half == 1) v += leak * branch_value(args, 1, row, column);
+          }
+          return half == 0 ? v * element<T>(p.head.target, row, column) : v;
+        },
+        [&](int64_t column, Accumulator sum) {
+          static_cast<T*>(p.grad_film_bias)[half * p.head.hidden + column] = narrow<T>(sum);
+        });
+  }
+};
+
+}  // namespace dgl_ext

@@ -1,0 +1,155 @@
+// Forward launch of the FiLM head: modulation, three sets of hidden features, three sets of logits.
+#pragma once
+
+#include "phases.cuh"
+
+namespace dgl_ext {
+
+struct FilmForwardArguments {
+  FilmHeadForward problem;
+  FilmForwardPlan plan;
+  void* workspace;
+  TileGrid film{}, head{};
+};
+
+template <class C>
+struct FilmForward {
+  using T = typename C::T;
+  using Accumulator = typename C::Accumulator;
+  using Tile = GemmTile<C, Major::kDepth, Major::kDepth>;
+  using Arguments = FilmForwardArguments;
+  static constexpr int kSharedBytes = Tile::kSharedBytes;
+
+  static void count_tiles(Arguments& args) {
+    const FilmHead& head = args.problem.head;
+    args.film = TileGrid::of<C>(head.rows, head.hidden);
+    args.head = TileGrid::of<C>(head.rows, head.classes);
+  }
+
+  static __device__ __forceinline__ void run(const Arguments& args) {
+    T* shared = reinterpret_cast<T*>(dynamic_shared_memory());
+    multiply_film(args, shared);
+    grid_sync();
+    modulate(args);
+    grid_sync();
+    multiply_head(args, shared);
+    if (args.plan.head_splits == 1) return;
+    grid_sync();
+    write_logits(args);
+  }
+
+ private:
+  /// Partial sums of gamma (half 0) and beta (half 1): planes of (rows, 2 padded_hidden).
+  static __device__ __forceinline__ Accumulator* film_partial(const Arguments& args, int64_t split,
+                                                              int64_t half, int64_t row,
+                                                              int64_t column) {
+    const int64_t pitch = args.plan.padded_hidden;
+    return static_cast<Accumulator*>(args.workspace) +
+           (split * args.problem.head.rows + row) * 2 * pitch + half * pitch + column;
+  }
+  /// Hidden features of branch k: 0 fused, 1 x alone, 2 y alone.
+  static __device__ __forceinline__ T* features(const Arguments& args, int64_t branch) {
+    return workspace_at<T>(args.workspace, args.plan.features_offset) +
+           branch * args.problem.head.rows * args.plan.padded_hidden;
+  }
+  static __device__ __forceinline__ Accumulator* head_partial(const Arguments& args, int64_t split,
+                                                              int64_t branch, int64_t row,
+                                                              int64_t column) {
+    return workspace_at<Accumulator>(args.workspace, args.plan.head_partial_offset) +
+           ((split * 3 + branch) * args.problem.head.rows + row) * args.plan.padded_classes +
+           column;
+  }
+  static __device__ __forceinline__ const Matrix& logits(const FilmHeadForward& p, int64_t branch) {
+    return branch == 0 ? p.fused : p.unimodal[branch - 1];
+  }
+
+  static __device__ __forceinline__ void multiply_film(const Arguments& args, T* shared) {
+    const FilmHead& head = args.problem.head;
+    const TileGrid& grid = args.film;
+    const int64_t items = args.plan.film_splits * 2 * grid.count;
+#pragma unroll 1
+    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+      const int64_t index = item % grid.count, half = item / grid.count % 2;
+      const int64_t split = item / grid.count / 2;
+      const int64_t m0 = grid.row<C>(index), n0 = grid.column<C>(index);
+      const int64_t begin = split * args.plan.film_depth;
+      Operand<T> weight = operand<T>(head.film_weight);
+      weight.data += half * head.hidden * weight.stride;
+      Tile tile;
+      tile.clear();
+      tile.accumulate(shared, operand<T>(head.condition), weight, m0, head.rows, n0, head.hidden,
+                      begin, smaller(begin + args.plan.film_depth, head.condition_width));
+      tile.for_each_run(shared, m0, head.rows, n0, head.hidden,
+                        [&](int m, int n, Accumulator(&v)[Tile::kRun], int count) {
+                          write_run(film_partial(args, split, half, m0 + m, n0 + n), v, count);
+                        });
+    }
+  }
+
+  /// h = gamma y + beta; h_x = beta (y absent); h_y = b_gamma y + b_beta (x absent).
+  static __device__ __forceinline__ void modulate(const Arguments& args) {
+    const FilmHeadForward& p = args.problem;
+    const int64_t hidden = p.head.hidden, pitch = args.plan.padded_hidden;
+    const int64_t plane = p.head.rows * 2 * pitch;
+    for_each_element<C>(p.head.rows, hidden, [&](int64_t row, int64_t column) {
+      const Accumulator bias_gamma = bias_at<T>(p.head.film_bias, column);
+      const Accumulator bias_beta = bias_at<T>(p.head.film_bias, hidden + column);
+      const Accumulator y = element<T>(p.head.target, row, column);
+      const int64_t splits = args.plan.film_splits;
+      const Accumulator gamma =
+          sum_splits(film_partial(args, 0, 0, row, column), splits, plane) + bias_gamma;
+      const Accumulator beta =
+          sum_splits(film_partial(args, 0, 1, row, column), splits, plane) + bias_beta;
+      *address<Accumulator>(p.modulation, row, column) = gamma;
+      *address<Accumulator>(p.modulation, row, hidden + column) = beta;
+      const int64_t at = row * pitch + column;
+      features(args, 0)[at] = narrow<T>(gamma * y + beta);
+      features(args, 1)[at] = narrow<T>(beta);
+      features(args, 2)[at] = narrow<T>(bias_gamma * y + bias_beta);
+    });
+  }
+
+  static __device__ __forceinline__ void multiply_head(const Arguments& args, T* shared) {
+    const FilmHeadForward& p = args.problem;
+    const TileGrid& grid = args.head;
+    const int64_t items = args.plan.head_splits * 3 * grid.count;
+#pragma unroll 1
+    for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+      const int64_t index = item % grid.count, branch = item / grid.count % 3;
+      const int64_t split = item / grid.count / 3;
+      const int64_t m0 = grid.row<C>(index), n0 = grid.column<C>(index);
+      const int64_t begin = split * args.plan.head_depth;
+      Tile tile;
+      tile.clear();
+      tile.accumulate(shared, {features(args, branch), args.plan.padded_hidden},
+                      operand<T>(p.head.out_weight), m0, p.head.rows, n0, p.head.classes, begin,
+                      smaller(begin + args.plan.head_depth, p.head.hidden));
+      tile.for_each_run(shared, m0, p.head.rows, n0, p.head.classes,
+                        [&](int m, int n, Accumulator(&v)[Tile::kRun], int count) {
+                          if (args.plan.head_splits > 1) {
+                            write_run(head_partial(args, split, branch, m0 + m, n0 + n), v, count);
+                            return;
+                          }
+#pragma unroll
+                          for (int e = 0; e < Tile::kRun; ++e) {
+                            if (e < count) v[e] += bias_at<T>(p.head.out_bias, n0 + n + e);
+                          }
+                          write_run(address<T>(logits(p, branch), m0 + m, n0 + n), v, count);
+                        });
+    }
+  }
+
+  static __device__ __forceinline__ void write_logits(const Arguments& args) {
+    const FilmHeadForward& p = args.problem;
+    const int64_t plane = 3 * p.head.rows * args.plan.padded_classes;
+    for_each_element<C>(3 * p.head.rows, p.head.classes, [&](int64_t stacked, int64_t column) {
+      const int64_t branch = stacked / p.head.rows, row = stacked % p.head.rows;
+      const Accumulator sum =
+          sum_splits(head_partial(args, 0, branch, row, column), args.plan.head_splits, plane);
+      *address<T>(logits(p, branch), row, column) =
+          narrow<T>(sum + bias_at<T>(p.head.out_bias, column));
+    });
+  }
+};
+
+}  // namespace dgl_ext

@@ -1,0 +1,37 @@
+#include "film_backward.cuh"
+#include "film_forward.cuh"
+#include "instances.cuh"
+#include "launch.h"
+
+namespace dgl_ext {
+
+cudaError_t film_head_forward(const FilmHeadForward& problem, Precision precision,
+                              const FilmForwardPlan& plan, void* workspace, cudaStream_t stream) {
+  if (problem.head.rows == 0) return cudaSuccess;
+  const FilmForwardArguments arguments{problem, plan, workspace};
+  return launch_head<FilmForward>(FilmConfigs{}, precision.dtype, plan.launch, arguments, stream);
+}
+
+cudaError_t film_head_backward(const FilmHeadBackward& problem, Precision precision,
+                               const FilmBackwardPlan& plan, void* workspace, cudaStream_t stream) {
+  FilmBackwardArguments arguments{problem, plan, workspace};
+  FilmHeadBackward& p = arguments.problem;
+  // what nothing flows into is dropped here, so that the kernel asks one question only
+  if (!condition_flows(p)) p.grad_condition.data = nullptr;
+  if (!target_flows(p)) p.grad_target.data = nullptr;
+  if (!film_weight_flows(p)) p.grad_film_weight.data = nullptr;
+  if (!parameters_flow(p)) p.grad_film_bias = p.grad_out_bias = p.grad_out_weight.data = nullptr;
+  if (!p.grad_condition.data && !p.grad_target.data && !p.grad_film_weight.data &&
+      !p.grad_film_bias && !p.grad_out_weight.data && !p.grad_out_bias) {
+    return cudaSuccess;
+  }
+  return launch_head<FilmBackward>(FilmConfigs{}, precision.dtype, plan.launch, arguments, stream);
+}
+
+cudaError_t film_head_occupancy(int (&ctas)[kTileCount]) {
+  const cudaError_t status = lower_occupancy<FilmForward>(FilmConfigs{}, ctas);
+  if (status != cudaSuccess) return status;
+  return lower_occupancy<FilmBackward>(FilmConfigs{}, ctas);
+}
+
+}  // namespace dgl_ext

@@ -1,0 +1,35 @@
+// The CUDA launchers: plain functions of a problem, its plan, a workspace and a stream.
+//
+// They return without waiting and are safe under CUDA graph capture. `workspace` holds
+// plan.launch.workspace_bytes bytes, 16-byte aligned, that nobody else uses until the launch is
+// done; null where that is 0. The plan must have been made for this very problem, precision and
+// device. Problems with nothing to do launch nothing.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "heads.h"
+#include "plan.h"
+
+namespace dgl_ext {
+
+/// Fills what plans need to know of the current device (not max_ctas). Slow: asks the occupancy of
+/// every kernel; callers keep the result per device.
+cudaError_t query_device(Device* device);
+
+cudaError_t linear_head_forward(const LinearHeadForward& problem, Precision precision,
+                                const LinearForwardPlan& plan, void* workspace,
+                                cudaStream_t stream);
+cudaError_t linear_head_backward(const LinearHeadBackward& problem, Precision precision,
+                                 const LinearBackwardPlan& plan, void* workspace,
+                                 cudaStream_t stream);
+cudaError_t film_head_forward(const FilmHeadForward& problem, Precision precision,
+                              const FilmForwardPlan& plan, void* workspace, cudaStream_t stream);
+cudaError_t film_head_backward(const FilmHeadBackward& problem, Precision precision,
+                               const FilmBackwardPlan& plan, void* workspace, cudaStream_t stream);
+
+/// query_device's share of each head: lowers ctas[tile] to what this head's kernels allow.
+cudaError_t linear_head_occupancy(int (&ctas)[kTileCount]);
+cudaError_t film_head_occupancy(int (&ctas)[kTileCount]);
+
+}  // namespace dgl_ext

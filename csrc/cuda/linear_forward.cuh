@@ -1,0 +1,136 @@
+// Forward launch of the linear head (concat, sum): z = sum_i h_i W_i^T + b, z_i = h_i W_i^T + b_i.
+#pragma once
+
+#include "phases.cuh"
+
+namespace dgl_ext {
+
+struct LinearForwardArguments {
+  LinearHeadForward problem;
+  LinearForwardPlan plan;
+  void* workspace;
+  TileGrid grid{};
+  int64_t items = 0;  ///< tiles, or tiles times all splits
+};
+
+template <class C>
+struct LinearForward {
+  using T = typename C::T;
+  using Accumulator = typename C::Accumulator;
+  using Tile = GemmTile<C, Major::kDepth, Major::kDepth>;
+  using Arguments = LinearForwardArguments;
+  static constexpr int kSharedBytes = Tile::kSharedBytes;
+
+  static void count_tiles(Arguments& args) {
+    const LinearHead& head = args.problem.head;
+    args.grid = TileGrid::of<C>(head.rows, head.classes);
+    int64_t splits = 0;
+    for (int i = 0; i < head.modalities; ++i) splits += args.plan.splits[i];
+    args.items = args.grid.count * (args.plan.direct ? 1 : splits);
+  }
+
+  static __device__ __forceinline__ void run(const Arguments& args) {
+    T* shared = reinterpret_cast<T*>(dynamic_shared_memory());
+    multiply(args, shared);
+    if (args.plan.direct) return;
+    grid_sync();
+    write_logits(args);
+  }
+
+ private:
+  /// Direct: one item per output tile, all modalities one after the other. Otherwise one item per
+  /// tile and split, the modality being the outermost split.
+  static __device__ __forceinline__ void multiply(const Arguments& args, T* shared) {
+    const LinearHead& head = args.problem.head;
+    const LinearForwardPlan& plan = args.plan;
+    const TileGrid& grid = args.grid;
+    const bool direct = plan.direct;
+#pragma unroll 1
+    for (int64_t item = blockIdx.x; item < args.items; item += gridDim.x) {
+      const int64_t split = item / grid.count, tile_index = item % grid.count;
+      const int64_t m0 = grid.row<C>(tile_index), n0 = grid.column<C>(tile_index);
+      int i = 0;
+      int64_t first_split = 0;  // of modality i
+      while (!direct && split - first_split >= plan.splits[i]) first_split += plan.splits[i++];
+#pragma unroll 1
+      do {
+        const int64_t width = head.width[i];
+        const int64_t begin = direct ? 0 : (split - first_split) * plan.split_depth;
+        const int64_t end = direct ? width : smaller(begin + plan.split_depth, width);
+        Tile tile;
+        tile.clear();
+        tile.accumulate(shared, operand<T>(head.feature[i]), operand<T>(head.weight[i]), m0,
+                        head.rows, n0, head.classes, begin, end);
+        tile.for_each_run(shared, m0, head.rows, n0, head.classes,
+                          [&](int m, int n, Accumulator(&v)[Tile::kRun], int count) {
+                            if (direct) {
+                              store_direct(args, i, m0 + m, n0 + n, v, count);
+                            } else {
+                              write_run(partial(args, split, m0 + m, n0 + n), v, count);
+                            }
+                          });
+        ++i;
+      } while (direct && i < head.modalities);
+    }
+  }
+
+  static __device__ __forceinline__ Accumulator* partial(const Arguments& args, int64_t split,
+                                                         int64_t row, int64_t column) {
+    return static_cast<Accumulator*>(args.workspace) +
+           (split * args.problem.head.rows + row) * args.plan.padded_classes + column;
+  }
+
+  /// The fused sum is kept in the workspace between modalities. Every element is written and read
+  /// by one thread, so no sync is needed; registers could not hold a second set of accumulators.
+  static __device__ __forceinline__ void store_direct(const Arguments& args, int i, int64_t row,
+                                                      int64_t column, Accumulator (&v)[Tile::kRun],
+                                                      int count) {
+    const LinearHeadForward& p = args.problem;
+    Accumulator logits[Tile::kRun], sum[Tile::kRun];
+    Accumulator* kept = partial(args, 0, row, column);
+    const bool last = i == p.head.modalities - 1;
+#pragma unroll
+    for (int e = 0; e < Tile::kRun; ++e) {
+      if (e >= count) break;
+      logits[e] = v[e] + bias_at<T>(p.branch_bias[i], column + e);
+      sum[e] = i > 0 ? kept[e] + v[e] : v[e];
+      if (last) sum[e] += fused_bias(p, column + e);
+    }
+    write_run(address<T>(p.unimodal[i], row, column), logits, count);
+    if (last) {
+      write_run(address<T>(p.fused, row, column), sum, count);
+    } else {
+      write_run(kept, sum, count);
+    }
+  }
+
+  static __device__ __forceinline__ Accumulator fused_bias(const LinearHeadForward& p,
+                                                           int64_t column) {
+    if (p.fused_bias) return bias_at<T>(p.fused_bias, column);
+    Accumulator sum = 0;
+#pragma unroll 1
+    for (int i = 0; i < p.head.modalities; ++i) sum += bias_at<T>(p.branch_bias[i], column);
+    return sum;
+  }
+
+  static __device__ __forceinline__ void write_logits(const Arguments& args) {
+    const LinearHeadForward& p = args.problem;
+    const int64_t plane = p.head.rows * args.plan.padded_classes;
+    for_each_element<C>(p.head.rows, p.head.classes, [&](int64_t row, int64_t column) {
+      Accumulator fused = fused_bias(p, column);
+      int64_t split = 0;
+#pragma unroll 1
+      for (int i = 0; i < p.head.modalities; ++i) {
+        const int64_t count = args.plan.splits[i];
+        const Accumulator sum = sum_splits(partial(args, split, row, column), count, plane);
+        fused += sum;
+        *address<T>(p.unimodal[i], row, column) =
+            narrow<T>(sum + bias_at<T>(p.branch_bias[i], column));
+        split += count;
+      }
+      *address<T>(p.fused, row, column) = narrow<T>(fused);
+    });
+  }
+};
+
+}  // namespace dgl_ext

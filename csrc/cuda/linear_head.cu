@@ -1,0 +1,41 @@
+#include "instances.cuh"
+#include "launch.h"
+#include "linear_backward.cuh"
+#include "linear_forward.cuh"
+
+namespace dgl_ext {
+
+cudaError_t linear_head_forward(const LinearHeadForward& problem, Precision precision,
+                                const LinearForwardPlan& plan, void* workspace,
+                                cudaStream_t stream) {
+  if (problem.head.rows == 0 || problem.head.classes == 0) return cudaSuccess;
+  const LinearForwardArguments arguments{problem, plan, workspace};
+  return launch_head<LinearForward>(LinearConfigs{}, precision.dtype, plan.launch, arguments,
+                                    stream);
+}
+
+cudaError_t linear_head_backward(const LinearHeadBackward& problem, Precision precision,
+                                 const LinearBackwardPlan& plan, void* workspace,
+                                 cudaStream_t stream) {
+  LinearBackwardArguments arguments{problem, plan, workspace};
+  LinearHeadBackward& p = arguments.problem;
+  bool work = false;
+  // what nothing flows into is dropped here, so that the kernel asks one question only
+  for (int i = 0; i < p.head.modalities; ++i) {
+    if (!feature_flows(p, i)) p.grad_feature[i].data = nullptr;
+    if (!weight_flows(p, i)) p.grad_weight[i].data = p.grad_branch_bias[i] = nullptr;
+    work |= p.grad_feature[i].data || p.grad_weight[i].data || p.grad_branch_bias[i];
+  }
+  if (!fused_bias_flows(p)) p.grad_fused_bias = nullptr;
+  if (!work && !p.grad_fused_bias) return cudaSuccess;
+  return launch_head<LinearBackward>(LinearConfigs{}, precision.dtype, plan.launch, arguments,
+                                     stream);
+}
+
+cudaError_t linear_head_occupancy(int (&ctas)[kTileCount]) {
+  const cudaError_t status = lower_occupancy<LinearForward>(LinearConfigs{}, ctas);
+  if (status != cudaSuccess) return status;
+  return lower_occupancy<LinearBackward>(LinearConfigs{}, ctas);
+}
+
+}  // namespace dgl_ext

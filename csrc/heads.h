@@ -1,0 +1,143 @@
+// The problem as plain structs: what a head computes, on which memory. No torch, no CUDA.
+//
+// Conventions. Every pointer is untyped; `Dtype` of the call says what it points to, and all
+// tensors of a call share that dtype (biases and gradients included). A matrix has contiguous
+// columns and rows `stride` ELEMENTS apart; any stride and any alignment is correct, strides and
+// base addresses that are multiples of 16 bytes are fast. Outputs must not overlap anything.
+// A null pointer means: not there (bias), nothing arrives (incoming gradient), not wanted (output).
+#pragma once
+
+#include <cstdint>
+
+namespace dgl_ext {
+
+constexpr int kMaxModalities = 8;
+
+enum class Dtype { kFloat64, kFloat32, kBFloat16, kFloat16 };
+
+constexpr int64_t element_size(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
+/// Sums and saved intermediates of 16-bit types are float32.
+constexpr int64_t accumulator_size(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : 4; }
+
+struct ConstMatrix {
+  const void* data = nullptr;
+  int64_t stride = 0;
+};
+struct Matrix {
+  void* data = nullptr;
+  int64_t stride = 0;
+};
+
+/// Shares of the gradients that the truncations let through (method.md, "Leaks").
+struct Leaks {
+  double encoder = 0;  ///< of the fused branch's gradient, to the features
+  double head = 0;     ///< of the unimodal branches' gradients, to the parameters
+};
+
+/// Concat and sum in one: z_i = h_i W_i^T + branch bias, z = sum_i h_i W_i^T + fused bias.
+/// For concat the weights are column slices of one matrix, for sum they are separate.
+struct LinearHead {
+  int64_t rows = 0, classes = 0;
+  int modalities = 0;  ///< 1 to kMaxModalities
+  int64_t width[kMaxModalities] = {};
+  ConstMatrix feature[kMaxModalities];  ///< (rows, width[i])
+  ConstMatrix weight[kMaxModalities];   ///< (classes, width[i])
+};
+
+struct LinearHeadForward {
+  LinearHead head;
+  /// Concat: the shared bias, added once to z. Null: z gets the sum of the branch biases.
+  const void* fused_bias = nullptr;
+  const void* branch_bias[kMaxModalities] = {};  ///< concat: the shared bias M times; sum: b_i
+  Matrix fused;                                  ///< (rows, classes)
+  Matrix unimodal[kMaxModalities];               ///< (rows, classes) each
+};
+
+/// With g, g_i the incoming gradients:
+///   grad_feature[i]     = (g_i + encoder g) W_i
+///   grad_weight[i]      = (g + head g_i)^T h_i
+///   grad_fused_bias     = sum over rows of g + head * sum_i g_i     (concat's only bias)
+///   grad_branch_bias[i] = sum over rows of g + head * g_i           (sum's biases)
+/// A wanted gradient into which nothing flows is left unwritten (see the *_flows functions).
+struct LinearHeadBackward {
+  LinearHead head;
+  Leaks leaks;
+  ConstMatrix grad_fused;                     ///< (rows, classes)
+  ConstMatrix grad_unimodal[kMaxModalities];  ///< (rows, classes)
+  Matrix grad_feature[kMaxModalities];        ///< (rows, width[i])
+  Matrix grad_weight[kMaxModalities];         ///< (classes, width[i])
+  void* grad_fused_bias = nullptr;            ///< (classes)
+  void* grad_branch_bias[kMaxModalities] = {};
+};
+
+/// FiLM: [gamma|beta] = x W_f^T + b_f, h = gamma y + beta, z = h W_o^T + b_o;
+/// alone, x gives h_x = beta and y gives h_y = b_gamma y + b_beta, through the same W_o, b_o.
+struct FilmHead {
+  int64_t rows = 0, condition_width = 0, hidden = 0, classes = 0;
+  ConstMatrix condition;            ///< x (rows, condition_width)
+  ConstMatrix target;               ///< y (rows, hidden)
+  ConstMatrix film_weight;          ///< W_f (2 hidden, condition_width)
+  ConstMatrix out_weight;           ///< W_o (classes, hidden)
+  const void* film_bias = nullptr;  ///< b_f (2 hidden)
+  const void* out_bias = nullptr;   ///< b_o (classes)
+};
+
+struct FilmHeadForward {
+  FilmHead head;
+  Matrix fused;        ///< (rows, classes)
+  Matrix unimodal[2];  ///< (rows, classes): x alone, y alone
+  Matrix modulation;   ///< [gamma|beta] (rows, 2 hidden) in the ACCUMULATOR type, for backward
+};
+
+/// With dh = g W_o, dh_x = g_x W_o, dh_y = g_y W_o:
+///   grad_condition   = encoder ([dh y|dh] W_f) + dh_x W_beta
+///   grad_target      = encoder gamma dh + b_gamma dh_y
+///   grad_film_weight = [dh y | dh + head dh_x]^T x
+///   grad_film_bias   = sum over rows of [dh y + head dh_y y | dh + head (dh_x + dh_y)]
+///   grad_out_weight  = g^T h + head (g_x^T h_x + g_y^T h_y)
+///   grad_out_bias    = sum over rows of g + head (g_x + g_y)
+struct FilmHeadBackward {
+  FilmHead head;
+  Leaks leaks;
+  ConstMatrix modulation;  ///< as the forward launch saved it
+  ConstMatrix grad_fused;
+  ConstMatrix grad_unimodal[2];
+  Matrix grad_condition;           ///< (rows, condition_width)
+  Matrix grad_target;              ///< (rows, hidden)
+  Matrix grad_film_weight;         ///< (2 hidden, condition_width)
+  Matrix grad_out_weight;          ///< (classes, hidden)
+  void* grad_film_bias = nullptr;  ///< (2 hidden)
+  void* grad_out_bias = nullptr;   ///< (classes)
+};
+
+/// Does any incoming gradient reach this one? Where not, autograd must give None, not zeros.
+inline bool feature_flows(const LinearHeadBackward& p, int i) {
+  return p.grad_unimodal[i].data || (p.grad_fused.data && p.leaks.encoder != 0);
+}
+inline bool weight_flows(const LinearHeadBackward& p, int i) {
+  return p.grad_fused.data || (p.grad_unimodal[i].data && p.leaks.head != 0);
+}
+inline bool fused_bias_flows(const LinearHeadBackward& p) {
+  for (int i = 0; i < p.head.modalities; ++i) {
+    if (weight_flows(p, i)) return true;
+  }
+  return false;
+}
+inline bool condition_flows(const FilmHeadBackward& p) {
+  return p.grad_unimodal[0].data || (p.grad_fused.data && p.leaks.encoder != 0);
+}
+inline bool target_flows(const FilmHeadBackward& p) {
+  return p.grad_unimodal[1].data || (p.grad_fused.data && p.leaks.encoder != 0);
+}
+/// The film weight sees y alone only through its bias: g_y never reaches it.
+inline bool film_weight_flows(const FilmHeadBackward& p) {
+  return p.grad_fused.data || (p.grad_unimodal[0].data && p.leaks.head != 0);
+}
+inline bool parameters_flow(const FilmHeadBackward& p) {
+  return p.grad_fused.data ||
+         ((p.grad_unimodal[0].data || p.grad_unimodal[1].data) && p.leaks.head != 0);
+}
+
+}  // namespace dgl_ext

@@ -1,0 +1,410 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace dgl_ext {
+namespace {
+
+// ---- values to be measured: every one below is a guess from counting, no GPU has seen it yet
+// -----
+
+/// Work (flop of forward and backward together) above which library GEMMs should win.
+constexpr double kComposedAbove[] = {
+    1e9,   // kFloat64: our SIMT instantiation is a simple one
+    1e11,  // kFloat32, exact
+    24e9,  // kBFloat16
+    24e9,  // kFloat16
+};
+constexpr double kComposedAboveTf32 = 12e9;
+/// A large tile is taken where it makes at least this many tiles per multiprocessor.
+constexpr double kLargeTilesPerMultiprocessor = 0.5, kXLargeTilesPerMultiprocessor = 2;
+/// Up to this many k-steps a CTA does all modalities itself rather than pay for a grid sync.
+constexpr int64_t kDirectSteps = 8;
+/// Sums over rows are split only into pieces of at least this many k-steps.
+constexpr int64_t kLeastStepsPerRowSplit = 16;
+
+// --------------------------------------------------------------------------------------------------
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+bool allows_16_byte_copies(const void* data, int64_t stride, Dtype dtype) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * element_size(dtype) % 16 == 0;
+}
+bool allows_16_byte_copies(const ConstMatrix& m, Dtype dtype) {
+  return allows_16_byte_copies(m.data, m.stride, dtype);
+}
+/// Columns of a workspace plane whose rows are 16-byte multiples, for elements down to 16 bits.
+int64_t padded(int64_t columns) { return round_up(columns, 8); }
+
+struct TileFamily {
+  Tile small, large, xlarge;
+};
+TileFamily family_of(Precision precision) {
+  switch (precision.dtype) {
+    case Dtype::kFloat64:
+      return {Tile::kFloat64, Tile::kFloat64, Tile::kFloat64};
+    case Dtype::kFloat32:
+      return precision.allow_tf32
+                 ? TileFamily{Tile::kTFloat32Small, Tile::kTFloat32Large, Tile::kTFloat32Large}
+                 : TileFamily{Tile::kFloat32Small, Tile::kFloat32Large, Tile::kFloat32Large};
+    default:
+      return {Tile::kHalfSmall, Tile::kHalfLarge, Tile::kHalfXLarge};
+  }
+}
+
+struct Output {
+  int64_t rows = 0, columns = 0;
+};
+int64_t count_tiles(Tile tile, const Output* outputs, int count) {
+  int64_t tiles = 0;
+  for (int i = 0; i < count; ++i) {
+    tiles += ceil_div(outputs[i].rows, shape_of(tile).rows) *
+             ceil_div(outputs[i].columns, shape_of(tile).columns);
+  }
+  return tiles;
+}
+
+/// Tile, alignment and path for a launch that computes `outputs` with GEMMs.
+LaunchShape choose_tile(Precision precision, bool operands_aligned, bool has_xlarge, double flop,
+                        const Output* outputs, int count, const Device& device,
+                        const PlanRequest& request) {
+  LaunchShape launch;
+  const bool tf32 = precision.dtype == Dtype::kFloat32 && precision.allow_tf32;
+  const double bound =
+      tf32 ? kComposedAboveTf32 : kComposedAbove[static_cast<int>(precision.dtype)];
+  if (flop > bound && !request.force_kernel) launch.path = Path::kComposed;
+
+  launch.aligned = operands_aligned && precision.dtype != Dtype::kFloat64;
+  if (!launch.aligned) precision.allow_tf32 = false;  // the unaligned float32 kernel is exact
+  const TileFamily family = family_of(precision);
+  const auto resident = [&](Tile tile) { return device.resident_ctas[static_cast<int>(tile)]; };
+  const auto fills = [&](Tile tile, double per_multiprocessor) {
+    return resident(tile) > 0 &&
+           double(count_tiles(tile, outputs, count)) >= per_multiprocessor * device.multiprocessors;
+  };
+  launch.tile = family.small;
+  if (launch.aligned) {
+    if (fills(family.large, kLargeTilesPerMultiprocessor)) launch.tile = family.large;
+    if (has_xlarge && fills(family.xlarge, kXLargeTilesPerMultiprocessor)) {
+      launch.tile = family.xlarge;
+    }
+    const Tile wanted = request.tile;
+    const bool known =
+        wanted == family.small || wanted == family.large || (has_xlarge && wanted == family.xlarge);
+    if (request.choose_tile && known && resident(wanted) > 0) launch.tile = wanted;
+  }
+  // cp.async, mma.sync with these types and cooperative groups as used need sm_80
+  if (device.capability < 80 || resident(launch.tile) == 0) launch.path = Path::kComposed;
+  return launch;
+}
+
+/// CTAs for phases of at most `items` independent items: all that is useful, and no more than
+/// are resident at once, which a grid-wide sync needs.
+int choose_grid(const LaunchShape& launch, int64_t items, const Device& device) {
+  int64_t limit = int64_t(device.resident_ctas[static_cast<int>(launch.tile)]) *
+                  std::max(device.multiprocessors, 1);
+  if (device.max_ctas > 0) limit = std::min<int64_t>(limit, device.max_ctas);
+  return int(std::max<int64_t>(1, std::min(items, limit)));
+}
+/// CTAs that an element-wise phase, a warp per row, can use; one per multiprocessor is enough.
+int64_t row_items(int64_t rows, const LaunchShape& launch, const Device& device) {
+  const int64_t warps = shape_of(launch.tile).threads() / 32;
+  return std::min<int64_t>(ceil_div(rows, warps), device.multiprocessors);
+}
+
+/// Splits k so that about `target` items exist; returns the elements per split.
+int64_t choose_depth(int64_t total_steps, int64_t splits, int64_t step) {
+  total_steps = std::max<int64_t>(total_steps, 1);
+  return ceil_div(total_steps, std::clamp<int64_t>(splits, 1, total_steps)) * step;
+}
+
+/// Hands out consecutive 16-byte aligned parts of the workspace.
+class Layout {
+ public:
+  int64_t add(int64_t bytes) {
+    const int64_t at = bytes_;
+    bytes_ += round_up(bytes, 16);
+    return at;
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  int64_t bytes_ = 0;
+};
+
+int64_t total_width(const LinearHead& head) {
+  int64_t sum = 0;
+  for (int i = 0; i < head.modalities; ++i) sum += head.width[i];
+  return sum;
+}
+/// Forward, feature and weight gradients: three products of two flop per multiply-add.
+double work(const LinearHead& head) {
+  return 6. * double(head.rows) * double(total_width(head)) * double(head.classes);
+}
+double work(const FilmHead& head) {
+  const double film = 2. * double(head.condition_width) * double(head.hidden);
+  return 6. * double(head.rows) * (film + 3. * double(head.hidden) * double(head.classes));
+}
+bool aligned(const LinearHead& head, Dtype dtype) {
+  for (int i = 0; i < head.modalities; ++i) {
+    if (!allows_16_byte_copies(head.feature[i], dtype) ||
+        !allows_16_byte_copies(head.weight[i], dtype)) {
+      return false;
+    }
+  }
+  return true;
+}
+bool aligned(const FilmHead& head, Dtype dtype) {
+  const ConstMatrix beta_weight{// the lower half of the film weight is an operand of its own
+                                static_cast<const char*>(head.film_weight.data) +
+                                    head.hidden * head.film_weight.stride * element_size(dtype),
+                                head.film_weight.stride};
+  return allows_16_byte_copies(head.condition, dtype) &&
+         allows_16_byte_copies(head.film_weight, dtype) &&
+         allows_16_byte_copies(beta_weight, dtype) && allows_16_byte_copies(head.out_weight, dtype);
+}
+
+/// Which GEMM operands the backward launch of the linear head uses, and the planes they need.
+class SourceChooser {
+ public:
+  SourceChooser(const LinearHeadBackward& problem, Dtype dtype, LinearBackwardPlan& plan)
+      : p_(problem), dtype_(dtype), plan_(plan) {}
+
+  void choose() {
+    for (int i = 0; i < p_.head.modalities; ++i) {
+      if (p_.grad_feature[i].data && feature_flows(p_, i)) {
+        plan_.to_feature[i] = source(i + 1, 0, p_.leaks.encoder);
+      }
+      if (p_.grad_weight[i].data && weight_flows(p_, i)) {
+        plan_.to_weight[i] = source(0, i + 1, p_.leaks.head);
+      }
+    }
+  }
+
+ private:
+  const ConstMatrix& gradient(int index) const {
+    return index == 0 ? p_.grad_fused : p_.grad_unimodal[index - 1];
+  }
+  /// gradient[main] + leak * gradient[other], one of which may be missing.
+  GradientSource source(int main, int other, double leak) {
+    if (!gradient(other).data) leak = 0;
+    if (gradient(main).data && leak != 0) return {-1, plane({main, other, leak}), 1};
+    const int only = gradient(main).data ? main : other;
+    const double scale = only == main ? 1 : leak;
+    if (plan_.launch.aligned && !allows_16_byte_copies(gradient(only), dtype_)) {
+      return {-1, plane({only, -1, 0}), scale};
+    }
+    return {only, -1, scale};
+  }
+  int plane(const GradientPlane& wanted) {
+    for (int i = 0; i < plan_.plane_count; ++i) {
+      const GradientPlane& have = plan_.planes[i];
+      if (have.first == wanted.first && have.second == wanted.second) return i;
+    }
+    plan_.planes[plan_.plane_count] = wanted;
+    return plan_.plane_count++;
+  }
+
+  const LinearHeadBackward& p_;
+  const Dtype dtype_;
+  LinearBackwardPlan& plan_;
+};
+
+}  // namespace
+
+LinearForwardPlan plan_linear_forward(const LinearHeadForward& p, Precision precision,
+                                      const Device& device, const PlanRequest& request) {
+  const LinearHead& head = p.head;
+  LinearForwardPlan plan;
+  const Output output{head.rows, head.classes * head.modalities};
+  plan.launch = choose_tile(precision, aligned(head, precision.dtype), true, work(head), &output, 1,
+                            device, request);
+  const TileShape& shape = shape_of(plan.launch.tile);
+  const Output logits{head.rows, head.classes};
+  const int64_t tiles = count_tiles(plan.launch.tile, &logits, 1);
+  int64_t steps = 0;
+  for (int i = 0; i < head.modalities; ++i) steps += ceil_div(head.width[i], shape.depth);
+
+  plan.padded_classes = padded(head.classes);
+  const int64_t plane = head.rows * plan.padded_classes * accumulator_size(precision.dtype);
+  const bool enough_tiles = 2 * tiles >= device.multiprocessors;
+  plan.direct = request.splits > 0 ? request.splits == 1 : enough_tiles || steps <= kDirectSteps;
+  if (plan.direct) {
+    plan.launch.workspace_bytes = head.modalities > 1 ? plane : 0;
+    plan.launch.grid = choose_grid(plan.launch, tiles, device);
+    return plan;
+  }
+  const int64_t wanted =
+      request.splits > 0 ? request.splits : device.multiprocessors / std::max<int64_t>(tiles, 1);
+  plan.split_depth = choose_depth(steps, wanted, shape.depth);
+  int64_t splits = 0;
+  for (int i = 0; i < head.modalities; ++i) {
+    plan.splits[i] = ceil_div(head.width[i], plan.split_depth);
+    splits += plan.splits[i];
+  }
+  plan.launch.cooperative = true;
+  plan.launch.workspace_bytes = splits * plane;
+  const int64_t items = std::max(splits * tiles, row_items(head.rows, plan.launch, device));
+  plan.launch.grid = choose_grid(plan.launch, items, device);
+  return plan;
+}
+
+LinearBackwardPlan plan_linear_backward(const LinearHeadBackward& p, Precision precision,
+                                        const Device& device, const PlanRequest& request) {
+  const LinearHead& head = p.head;
+  LinearBackwardPlan plan;
+  Output outputs[2 * kMaxModalities];
+  int weights = 0, count = 0;
+  for (int i = 0; i < head.modalities; ++i) {
+    if (p.grad_weight[i].data) outputs[count++] = {head.classes, head.width[i]};
+  }
+  weights = count;
+  for (int i = 0; i < head.modalities; ++i) {
+    if (p.grad_feature[i].data) outputs[count++] = {head.rows, head.width[i]};
+  }
+  plan.launch = choose_tile(precision, aligned(head, precision.dtype), true, work(head), outputs,
+                            count, device, request);
+  SourceChooser(p, precision.dtype, plan).choose();
+
+  const Tile tile = plan.launch.tile;
+  const int64_t depth = shape_of(tile).depth, steps = ceil_div(head.rows, depth);
+  const int64_t weight_tiles = count_tiles(tile, outputs, weights);
+  const int64_t feature_tiles = count_tiles(tile, outputs + weights, count - weights);
+  int64_t wanted = request.splits;
+  if (wanted == 0) {
+    // a weight tile must not take much longer than an even share of all the work
+    const int64_t total = weight_tiles * steps + feature_tiles * ceil_div(head.classes, depth);
+    const int64_t share =
+        std::max(ceil_div(total, std::max(device.multiprocessors, 1)), kLeastStepsPerRowSplit);
+    if (steps > 2 * share) wanted = ceil_div(steps, share);
+  }
+  plan.rows_per_split = choose_depth(steps, wanted, depth);
+  plan.row_splits = int(std::max<int64_t>(1, ceil_div(head.rows, plan.rows_per_split)));
+
+  int biases = p.grad_fused_bias != nullptr;
+  for (int i = 0; i < head.modalities; ++i) biases += p.grad_branch_bias[i] != nullptr;
+  plan.padded_classes = padded(head.classes);
+  Layout layout;
+  layout.add(plan.plane_count * head.rows * plan.padded_classes * element_size(precision.dtype));
+  if (plan.row_splits > 1) {
+    for (int i = 0; i < head.modalities; ++i) {
+      plan.weight_partial_columns += round_up(head.width[i], 4);
+    }
+    const int64_t size = accumulator_size(precision.dtype);
+    plan.weight_partial_offset =
+        layout.add(plan.row_splits * head.classes * plan.weight_partial_columns * size);
+    plan.bias_partial_offset =
+        layout.add(plan.row_splits * (head.modalities + 1) * head.classes * size);
+  }
+  plan.launch.workspace_bytes = layout.bytes();
+  plan.launch.cooperative = plan.plane_count > 0 || plan.row_splits > 1;
+  const int64_t bias_tiles = biases * ceil_div(head.classes, 32);
+  int64_t items = (weight_tiles + bias_tiles) * plan.row_splits + feature_tiles;
+  if (plan.plane_count > 0) items = std::max(items, row_items(head.rows, plan.launch, device));
+  plan.launch.grid = choose_grid(plan.launch, items, device);
+  return plan;
+}
+
+FilmForwardPlan plan_film_forward(const FilmHeadForward& p, Precision precision,
+                                  const Device& device, const PlanRequest& request) {
+  const FilmHead& head = p.head;
+  FilmForwardPlan plan;
+  const Output outputs[] = {{head.rows, 2 * head.hidden}, {3 * head.rows, head.classes}};
+  plan.launch = choose_tile(precision, aligned(head, precision.dtype), false, work(head), outputs,
+                            2, device, request);
+  const Tile tile = plan.launch.tile;
+  const int64_t depth = shape_of(tile).depth;
+  const Output film{head.rows, head.hidden}, logits{head.rows, head.classes};
+  const int64_t film_tiles = 2 * count_tiles(tile, &film, 1);
+  const int64_t head_tiles = 3 * count_tiles(tile, &logits, 1);
+  const auto wanted = [&](int64_t tiles) {
+    if (request.splits > 0) return request.splits;
+    return device.multiprocessors / std::max<int64_t>(tiles, 1);
+  };
+  plan.film_depth = choose_depth(ceil_div(head.condition_width, depth), wanted(film_tiles), depth);
+  plan.film_splits = std::max<int64_t>(1, ceil_div(head.condition_width, plan.film_depth));
+  const int64_t head_steps = ceil_div(head.hidden, depth);
+  const bool split_head = request.splits > 1 || head_steps > kDirectSteps;
+  plan.head_depth = choose_depth(head_steps, split_head ? wanted(head_tiles) : 1, depth);
+  plan.head_splits = std::max<int64_t>(1, ceil_div(head.hidden, plan.head_depth));
+
+  plan.padded_hidden = padded(head.hidden);
+  plan.padded_classes = padded(head.classes);
+  const int64_t size = accumulator_size(precision.dtype);
+  Layout layout;
+  layout.add(plan.film_splits * head.rows * 2 * plan.padded_hidden * size);
+  plan.features_offset =
+      layout.add(3 * head.rows * plan.padded_hidden * element_size(precision.dtype));
+  if (plan.head_splits > 1) {
+    plan.head_partial_offset =
+        layout.add(plan.head_splits * 3 * head.rows * plan.padded_classes * size);
+  }
+  plan.launch.workspace_bytes = layout.bytes();
+  plan.launch.cooperative = true;
+  const int64_t items = std::max({film_tiles * plan.film_splits, head_tiles * plan.head_splits,
+                                  row_items(head.rows, plan.launch, device)});
+  plan.launch.grid = choose_grid(plan.launch, items, device);
+  return plan;
+}
+
+FilmBackwardPlan plan_film_backward(const FilmHeadBackward& p, Precision precision,
+                                    const Device& device, const PlanRequest& request) {
+  const FilmHead& head = p.head;
+  FilmBackwardPlan plan;
+  const bool features = p.grad_condition.data || p.grad_target.data;
+  const bool film = p.grad_film_weight.data || p.grad_film_bias;
+  const bool leak = p.leaks.head != 0;
+  const ConstMatrix* incoming[3] = {&p.grad_fused, &p.grad_unimodal[0], &p.grad_unimodal[1]};
+  const bool needed[3] = {film || (p.leaks.encoder != 0 && features),
+                          p.grad_condition.data || (leak && film),
+                          p.grad_target.data || (leak && p.grad_film_bias)};
+  bool gradients_aligned = true;
+  int branches = 0;
+  for (int k = 0; k < 3; ++k) {
+    if (!incoming[k]->data) continue;
+    plan.need_branch[k] = needed[k];
+    plan.to_out_weight[k] = p.grad_out_weight.data && (k == 0 || leak);
+    branches += needed[k];
+    plan.out_branches += plan.to_out_weight[k];
+    gradients_aligned &= allows_16_byte_copies(*incoming[k], precision.dtype);
+  }
+  for (int k = 0, out = 0, other = plan.out_branches; k < 3; ++k) {
+    plan.slot[k] = plan.to_out_weight[k] ? out++ : other++;
+  }
+  plan.condition_leak = p.grad_condition.data && p.grad_fused.data && p.leaks.encoder != 0;
+
+  const Output branch{branches * head.rows, head.hidden};
+  const Output film_weight{p.grad_film_weight.data ? 2 * head.hidden : 0, head.condition_width};
+  const Output condition{p.grad_condition.data ? head.rows : 0, head.condition_width};
+  const Output out_weight{p.grad_out_weight.data ? head.classes : 0, head.hidden};
+  const Output outputs[] = {branch, out_weight, film_weight, condition};
+  plan.launch = choose_tile(precision, aligned(head, precision.dtype), false, work(head), outputs,
+                            4, device, request);
+  plan.copy_gradients = plan.out_branches > 1 || (plan.launch.aligned && !gradients_aligned);
+
+  plan.padded_hidden = padded(head.hidden);
+  plan.padded_classes = padded(head.classes);
+  const int64_t size = element_size(precision.dtype);
+  const int64_t hidden_plane = head.rows * plan.padded_hidden;
+  Layout layout;
+  if (plan.copy_gradients) {
+    plan.gradients_offset = layout.add(3 * head.rows * plan.padded_classes * size);
+  }
+  plan.features_offset = layout.add(plan.out_branches * hidden_plane * size);
+  plan.branches_offset = layout.add(3 * hidden_plane * accumulator_size(precision.dtype));
+  plan.parameters_offset = layout.add(2 * hidden_plane * size);
+  plan.encoder_pitch = padded(plan.condition_leak ? 2 * head.hidden : head.hidden);
+  plan.encoder_offset = layout.add(head.rows * plan.encoder_pitch * size);
+  plan.launch.workspace_bytes = layout.bytes();
+  plan.launch.cooperative = true;
+
+  const Tile tile = plan.launch.tile;
+  const int64_t first = count_tiles(tile, outputs, 2) + ceil_div(head.classes, 32);
+  const int64_t second = count_tiles(tile, outputs + 2, 2) + 2 * ceil_div(head.hidden, 32);
+  plan.launch.grid = choose_grid(
+      plan.launch, std::max({first, second, row_items(head.rows, plan.launch, device)}), device);
+  return plan;
+}
+
+}  // namespace dgl_ext

@@ -1,0 +1,157 @@
+// How a head runs: path, tile, splits, grid, workspace. Pure functions of the problem's sizes and
+// alignments, the dtype and the device: they read no memory behind the problem's pointers, call
+// nothing of CUDA, and are tested without a GPU.
+#pragma once
+
+#include <cstdint>
+
+#include "heads.h"
+
+namespace dgl_ext {
+
+/// One configuration of the GEMM tile; see kTileShapes. Half tiles serve bf16 and fp16.
+enum class Tile {
+  kFloat64,
+  kFloat32Small,
+  kFloat32Large,
+  kTFloat32Small,
+  kTFloat32Large,
+  kHalfSmall,
+  kHalfLarge,
+  kHalfXLarge,
+};
+constexpr int kTileCount = 8;
+
+struct TileShape {
+  int rows, columns, depth;  ///< output tile, and elements of k per step
+  int stages;                ///< depth of the copy pipeline
+  int warps_m, warps_n;
+  int min_ctas;  ///< per multiprocessor: what the register count is limited for
+  bool tensor_cores;
+  constexpr int threads() const { return 32 * warps_m * warps_n; }
+};
+
+/// Small: latency-bound problems, many tiles. Large: throughput. XLarge: the same, more reuse.
+constexpr TileShape kTileShapes[kTileCount] = {
+    {32, 32, 16, 3, 2, 2, 3, false},   // kFloat64
+    {32, 32, 32, 3, 2, 2, 3, false},   // kFloat32Small
+    {128, 128, 8, 4, 4, 1, 2, false},  // kFloat32Large
+    {32, 32, 32, 3, 2, 2, 3, true},    // kTFloat32Small
+    {128, 128, 16, 4, 2, 2, 2, true},  // kTFloat32Large
+    {32, 32, 64, 3, 2, 2, 3, true},    // kHalfSmall
+    {128, 128, 32, 4, 2, 2, 2, true},  // kHalfLarge
+    {128, 256, 32, 3, 2, 4, 1, true},  // kHalfXLarge
+};
+constexpr const TileShape& shape_of(Tile tile) { return kTileShapes[static_cast<int>(tile)]; }
+
+/// What the plan needs to know of a GPU; launch.h has the query.
+struct Device {
+  int multiprocessors = 0;
+  int capability = 0;  ///< 10 * major + minor
+  /// CTAs of the given tile that one multiprocessor holds, the least over all kernels that use
+  /// the tile; 0: the tile does not run here (too little shared memory).
+  int resident_ctas[kTileCount] = {};
+  int max_ctas = 0;  ///< bound on any grid, to leave room for others (NCCL); 0: none
+};
+
+struct Precision {
+  Dtype dtype = Dtype::kFloat32;
+  bool allow_tf32 = false;  ///< float32 may use tf32 tensor cores
+};
+
+enum class Path {
+  kKernel,    ///< this project's kernels
+  kComposed,  ///< library GEMMs on views: the caller's business, nothing else in the plan counts
+};
+
+/// What every launch needs to know.
+struct LaunchShape {
+  Path path = Path::kKernel;
+  Tile tile = Tile::kFloat32Small;
+  bool aligned = false;      ///< every GEMM operand allows 16-byte copies
+  bool cooperative = false;  ///< the launch contains a grid-wide sync
+  int grid = 1;
+  int64_t workspace_bytes = 0;  ///< to be 16-byte aligned; contents undefined before and after
+};
+
+/// Forward of concat and sum. Direct: a CTA computes all modalities of its tile
+/// and writes the logits, no sync. Otherwise partial sums go to the workspace, modality by
+/// modality in `splits[i]` pieces of `split_depth` elements, and are added after a sync.
+struct LinearForwardPlan {
+  LaunchShape launch;
+  bool direct = true;
+  int64_t splits[kMaxModalities] = {};
+  int64_t split_depth = 0;
+  int64_t padded_classes = 0;  ///< row pitch of the workspace planes
+};
+
+/// A GEMM operand of the backward launch: incoming gradient number `gradient` (0 fused, i + 1
+/// unimodal i) or, where `plane` >= 0, that workspace plane; the product is scaled by `scale`.
+struct GradientSource {
+  int gradient = -1, plane = -1;  ///< both -1: nothing flows here
+  double scale = 1;
+};
+
+/// Workspace plane = gradient[first] + scale * gradient[second]; second < 0: a padded copy, made
+/// where a gradient's rows do not allow 16-byte copies but everything else does.
+struct GradientPlane {
+  int first = -1, second = -1;
+  double scale = 0;
+};
+
+struct LinearBackwardPlan {
+  LaunchShape launch;
+  GradientSource to_feature[kMaxModalities], to_weight[kMaxModalities];
+  int plane_count = 0;
+  GradientPlane planes[2 * kMaxModalities];
+  int row_splits = 1;  ///< of the sums over rows (weights, biases); > 1: one more sync
+  int64_t rows_per_split = 0;
+  int64_t padded_classes = 0;
+  int64_t weight_partial_offset = 0, bias_partial_offset = 0;  ///< bytes into the workspace
+  int64_t weight_partial_columns = 0;
+};
+
+struct FilmForwardPlan {
+  LaunchShape launch;
+  int64_t film_splits = 1, film_depth = 0;  ///< k-splits of [gamma|beta] and elements per split
+  int64_t head_splits = 1, head_depth = 0;  ///< of the logits; 1: written without another sync
+  int64_t padded_hidden = 0, padded_classes = 0;
+  int64_t features_offset = 0, head_partial_offset = 0;  ///< bytes into the workspace
+};
+
+struct FilmBackwardPlan {
+  LaunchShape launch;
+  bool need_branch[3] = {};    ///< d[k] = g_k W_o is computed (0 fused, 1 x alone, 2 y alone)
+  bool to_out_weight[3] = {};  ///< g_k takes part in grad_out_weight
+  /// Branches that take part in grad_out_weight have the first slots: their planes follow each
+  /// other, so that their products are one GEMM with k = out_branches * rows.
+  int slot[3] = {}, out_branches = 0;
+  /// Incoming gradients are first copied to planes by slot: for that, or to be aligned.
+  bool copy_gradients = false;
+  bool condition_leak = false;  ///< grad_condition has a gamma part too
+  int64_t padded_hidden = 0, padded_classes = 0;
+  int64_t encoder_pitch = 0;  ///< row pitch of the encoder's gradient of the modulation
+  /// bytes into the workspace: copies, features h.., d.., gradients of the modulation
+  int64_t gradients_offset = 0, features_offset = 0, branches_offset = 0, parameters_offset = 0,
+          encoder_offset = 0;
+};
+
+/// What a test or a benchmark may ask of a plan. A tile that cannot do it is replaced by one that
+/// can: unaligned operands always run on the small tile of their dtype.
+struct PlanRequest {
+  bool force_kernel = false;  ///< never the composed path
+  bool choose_tile = false;   ///< use `tile`
+  Tile tile = Tile::kFloat32Small;
+  int64_t splits = 0;  ///< 0: the plan's choice; else about so many splits of k (or of the rows)
+};
+
+LinearForwardPlan plan_linear_forward(const LinearHeadForward&, Precision, const Device&,
+                                      const PlanRequest& = {});
+LinearBackwardPlan plan_linear_backward(const LinearHeadBackward&, Precision, const Device&,
+                                        const PlanRequest& = {});
+FilmForwardPlan plan_film_forward(const FilmHeadForward&, Precision, const Device&,
+                                  const PlanRequest& = {});
+FilmBackwardPlan plan_film_backward(const FilmHeadBackward&, Precision, const Device&,
+                                    const PlanRequest& = {});
+
+}  // namespace dgl_ext

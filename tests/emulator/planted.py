@@ -1,0 +1,226 @@
+"""Defects to plant, one at a time, in a copy of the sources: the kernels carry no test code.
+
+Each is a text of one file, what to put in its place, and a pattern that one of the reports must
+match. A text that no longer occurs is an error, so the list cannot rot silently.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Bug:
+    name: str
+    file: str
+    text: str
+    instead: str
+    report: str
+
+
+TILE, LOADER, PHASES = "cuda/gemm_tile.cuh", "cuda/tile_loader.cuh", "cuda/phases.cuh"
+FORWARD, BACKWARD = "cuda/linear_forward.cuh", "cuda/linear_backward.cuh"
+FILM_FORWARD, FILM_BACKWARD = "cuda/film_forward.cuh", "cuda/film_backward.cuh"
+RACE = r"race on shared memory of block \d+|read of uninitialised shared memory"
+WRONG = r"\d+ of \d+ elements wrong"
+GRID_RACE = r"race on|read of uninitialised|elements wrong"
+
+BUGS = [
+    Bug(
+        "no barrier in the main loop", TILE,
+        "__syncthreads();  // stage `read` has landed", "// stage `read` has landed", RACE,
+    ),
+    Bug(
+        "no barrier after the main loop", TILE,
+        "    __syncthreads();  // every copy", "    // every copy", RACE,
+    ),
+    Bug(
+        "no barrier in the epilogue", TILE,
+        "      spill(out, first);\n      __syncthreads();", "      spill(out, first);", RACE,
+    ),
+    Bug(
+        "no barrier after the epilogue", TILE,
+        "kRun)));\n      }\n      __syncthreads();", "kRun)));\n      }", RACE,
+    ),
+    Bug(
+        "no barrier in a column sum", PHASES,
+        "  partial[threadIdx.x] = sum;\n  __syncthreads();", "  partial[threadIdx.x] = sum;",
+        r"race on shared memory|elements wrong",
+    ),
+    Bug(
+        "barrier inside a divergent branch", PHASES,
+        "partial[threadIdx.x] = sum;\n", "partial[threadIdx.x] = sum;\n  if (column < columns)\n",
+        r"barrier divergence|deadlock",
+    ),
+    Bug(
+        "early exit before a barrier", PHASES,
+        "  Accumulator sum = 0;\n  if (column < columns) {",
+        "  Accumulator sum = 0;\n  if (column >= columns) return;\n  if (column < columns) {",
+        r"barrier divergence|deadlock",
+    ),
+    Bug(
+        "no cp.async wait", TILE,
+        "      copy_async_wait<C::kStages - 2>();\n", "", WRONG + "|in flight",
+    ),
+    Bug("cp.async wait one group too lax", TILE, "<C::kStages - 2>", "<C::kStages - 1>",
+        WRONG + "|in flight"),
+    Bug(
+        "one row too many, 16-byte copies", LOADER,
+        "row + r < rows && bytes > 0", "row + r <= rows && bytes > 0",
+        r"memory fault|out of bounds",
+    ),
+    Bug(
+        "one row too few, 16-byte copies", LOADER,
+        "row + r < rows && bytes > 0", "row + r + 1 < rows && bytes > 0", WRONG,
+    ),
+    Bug(
+        "one column too many, 16-byte copies", LOADER,
+        "inside = columns - column;", "inside = columns - column + 1;", WRONG + "|memory fault",
+    ),
+    Bug(
+        "one column too many, element copies", LOADER,
+        "r < rows && c < columns;", "r < rows && c <= columns;", WRONG + "|memory fault",
+    ),
+    Bug(
+        "one row too many, 16-bit elements", LOADER,
+        "r < rows && c < columns ?", "r <= rows && c < columns ?", WRONG + "|memory fault",
+    ),
+    Bug(
+        "no zero fill, 16-byte copies", LOADER,
+        "      copy_async<16>(", "      if (exists) copy_async<16>(", WRONG + "|uninitialised",
+    ),
+    Bug(
+        "no zero fill, element copies", LOADER,
+        "      copy_async<sizeof(T)>(", "      if (exists) copy_async<sizeof(T)>(",
+        WRONG + "|uninitialised",
+    ),
+    Bug(
+        "store one column too far", TILE,
+        "if (e < count) to[e]", "if (e <= count) to[e]", r"stray write|memory fault|out of bounds",
+    ),
+    Bug(
+        "store one row too far", TILE,
+        "const int rows = int(smaller(m_end - m0, C::kRows));\n    const int columns",
+        "const int rows = int(smaller(m_end - m0 + 1, C::kRows));\n    const int columns",
+        r"stray write|memory fault|out of bounds",
+    ),
+    Bug(
+        "no grid sync before the logits", FORWARD,
+        "    grid_sync();\n    write_logits", "    write_logits", GRID_RACE,
+    ),
+    Bug(
+        "no grid sync after the planes", BACKWARD,
+        "      make_planes(args);\n      grid_sync();", "      make_planes(args);", GRID_RACE,
+    ),
+    Bug(
+        "no grid sync before adding row splits", BACKWARD,
+        "      grid_sync();\n      add_row_splits", "      add_row_splits", GRID_RACE,
+    ),
+    Bug(
+        "no grid sync before the modulation", FILM_FORWARD,
+        "    grid_sync();\n    modulate", "    modulate", GRID_RACE,
+    ),
+    Bug(
+        "no grid sync after the modulation", FILM_FORWARD,
+        "    modulate(args);\n    grid_sync();", "    modulate(args);", GRID_RACE,
+    ),
+    Bug(
+        "no grid sync before the film logits", FILM_FORWARD,
+        "    grid_sync();\n    write_logits", "    write_logits", GRID_RACE,
+    ),
+    Bug(
+        "no grid sync after prepare", FILM_BACKWARD,
+        "    prepare(args);\n    grid_sync();", "    prepare(args);", GRID_RACE,
+    ),
+    Bug(
+        "no grid sync before combine", FILM_BACKWARD,
+        "    grid_sync();\n    combine", "    combine", GRID_RACE,
+    ),
+    Bug(
+        "no grid sync after combine", FILM_BACKWARD,
+        "    combine(args);\n    grid_sync();", "    combine(args);", GRID_RACE,
+    ),
+    Bug(
+        "idle CTAs leave before the grid sync", FORWARD,
+        "    multiply(args, shared);\n", "    multiply(args, shared);\n"
+        "    if (blockIdx.x == 0) return;\n", r"barrier divergence|deadlock",
+    ),
+    Bug(
+        "alignment not looked at", "plan.cpp",
+        "(data) % 16 == 0 && stride * element_size(dtype) % 16 == 0;",
+        "(data) + stride + element_size(dtype) > 0;", r"misaligned",
+    ),
+    Bug("wrong fragment of B", TILE, "l / 8 % 2 * kRowElements", "l / 16 * kRowElements", WRONG),
+    Bug(
+        "encoder leak applied to the head", BACKWARD,
+        "leak = p.leaks.head;", "leak = p.leaks.encoder;", WRONG,
+    ),
+    Bug(
+        "a closed modulation", FILM_BACKWARD,
+        "narrow<T>(encoder * fused * y)", "narrow<T>(encoder * fused)", WRONG,
+    ),
+]  # fmt: skip
+BY_NAME = {bug.name: bug for bug in BUGS}
+# The control, and one of each sort: what every run of the tests can afford.
+SHORT_LIST = [
+    "no barrier in the main loop",
+    "no cp.async wait",
+    "one row too many, 16-byte copies",
+    "no grid sync before the logits",
+]
+
+FEW_CONFIGS = """
+    ConfigList<Config<float, Tile::kFloat32Small, false>, Config<float, Tile::kFloat32Small, true>,
+               Config<float, Tile::kFloat32Large, true>, Config<bf16, Tile::kHalfSmall, false>,
+               Config<bf16, Tile::kHalfSmall, true>>;
+"""
+
+
+class Workshop:
+    """A copy of the sources, with few kernels in it, and its build folder."""
+
+    def __init__(self, folder: Path):
+        self.sources, self.build = folder / "csrc", folder / "build"
+        shutil.copytree(ROOT / "csrc", self.sources)
+        instances = self.sources / "cuda" / "instances.cuh"
+        text = re.sub(
+            r"(?<=using FilmConfigs =).*?;", FEW_CONFIGS, instances.read_text(), flags=re.S
+        )
+        text = re.sub(
+            r"using LinearConfigs = .*?;", "using LinearConfigs = FilmConfigs;", text, flags=re.S
+        )
+        instances.write_text(text)
+        self._call(
+            "cmake", "-S", str(ROOT / "tests" / "emulator"), "-B", str(self.build),
+            f"-DDGL_EXT_CSRC={self.sources}", f"-DPython_EXECUTABLE={sys.executable}",
+        )  # fmt: skip
+
+    def _call(self, *command: str) -> str:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "tests")
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+        return done.stdout
+
+    def failures(self, bug: Bug | None) -> str:
+        """Builds with `bug` planted and runs the small suite; returns its report as JSON."""
+        path = self.sources / bug.file if bug else None
+        sound = path.read_text() if path else ""
+        if bug and bug.text not in sound:
+            raise LookupError(
+                f"{bug.file} no longer contains what '{bug.name}' replaces: {bug.text!r}"
+            )
+        try:
+            if path:
+                path.write_text(sound.replace(bug.text, bug.instead, 1))
+            self._call("cmake", "--build", str(self.build), "-j", "1")
+            return self._call(sys.executable, "-m", "emulator.smoke", str(self.build))
+        finally:
+            if path:
+                path.write_text(sound)

@@ -1,0 +1,233 @@
+"""Every kernel, dtype and tile on emulated CUDA against float64, element by element."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from emulator import harness
+from emulator.draw import TILES, film_case, linear_case
+from emulator.film import OUTPUTS, FilmCase, FilmProblem
+from emulator.harness import Layout, Schedule
+from emulator.linear import LinearCase, LinearProblem
+
+pytestmark = pytest.mark.emulator
+
+ODD = Layout(aligned=False, gap=1)
+RANDOM_CASES = 10  # per head, direction and tile
+RACE_CASES = 2
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    module = harness.load("emulated_kernels")
+    if module is None:
+        pytest.skip("the emulator is not built (cmake -S tests/emulator -B build/cpp)")
+    return module
+
+
+def run(module, case, direction, races=False):
+    problem = LinearProblem if isinstance(case, LinearCase) else FilmProblem
+    return getattr(problem(module, case), "run_" + direction)(races)
+
+
+directions = pytest.mark.parametrize("direction", ["forward", "backward"])
+tiles = pytest.mark.parametrize(("tile", "dtype"), TILES, ids=lambda value: value)
+film_tiles = pytest.mark.parametrize(
+    ("tile", "dtype"), [t for t in TILES if t[0] != "half_xlarge"], ids=lambda value: value
+)
+
+
+@directions
+@tiles
+@pytest.mark.parametrize("seed", range(RANDOM_CASES))
+def test_linear_random(kernels, tile, dtype, seed, direction):
+    run(kernels, linear_case(1000 + seed, tile, dtype), direction)
+
+
+@directions
+@film_tiles
+@pytest.mark.parametrize("seed", range(RANDOM_CASES))
+def test_film_random(kernels, tile, dtype, seed, direction):
+    run(kernels, film_case(2000 + seed, tile, dtype), direction)
+
+
+@directions
+@tiles
+def test_linear_runs_on_the_tile_that_was_asked_for(kernels, tile, dtype, direction):
+    case = LinearCase(widths=(72, 48), tile=tile, dtype=dtype)
+    plan, _ = run(kernels, case, direction)
+    assert plan.launch.tile.name == tile
+    assert plan.launch.aligned == (dtype != "float64")
+
+
+@directions
+@film_tiles
+def test_film_runs_on_the_tile_that_was_asked_for(kernels, tile, dtype, direction):
+    case = FilmCase(condition_width=72, hidden=48, tile=tile, dtype=dtype)
+    plan, _ = run(kernels, case, direction)
+    assert plan.launch.tile.name == tile
+    assert plan.launch.aligned == (dtype != "float64")
+
+
+@directions
+@tiles
+@pytest.mark.parametrize("seed", range(RACE_CASES))
+def test_linear_has_no_race(kernels, tile, dtype, seed, direction):
+    case = replace(linear_case(3000 + seed, tile, dtype), arrives=(), wanted=())
+    run(kernels, case, direction, races=True)
+    assert kernels.statistics()["accesses"] > 0
+
+
+@directions
+@film_tiles
+@pytest.mark.parametrize("seed", range(RACE_CASES))
+def test_film_has_no_race(kernels, tile, dtype, seed, direction):
+    case = replace(film_case(4000 + seed, tile, dtype), arrives=(True,) * 3, wanted=OUTPUTS)
+    run(kernels, case, direction, races=True)
+
+
+@directions
+@pytest.mark.parametrize("layout", [Layout(), ODD], ids=["aligned", "odd"])
+@pytest.mark.parametrize(
+    ("rows", "widths", "classes"),
+    [
+        (0, (24, 16), 11),
+        (1, (1,), 1),
+        (1, (1, 1), 1),
+        (21, (8,), 6),
+        (33, (31, 17, 5), 3),
+        (256, (64, 8), 34),
+        (13, (3, 9, 1, 2, 7, 5, 4, 6), 2),
+        (31, (512, 509), 6),
+        (129, (130, 16), 131),
+    ],
+)
+def test_linear_sizes(kernels, rows, widths, classes, layout, direction):
+    for concat in (True, False):
+        case = LinearCase(rows, widths, classes, layout=layout, concat=concat, head_leak=0.5)
+        run(kernels, case, direction)
+
+
+@directions
+@pytest.mark.parametrize("layout", [Layout(), ODD], ids=["aligned", "odd"])
+@pytest.mark.parametrize(
+    ("rows", "width", "hidden", "classes"),
+    [(0, 24, 16, 11), (1, 1, 1, 1), (21, 8, 6, 1), (256, 16, 40, 34), (33, 131, 127, 3)],
+)
+def test_film_sizes(kernels, rows, width, hidden, classes, layout, direction):
+    for leak in (0.0, 0.5):
+        case = FilmCase(
+            rows, width, hidden, classes, layout=layout, encoder_leak=leak, head_leak=leak
+        )
+        run(kernels, case, direction)
+
+
+@directions
+@pytest.mark.parametrize("leaks", [(0, 0), (1, 1), (0.25, 0), (0, 0.25)])
+@pytest.mark.parametrize("missing", range(3))
+def test_missing_branches(kernels, missing, leaks, direction):
+    """An incoming gradient that is not there contributes nothing and leaves None behind."""
+    arrives = tuple(k != missing for k in range(3))
+    encoder, head = leaks
+    for case in (LinearCase(widths=(72, 48)), FilmCase(condition_width=72, hidden=48)):
+        case = replace(case, encoder_leak=encoder, head_leak=head, arrives=arrives)
+        run(kernels, case, direction)
+        run(kernels, replace(case, arrives=tuple(not a for a in arrives)), direction)
+
+
+@pytest.mark.parametrize("wanted", range(5))
+def test_linear_computes_only_what_is_wanted(kernels, wanted):
+    case = LinearCase(widths=(72, 48), concat=False, wanted=tuple(i == wanted for i in range(5)))
+    run(kernels, case, "backward")
+
+
+@pytest.mark.parametrize("wanted", OUTPUTS)
+def test_film_computes_only_what_is_wanted(kernels, wanted):
+    for leak in (0.0, 0.5):
+        case = FilmCase(wanted=(wanted,), encoder_leak=leak, head_leak=leak)
+        run(kernels, case, "backward")
+
+
+def test_nothing_wanted_launches_nothing(kernels):
+    before = kernels.statistics()["launches"]
+    run(kernels, LinearCase(wanted=(False,) * 5), "backward")
+    run(kernels, FilmCase(wanted=()), "backward")
+    assert kernels.statistics()["launches"] == before
+
+
+def test_long_thin_weight_gradients_split_the_rows(kernels):
+    """Many rows, few classes: what a segmentation head looks like."""
+    case = LinearCase(rows=3000, widths=(24, 16), classes=3, schedule=Schedule(multiprocessors=24))
+    plan, _ = run(kernels, case, "backward")
+    assert plan.row_splits > 1
+
+
+def outputs_bits(tensors):
+    return [np.array(t.stored).tobytes() for t in tensors]
+
+
+@directions
+@pytest.mark.parametrize(("tile", "dtype"), [t for t in TILES if "large" not in t[0]])
+def test_same_bits_on_every_schedule(kernels, tile, dtype, direction):
+    linear = LinearCase(41, (136, 40), 43, tile=tile, dtype=dtype, splits=3, head_leak=0.5)
+    film = FilmCase(41, 136, 40, 43, tile=tile, dtype=dtype, splits=3, head_leak=0.5)
+    for case in (linear, film):
+        bits = []
+        for seed in range(6):
+            schedule = Schedule(
+                seed=seed,
+                policy=kernels.policies[seed % 4],
+                delivery=kernels.deliveries[seed % 3],
+                multiprocessors=4,
+            )
+            _, tensors = run(kernels, replace(case, schedule=schedule), direction)
+            bits.append(outputs_bits(tensors))
+        assert all(b == bits[0] for b in bits)
+
+
+@pytest.mark.parametrize("layout", [Layout(), ODD], ids=["aligned", "odd"])
+def test_offsets_beyond_32_bits(kernels, layout):
+    """Rows so far apart that their byte and element offsets pass 2^32."""
+    far = replace(layout, gap=1 << 31)
+    for direction in ("forward", "backward"):
+        case = LinearCase(3, (16, 8), 2, layout=layout, concat=False)
+        problem = LinearProblem(kernels, case)
+        spread = [
+            problem.memory.input(f"far feature {i}", (3, w), layout=far)
+            for i, w in enumerate(case.widths)
+        ]
+        problem.features = spread
+        problem.common["feature"] = [t.pair for t in spread]
+        getattr(problem, "run_" + direction)()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tile"), [("float32", "float32_small"), ("bfloat16", "half_small")]
+)
+def test_nan_poisons_its_row_and_nothing_else(kernels, dtype, tile):
+    case = LinearCase(40, (72, 48), 11, dtype=dtype, tile=tile)
+    problem = LinearProblem(kernels, case)
+    problem.features[0].elements[5, 3] = harness.encode(np.array(np.nan), dtype)
+    with pytest.raises(
+        AssertionError, match=r"unimodal 0: 11 of 440 elements wrong, first \(5, 0\)"
+    ):
+        problem.run_forward()
+    fused, first, second = (t.values for t in problem.memory.tensors[-3:])
+    for poisoned in (fused, first):
+        assert np.isnan(poisoned[5]).all()
+        assert np.isfinite(np.delete(poisoned, 5, 0)).all()
+    assert np.isfinite(second).all()
+
+
+def test_expanded_features(kernels):
+    """Row stride 0: one row seen many times."""
+    case = LinearCase(40, (72, 48), 11)
+    problem = LinearProblem(kernels, case)
+    row = problem.features[0].elements[:1].copy()
+    problem.features[0].elements[...] = row
+    address, _ = problem.common["feature"][0]
+    problem.common["feature"][0] = (address, 0)
+    problem.run_forward()
+    problem.run_backward()

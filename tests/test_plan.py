@@ -1,0 +1,127 @@
+"""Plans are pure functions of sizes, alignments, dtype and device: no GPU needed."""
+
+from __future__ import annotations
+
+import pytest
+from emulator import harness
+
+pytestmark = pytest.mark.emulator
+GRADIENTS = 0x100000  # any aligned address: plans read no memory
+
+
+@pytest.fixture(scope="module")
+def core():
+    module = harness.load("emulated_kernels")
+    if module is None:
+        pytest.skip("the emulator is not built (cmake -S tests/emulator -B build/cpp)")
+    return module
+
+
+def forward(core, rows, width, classes, dtype="float32", tf32=False, sms=132, address=0, **device):
+    problem = {
+        "rows": rows,
+        "classes": classes,
+        "width": [width, width],
+        "feature": [(address, width)] * 2,
+        "weight": [(address, 2 * width)] * 2,
+    }
+    precision = core.Precision(getattr(core.Dtype, dtype), tf32)
+    return core.plan_linear_head_forward(problem, precision, core.Device(sms, **device))
+
+
+def backward(core, rows, width, classes, sms=132, **changes):
+    problem = {
+        "rows": rows,
+        "classes": classes,
+        "width": [width, width],
+        "feature": [(0, width)] * 2,
+        "weight": [(0, 2 * width)] * 2,
+        "grad_fused": (GRADIENTS, classes),
+        "grad_unimodal": [(GRADIENTS, classes)] * 2,
+        "grad_feature": [(GRADIENTS, width)] * 2,
+        "grad_weight": [(GRADIENTS, 2 * width)] * 2,
+        "grad_fused_bias": GRADIENTS,
+    } | changes
+    return core.plan_linear_head_backward(
+        problem, core.Precision(core.Dtype.float32), core.Device(sms)
+    )
+
+
+def test_small_problems_split_k_to_fill_the_device(core):
+    plan = forward(core, 64, 512, 34)
+    assert plan.launch.tile == core.Tile.float32_small
+    assert not plan.direct
+    assert plan.launch.cooperative
+    assert 4 < plan.launch.grid <= 132
+    assert plan.launch.workspace_bytes == sum(plan.splits) * 64 * 40 * 4
+
+
+def test_large_problems_run_direct_on_large_tiles(core):
+    plan = forward(core, 2048, 256, 1000)
+    assert plan.launch.tile == core.Tile.float32_large
+    assert plan.direct
+    assert not plan.launch.cooperative
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tf32", "composed"),
+    [("float32", False, False), ("float32", True, True), ("bfloat16", False, True)],
+)
+def test_gemm_bound_problems_take_the_composed_path(core, dtype, tf32, composed):
+    path = forward(core, 1024, 2048, 1000, dtype, tf32).launch.path
+    assert path == (core.Path.composed if composed else core.Path.kernel)
+
+
+def test_old_devices_take_the_composed_path(core):
+    assert forward(core, 8, 8, 8, capability=75).launch.path == core.Path.composed
+
+
+def test_a_tile_that_does_not_fit_is_not_used(core):
+    resident = [1] * core.tile_count
+    resident[2] = 0  # float32_large
+    plan = forward(core, 2048, 256, 1000, resident_ctas=resident)
+    assert plan.launch.tile == core.Tile.float32_small
+    assert plan.launch.path == core.Path.kernel
+
+
+@pytest.mark.parametrize(("address", "width"), [(4, 512), (0, 509)])
+def test_operands_that_are_not_aligned_take_the_exact_small_tile(core, address, width):
+    plan = forward(core, 2048, width, 1000, tf32=True, address=address)
+    assert not plan.launch.aligned
+    assert plan.launch.tile == core.Tile.float32_small
+
+
+def test_the_grid_is_bounded(core):
+    assert forward(core, 64, 512, 309, max_ctas=7).launch.grid <= 7
+    assert forward(core, 1 << 40, 512, 309).launch.grid <= 132
+
+
+def test_closed_leaks_on_aligned_gradients_need_no_workspace(core):
+    plan = backward(core, 64, 512, 8)
+    assert plan.plane_count == 0
+    assert plan.row_splits == 1
+    assert plan.launch.workspace_bytes == 0
+    assert not plan.launch.cooperative
+
+
+def test_gradients_that_are_not_aligned_are_copied_once(core):
+    assert backward(core, 64, 512, 6).plane_count == 3  # g serves both weights
+
+
+def test_open_leaks_mix_planes(core):
+    assert backward(core, 64, 512, 8, encoder_leak=0.5).plane_count == 2
+    assert backward(core, 64, 512, 8, encoder_leak=0.5, head_leak=0.5).plane_count == 4
+    only = {"grad_unimodal": [None, None], "encoder_leak": 0.5}
+    assert backward(core, 64, 512, 8, **only).plane_count == 0  # a scale is enough
+
+
+def test_many_rows_split_the_weight_gradient(core):
+    plan = backward(core, 200_000, 64, 21)
+    assert plan.row_splits > 8
+    assert plan.rows_per_split * plan.row_splits >= 200_000
+
+
+def test_empty_problems_have_a_plan(core):
+    assert forward(core, 0, 512, 6).launch.grid >= 1
+    assert backward(core, 0, 512, 6).row_splits == 1
+    assert backward(core, 4, 0, 6).launch.grid >= 1
