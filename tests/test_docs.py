@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import doctest
 import importlib
 import re
@@ -53,3 +54,17 @@ def test_docstring_examples(name):
     result = doctest.testmod(module, extraglobs={"torch": torch, "dgl_ext": dgl_ext})
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def test_the_readme_table_shows_the_committed_results():
+    results = ROOT / "benchmarks" / "results" / "bench_fusion_cpu_float32.csv"
+    with results.open() as lines:
+        rows = [row for row in csv.DictReader(lines) if row["provider"] == "dgl_ext"]
+    columns = ("ratio_to_joint", "ratio_to_two_pass", "ratio_to_reference")
+    readme = (ROOT / "README.md").read_text()
+    assert len(rows) == 18
+    for row in rows:
+        size = " x ".join(row[name] for name in ("batch", "width", "classes"))
+        ratios = " | ".join(f"{float(row[name]):.2f}" for name in columns)
+        pattern = rf"^\| {row['fusion']} \| {size} \| .* \| {re.escape(ratios)} \|$"
+        assert re.search(pattern, readme, re.M), (row["fusion"], size)
