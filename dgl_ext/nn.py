@@ -30,9 +30,13 @@ class _Fusion(nn.Module, abc.ABC):
         self,
         in_features: Sequence[int],
         out_features: int,
-        encoder_leak: float,
-        head_leak: float,
-        backend: str,
+        bias: bool = True,
+        *,
+        encoder_leak: float = 0.0,
+        head_leak: float = 0.0,
+        backend: str = "auto",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         widths = check_sequence("in_features", in_features, "a tuple of ints, one per modality")
@@ -44,6 +48,11 @@ class _Fusion(nn.Module, abc.ABC):
         self.encoder_leak = check_share("encoder_leak", encoder_leak)
         self.head_leak = check_share("head_leak", head_leak)
         self.backend = check_backend(backend)
+        self._make_parameters(bias, {"device": device, "dtype": dtype})
+
+    @abc.abstractmethod
+    def _make_parameters(self, bias: bool, factory: dict[str, Any]) -> None:
+        """Makes the parameters and draws their initial values."""
 
     @abc.abstractmethod
     def _head_parameters(self) -> tuple[Any, Any]:
@@ -109,20 +118,7 @@ class ConcatFusion(_Fusion):
 
     fusion = "concat"
 
-    def __init__(
-        self,
-        in_features: Sequence[int],
-        out_features: int,
-        bias: bool = True,
-        *,
-        encoder_leak: float = 0.0,
-        head_leak: float = 0.0,
-        backend: str = "auto",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, encoder_leak, head_leak, backend)
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+    def _make_parameters(self, bias: bool, factory: dict[str, Any]) -> None:
         width = sum(self.in_features)
         self.weight = nn.Parameter(torch.empty((self.out_features, width), **factory))
         self.bias: nn.Parameter | None
@@ -171,23 +167,10 @@ class SumFusion(_Fusion):
 
     fusion = "sum"
 
-    def __init__(
-        self,
-        in_features: Sequence[int],
-        out_features: int,
-        bias: bool = True,
-        *,
-        encoder_leak: float = 0.0,
-        head_leak: float = 0.0,
-        backend: str = "auto",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, encoder_leak, head_leak, backend)
+    def _make_parameters(self, bias: bool, factory: dict[str, Any]) -> None:
         # For the type checker: it takes the modules of a ModuleList for modules of any kind.
         self.linears: Sequence[nn.Linear] = nn.ModuleList(  # type: ignore[assignment]
-            nn.Linear(width, self.out_features, bias, device=device, dtype=dtype)
-            for width in self.in_features
+            nn.Linear(width, self.out_features, bias, **factory) for width in self.in_features
         )
 
     def reset_parameters(self) -> None:
@@ -228,22 +211,10 @@ class FiLMFusion(_Fusion):
 
     fusion = "film"
 
-    def __init__(
-        self,
-        in_features: Sequence[int],
-        out_features: int,
-        bias: bool = True,
-        *,
-        encoder_leak: float = 0.0,
-        head_leak: float = 0.0,
-        backend: str = "auto",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, encoder_leak, head_leak, backend)
+    def _make_parameters(self, bias: bool, factory: dict[str, Any]) -> None:
         condition, hidden = self.in_features
-        self.film = nn.Linear(condition, 2 * hidden, device=device, dtype=dtype)
-        self.out = nn.Linear(hidden, self.out_features, bias, device=device, dtype=dtype)
+        self.film = nn.Linear(condition, 2 * hidden, **factory)
+        self.out = nn.Linear(hidden, self.out_features, bias, **factory)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
