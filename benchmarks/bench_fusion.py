@@ -20,9 +20,9 @@ purpose, the fused logits are compared.
 Times are medians over rounds in which all providers take turns; ratios are taken within a round.
 `harness.py` says how and why. The cells are visited three times, a third of the rounds each, so
 that a slow minute of the machine does not make up a whole cell. The rates count the work that no
-implementation can avoid (`least_work` in `providers.py`), the same for all DGL providers. "of
-ceiling" relates a step to the machine: the time in which the measured GEMM and copy rates could do
-that least work, as a share of the step's time.
+implementation can avoid (`least_work` in `providers.py`), the same for all DGL providers. The
+table's last column, "ceiling", relates a step to the machine: the time in which the measured GEMM
+and copy rates could do that least work, as a share of the step's time.
 """
 
 from __future__ import annotations

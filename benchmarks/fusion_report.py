@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -62,25 +61,24 @@ def _machine(env: dict[str, Any]) -> str:
 
 
 def _table(fusion: str, rows: list[Row]) -> Table:
-    table = Table(title=f"{fusion} (B x D x C)", title_justify="left", box=box.SIMPLE)
-    table.add_column("size", no_wrap=True)
-    table.add_column("provider", no_wrap=True)
-    for name in ("us", "p20 - p80", "/ joint", "/ two_pass", "rate", "of ceiling"):
+    """One block of lines per size; fits 80 columns."""
+    table = Table(title=f"\n{fusion}", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column("B x D x C", no_wrap=True)
+    for name in ("us", "p20-p80", "/joint", "/two_pass", "rate", "ceiling"):
         table.add_column(name, justify="right", no_wrap=True)
-    previous = None
+    size = None
     for row in rows:
-        size = _size(row)
-        if previous not in (None, size):
-            table.add_section()
-        label, previous = ("" if size == previous else size), size
+        if size != _size(row):
+            size = _size(row)
+            table.add_row(size, style="bold")
+        name = f"  {row['provider']}"
         if row["status"] != "ok":
-            table.add_row(label, row["provider"], row["status"], "see below")
+            table.add_row(name, "-", row["status"])
             continue
         table.add_row(
-            label,
-            row["provider"],
-            f"{row['median_us']:,.0f}",
-            f"{row['p20_us']:,.0f} - {row['p80_us']:,.0f}",
+            name,
+            f"{row['median_us']:.0f}",
+            f"{row['p20_us']:.0f}-{row['p80_us']:.0f}",
             _ratio(row, "joint"),
             _ratio(row, "two_pass"),
             _rate(row),
@@ -97,8 +95,8 @@ def _ratio(row: Row, other: str) -> str:
 def _rate(row: Row) -> str:
     """The rate whose ceiling is the nearer one."""
     if row["bound"] == "compute":
-        return f"{row['gflops_per_s']:,.1f} GFLOP/s"
-    return f"{row['gbytes_per_s']:,.2f} GB/s"
+        return f"{row['gflops_per_s']:.1f} GFLOP/s"
+    return f"{row['gbytes_per_s']:.2f} GB/s"
 
 
 def describe(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import gc
+import io
 import json
 import math
 import os
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 import dgl_ext
@@ -103,7 +106,7 @@ def test_smoke_plot(smoke):
 def test_smoke_output_is_plain_text_and_says_what_it_shows(smoke):
     text = smoke[0]
     assert "\x1b" not in text
-    for name in (*providers.FUSIONS, *providers.PROVIDERS, "/ joint", "/ two_pass"):
+    for name in (*providers.FUSIONS, *providers.PROVIDERS, "/joint", "/two_pass"):
         assert name in text
     document = json.loads((smoke[1] / "bench_fusion_cpu_float32_smoke.json").read_text())
     assert document["summary"]
@@ -395,6 +398,22 @@ def test_summary_names_slow_cells_with_figures():
 def test_summary_without_the_subject():
     rows = [summary_row("sum", "joint", 1, 1, 1)]
     assert fusion_report.describe(rows) == ["dgl_ext was not timed."]
+
+
+def test_table_of_slow_steps_fits_80_columns():
+    slow = {"median_us": 1289801.4, "p20_us": 1195778.2, "p80_us": 1326012.9, "bound": "compute"}
+    slow |= {"gflops_per_s": 123456.7, "share_of_ceiling": 0.987, "ratio_to_two_pass": 10.04}
+    rows = [summary_row("film", name, 10.04, 9, 11) | slow for name in providers.PROVIDERS]
+    rows = [row | {"batch": 1024, "width": 2048, "classes": 1000} for row in rows]
+    rows.append(rows[0] | {"provider": "broken", "status": "left out"})
+    document = {"rows": rows, "summary": [], "dtype": "float32", "statistic": ""}
+    document |= {"environment": harness.environment(CPU), "ceiling": dataclasses.asdict(CEILING)}
+    text = io.StringIO()
+    fusion_report.print_results(Console(file=text, width=80), document)
+    line = next(line for line in text.getvalue().splitlines() if "dgl_ext  " in line)
+    figures = ["dgl_ext", "1289801", "1195778-1326013", "10.04", "10.04"]
+    assert line.split() == [*figures, "123456.7", "GFLOP/s", "98.7%"]
+    assert "left out" in text.getvalue()
 
 
 def test_summary_warns_of_unsteady_times():
