@@ -13,13 +13,13 @@
 #include <string>
 #include <vector>
 
+#include "heads.h"
+
 namespace dgl_ext {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensors = std::vector<std::optional<Tensor>>;
-
-constexpr int64_t kMaxModalities = 8;
 
 using Shape = std::vector<int64_t>;
 
@@ -54,7 +54,7 @@ inline const char* dtype_name(ScalarType dtype) {
 // The checks of one op: every message names the op, the argument, what it expects and what it got.
 class Checks {
  public:
-  explicit Checks(const char* op) : op_(op) {}
+  explicit Checks(const char* op, bool on_cuda = false) : op_(op), on_cuda_(on_cuda) {}
 
   [[noreturn]] void fail(const std::string& argument, const std::string& expected,
                          const std::string& got) const {
@@ -73,10 +73,16 @@ class Checks {
     if (got != expected) fail(argument, "shape " + to_string(expected), to_string(got));
   }
 
-  // `like` is features[0], which must be a floating-point tensor on the CPU itself. Other layouts
-  // than strided need no check: the dispatcher has no kernel for them.
+  // `like` is features[0], which must be a floating-point tensor on the op's device itself. Other
+  // layouts than strided need no check: the dispatcher has no kernel for them.
   void like(const std::string& argument, const Tensor& tensor, const Tensor& like) const {
-    if (!tensor.is_cpu()) fail(argument, "a CPU tensor", "a tensor on another device");
+    if (on_cuda_ ? !tensor.is_cuda() : !tensor.is_cpu()) {
+      fail(argument, on_cuda_ ? "a CUDA tensor" : "a CPU tensor", "a tensor on another device");
+    }
+    if (on_cuda_ && tensor.get_device_index() != like.get_device_index()) {
+      fail(argument, "device cuda:" + std::to_string(like.get_device_index()) + " as features[0]",
+           "cuda:" + std::to_string(tensor.get_device_index()));
+    }
     const ScalarType dtype = tensor.scalar_type();
     if (dtype != ScalarType::Double && dtype != ScalarType::Float &&
         dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) {
@@ -138,6 +144,7 @@ class Checks {
 
  private:
   const char* op_;
+  bool on_cuda_;
 };
 
 }  // namespace dgl_ext

@@ -7,19 +7,30 @@
 // `weights` and `biases` of a linear head are one (C, sum D) weight with one bias (concat), or one
 // (C, D_i) weight and bias per modality (sum). `grad_outputs` has the fused logits' gradient first.
 // A backward op returns the gradients that the `needs_*` ask for: features, weights, biases.
+// On CUDA float32 products may be tf32 where `allow_tf32`, and `kernel_only` leaves out the library
+// GEMMs that the plan prefers at large sizes; on the CPU neither says anything.
+#define DGL_EXT_FORWARD "Tensor[] features, Tensor[] weights, Tensor?[] biases"
+#define DGL_EXT_NEEDS                                                  \
+  "bool[] needs_features, bool[] needs_weights, bool[] needs_biases, " \
+  "float encoder_leak, float head_leak"
+#define DGL_EXT_LINEAR_BACKWARD \
+  "Tensor?[] grad_outputs, Tensor[] features, Tensor[] weights, " DGL_EXT_NEEDS
+#define DGL_EXT_FILM_BACKWARD                                                              \
+  "Tensor?[] grad_outputs, Tensor[] features, Tensor[] weights, Tensor?[] biases, Tensor " \
+  "film, " DGL_EXT_NEEDS
+#define DGL_EXT_PATH ", bool allow_tf32=False, bool kernel_only=False"
+
+// film_head_forward returns the logits (fused, of x, of y) and the modulation [gamma | beta], which
+// the backward op takes. The *_composed ops have their kernels in dgl_ext/composed.py.
 STABLE_TORCH_LIBRARY(dgl_ext, m) {
-  m.def("linear_head_forward(Tensor[] features, Tensor[] weights, Tensor?[] biases) -> Tensor[]");
-  m.def(
-      "linear_head_backward(Tensor?[] grad_outputs, Tensor[] features, Tensor[] weights, "
-      "bool[] needs_features, bool[] needs_weights, bool[] needs_biases, "
-      "float encoder_leak, float head_leak) -> Tensor[]");
-  // Returns the logits (fused, of x, of y) and the modulation [gamma | beta] for the backward op.
-  m.def("film_head_forward(Tensor[] features, Tensor[] weights, Tensor?[] biases) -> Tensor[]");
-  m.def(
-      "film_head_backward(Tensor?[] grad_outputs, Tensor[] features, Tensor[] weights, "
-      "Tensor?[] biases, Tensor film, "
-      "bool[] needs_features, bool[] needs_weights, bool[] needs_biases, "
-      "float encoder_leak, float head_leak) -> Tensor[]");
+  m.def("linear_head_forward(" DGL_EXT_FORWARD DGL_EXT_PATH ") -> Tensor[]");
+  m.def("linear_head_backward(" DGL_EXT_LINEAR_BACKWARD DGL_EXT_PATH ") -> Tensor[]");
+  m.def("film_head_forward(" DGL_EXT_FORWARD DGL_EXT_PATH ") -> Tensor[]");
+  m.def("film_head_backward(" DGL_EXT_FILM_BACKWARD DGL_EXT_PATH ") -> Tensor[]");
+  m.def("linear_head_forward_composed(" DGL_EXT_FORWARD ") -> Tensor[]");
+  m.def("linear_head_backward_composed(" DGL_EXT_LINEAR_BACKWARD ") -> Tensor[]");
+  m.def("film_head_forward_composed(" DGL_EXT_FORWARD ") -> Tensor[]");
+  m.def("film_head_backward_composed(" DGL_EXT_FILM_BACKWARD ") -> Tensor[]");
 }
 
 PyMODINIT_FUNC PyInit__C() {

@@ -4,7 +4,7 @@ Wei et al., "Boosting Multimodal Learning via Disentangled Gradient Learning", I
 arXiv 2507.10213.
 """
 
-from . import _extension, nn, reference
+from . import _extension, nn, plan, reference
 from .functional import fused_decouple
 from .types import DecoupledLogits
 
@@ -15,4 +15,4 @@ if _extension.available():
 
     _library = _ops.register()
 
-__all__ = ["DecoupledLogits", "__version__", "fused_decouple", "nn", "reference"]
+__all__ = ["DecoupledLogits", "__version__", "fused_decouple", "nn", "plan", "reference"]

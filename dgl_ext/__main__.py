@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import dgl_ext
-from dgl_ext import _extension
+from dgl_ext import _extension, plan
+from dgl_ext._validate import DTYPES
 
 
 def build_info() -> dict[str, Any] | None:
@@ -33,7 +35,13 @@ def environment() -> dict[str, Any]:
         "build": build_info(),
         "extension_loaded": _extension.available(),
         "extension_error": str(_extension.error() or "") or None,
-        "backends": ["reference", *(["cpu"] if _extension.available() else [])],
+        "cuda_extension_loaded": _extension.available("cuda"),
+        "cuda_extension_error": str(_extension.error("cuda") or "") or None,
+        "backends": [
+            "reference",
+            *(["composed", "cpu"] if _extension.available() else []),
+            *(["cuda"] if _extension.available("cuda") else []),
+        ],
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpus": [torch.cuda.get_device_name(index) for index in gpus],
@@ -62,6 +70,7 @@ def report(env: dict[str, Any]) -> str:
         ]
     lines += [
         ("C++ extension", "loaded" if env["extension_loaded"] else f"NO: {env['extension_error']}"),
+        ("CUDA part", "loaded" if env["cuda_extension_loaded"] else _first_line(env)),
         ("backends", ", ".join(env["backends"])),
     ]
     return "\n".join(f"{name + ':':<15}{text}" for name, text in lines)
@@ -71,12 +80,51 @@ def _cuda_build(version: str | None) -> str:
     return f"built for CUDA {version}" if version else "built without CUDA"
 
 
+def _first_line(env: dict[str, Any]) -> str:
+    return f"not loaded: {env['cuda_extension_error'].splitlines()[0]}"
+
+
+def plan_report(problem: Sequence[str], dtype: str) -> str:
+    """How the CUDA kernels would run a head: `problem` is fusion, rows, widths and classes."""
+    fusion, rows, widths, classes = problem
+    device = plan.current_device()
+    launches = plan.plan(
+        fusion,
+        int(rows),
+        [int(width) for width in widths.split(",")],
+        int(classes),
+        dtype=getattr(torch, dtype),
+        device=device or plan.NOMINAL,
+    )
+    name = torch.cuda.get_device_name() if device else "no GPU here; for an H100 or H200"
+    return f"{name}\nforward   {launches.forward}\nbackward  {launches.backward}"
+
+
 def main() -> None:
     """Prints the report."""
     parser = argparse.ArgumentParser(prog="python -m dgl_ext", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--plan",
+        nargs=4,
+        metavar=("FUSION", "ROWS", "WIDTHS", "CLASSES"),
+        help="show how the CUDA kernels would run a head, for example: concat 64 512,512 309",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=[str(dtype).removeprefix("torch.") for dtype in DTYPES],
+        default="float32",
+        help="of --plan",
+    )
+    arguments = parser.parse_args()
+    if arguments.plan:
+        try:
+            print(plan_report(arguments.plan, arguments.dtype))
+        except ValueError as error:
+            parser.error(f"--plan: {error}")
+        return
     env = environment()
-    print(json.dumps(env, indent=2) if parser.parse_args().json else report(env))
+    print(json.dumps(env, indent=2) if arguments.json else report(env))
 
 
 if __name__ == "__main__":

@@ -30,24 +30,35 @@ def _load(name: str) -> ImportError | None:
     return None
 
 
+def _load_cuda(without: ImportError | None) -> ImportError | None:
+    if without is not None:
+        return without  # it defines the ops
+    if torch.version.cuda is None:
+        return ImportError(f"torch {torch.__version__} is built without CUDA")
+    return _load("_C_cuda")
+
+
 check_torch(torch.__version__)
-_error = _load("_C")
+_errors = {"cpu": _load("_C")}
+_errors["cuda"] = _load_cuda(_errors["cpu"])
 
 
-def available() -> bool:
-    """Whether the C++ extension is loaded."""
-    return _error is None
+def available(part: str = "cpu") -> bool:
+    """Whether the C++ extension is loaded, or its part "cuda", the CUDA kernels."""
+    return _errors[part] is None
 
 
-def error() -> Exception | None:
-    """What loading the C++ extension raised; None where it is loaded."""
-    return _error
+def error(part: str = "cpu") -> Exception | None:
+    """What loading that part raised; None where it is loaded."""
+    return _errors[part]
 
 
-def require() -> None:
-    """Raises RuntimeError, chained to the real error, unless the C++ extension is loaded."""
-    if _error is not None:
+def require(part: str = "cpu") -> None:
+    """Raises RuntimeError, chained to the real error, unless that part is loaded."""
+    error = _errors[part]
+    if error is not None:
+        what = "C++ extension" if part == "cpu" else "CUDA extension"
         raise RuntimeError(
-            f"the C++ extension of dgl_ext is not loaded: {_error}. `python -m dgl_ext` tells what "
+            f"the {what} of dgl_ext is not loaded: {error}. `python -m dgl_ext` tells what "
             "was built; `pip install --force-reinstall --no-deps .` builds it again."
-        ) from _error
+        ) from error

@@ -7,18 +7,40 @@ default is to return, with a warning at most, a result whose gradient is silentl
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import composed
 
-def call(op: Callable[..., list[Tensor]], *args: Any) -> list[Tensor]:
+
+class Path(enum.IntEnum):
+    """How an op computes: as it thinks best, by its own kernels only, or by library GEMMs."""
+
+    PLANNED = 0
+    KERNEL = 1
+    COMPOSED = 2
+
+
+def call(name: str, path: Path, like: Tensor, *args: Any) -> list[Tensor]:
     """Calls an op from inside an autograd.Function, where no gradient can be lost.
 
-    It goes past the checking kernels below, which would cost 5 us a call.
+    `like` is one of the features: on its device the op runs.
     """
+    if path == Path.COMPOSED:
+        return _call(getattr(torch.ops.dgl_ext, f"{name}_composed").default, *args)
+    op = getattr(torch.ops.dgl_ext, name).default
+    if not like.is_cuda:
+        return _call(op, *args)
+    allow_tf32 = like.dtype == torch.float32 and _tf32_allowed()
+    return _call(op, *args, allow_tf32, path == Path.KERNEL)
+
+
+def _call(op: Callable[..., list[Tensor]], *args: Any) -> list[Tensor]:
+    """Goes past the checking kernels below, which would cost 5 us a call."""
     if torch.compiler.is_compiling():  # Dynamo does not trace the guard
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
@@ -42,7 +64,11 @@ def _register(name: str, fake: Callable[..., list[Tensor]], library: torch.libra
 
 
 def _linear_head_forward(
-    features: list[Tensor], weights: list[Tensor], biases: list[Tensor | None]
+    features: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    allow_tf32: bool = False,
+    kernel_only: bool = False,
 ) -> list[Tensor]:
     shape = (*features[0].shape[:-1], weights[0].shape[0])
     return [features[0].new_empty(shape) for _ in range(len(features) + 1)]
@@ -57,12 +83,18 @@ def _linear_head_backward(
     needs_biases: list[bool],
     encoder_leak: float,
     head_leak: float,
+    allow_tf32: bool = False,
+    kernel_only: bool = False,
 ) -> list[Tensor]:
     return _needed_grads(features, weights, needs_features, needs_weights, needs_biases)
 
 
 def _film_head_forward(
-    features: list[Tensor], weights: list[Tensor], biases: list[Tensor | None]
+    features: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    allow_tf32: bool = False,
+    kernel_only: bool = False,
 ) -> list[Tensor]:
     leading = features[0].shape[:-1]
     film_weight, out_weight = weights
@@ -84,6 +116,8 @@ def _film_head_backward(
     needs_biases: list[bool],
     encoder_leak: float,
     head_leak: float,
+    allow_tf32: bool = False,
+    kernel_only: bool = False,
 ) -> list[Tensor]:
     return _needed_grads(features, weights, needs_features, needs_weights, needs_biases)
 
@@ -103,12 +137,13 @@ def _needed_grads(
     return [like.new_empty(shape) for shape in shapes]
 
 
-FAKE_KERNELS: dict[str, Callable[..., list[Tensor]]] = {
+_HEAD_OPS: dict[str, Callable[..., list[Tensor]]] = {
     "linear_head_forward": _linear_head_forward,
     "linear_head_backward": _linear_head_backward,
     "film_head_forward": _film_head_forward,
     "film_head_backward": _film_head_backward,
 }
+FAKE_KERNELS = _HEAD_OPS | {f"{name}_composed": fake for name, fake in _HEAD_OPS.items()}
 
 
 def register() -> torch.library.Library:
@@ -116,4 +151,17 @@ def register() -> torch.library.Library:
     library = torch.library.Library("dgl_ext", "IMPL")
     for name, fake in FAKE_KERNELS.items():
         _register(name, fake, library)
+    for name in _HEAD_OPS:
+        kernel = getattr(composed, name)
+        library.impl(f"{name}_composed", kernel, "CompositeExplicitAutograd")
     return library
+
+
+def _tf32_allowed() -> bool:
+    """Whether float32 products on CUDA may be tf32, as `torch.backends.cuda.matmul` says."""
+    # The public getter raises where old and new settings are mixed.
+    return bool(torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32")
+
+
+# Dynamo takes the answer for a constant; its guards see the setting change.
+_tf32_allowed._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -8,13 +8,14 @@ autograd gives for a detached tensor, and not zeros, by which AdamW would still 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _ops
+from ._ops import Path
 from .heads import Biases, Features, Weights
 
 Outputs = tuple[Tensor, ...]
@@ -34,7 +35,7 @@ def _linear_routing(modalities: int, weights: int) -> Routing:
 
 
 # forward's arguments before the tensors: options, which have no gradient.
-_OPTIONS = 3
+_OPTIONS = 4
 _NO_GRADS = (None,) * _OPTIONS
 
 # y alone meets the film layer's bias, but not its weight.
@@ -72,13 +73,15 @@ def _reached(
     return reached
 
 
-def _prepare(ctx: Any, outputs: Outputs, leaks: tuple[float, float], routing: Routing) -> None:
+def _prepare(
+    ctx: Any, outputs: Outputs, leaks: tuple[float, float], routing: Routing, path: Path
+) -> None:
     """Keeps what backward decides by, and marks the logits whose gradient could reach nothing.
 
     Those then do not require grad, as if the reference had computed them from detached tensors.
     """
     ctx.set_materialize_grads(False)
-    ctx.leaks = leaks
+    ctx.leaks, ctx.path = leaks, path
     ctx.needs = ctx.needs_input_grad[_OPTIONS:]
     if all(ctx.needs):
         return
@@ -115,7 +118,7 @@ class _RefuseSecondDerivative(torch.autograd.Function):
 
 def _call_backward(
     ctx: Any,
-    op: Callable[..., list[Tensor]],
+    name: str,
     grad_outputs: Grads,
     arguments: tuple[Any, ...],
     routing: Routing,
@@ -125,7 +128,8 @@ def _call_backward(
     if not any(needs):
         return (None,) * (_OPTIONS + len(needs))
     split_needs = _split(needs, len(grad_outputs) - 1)
-    grads = _ops.call(op, grad_outputs, *arguments, *split_needs, *ctx.leaks)
+    like = ctx.saved_tensors[0]
+    grads = _ops.call(name, ctx.path, like, grad_outputs, *arguments, *split_needs, *ctx.leaks)
     if torch.is_grad_enabled():  # backward(create_graph=True)
         grads = _RefuseSecondDerivative.apply(len(grads), *grads, *grad_outputs, *ctx.saved_tensors)
     if len(grads) == len(needs):
@@ -139,15 +143,20 @@ class LinearHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, modalities: int, encoder_leak: float, head_leak: float, *tensors: Any
+        ctx: Any,
+        modalities: int,
+        encoder_leak: float,
+        head_leak: float,
+        path: Path,
+        *tensors: Any,
     ) -> Outputs:
         """Takes features, weights and biases in one flat list; returns the logits, fused first."""
         features, weights, biases = _split(tensors, modalities)
-        op = torch.ops.dgl_ext.linear_head_forward.default
-        outputs = tuple(_ops.call(op, features, weights, biases))
+        like = features[0]
+        outputs = tuple(_ops.call("linear_head_forward", path, like, features, weights, biases))
         ctx.save_for_backward(*features, *weights)
         ctx.routing = _linear_routing(modalities, len(weights))
-        _prepare(ctx, outputs, (encoder_leak, head_leak), ctx.routing)
+        _prepare(ctx, outputs, (encoder_leak, head_leak), ctx.routing, path)
         return outputs
 
     @staticmethod
@@ -155,9 +164,8 @@ class LinearHead(torch.autograd.Function):
         """Takes the logits' gradients to the inputs that they may reach."""
         modalities = len(grad_outputs) - 1
         saved = ctx.saved_tensors
-        op = torch.ops.dgl_ext.linear_head_backward.default
         arguments = saved[:modalities], saved[modalities:]
-        return _call_backward(ctx, op, grad_outputs, arguments, ctx.routing)
+        return _call_backward(ctx, "linear_head_backward", grad_outputs, arguments, ctx.routing)
 
 
 class FilmHead(torch.autograd.Function):
@@ -165,23 +173,27 @@ class FilmHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, modalities: int, encoder_leak: float, head_leak: float, *tensors: Any
+        ctx: Any,
+        modalities: int,
+        encoder_leak: float,
+        head_leak: float,
+        path: Path,
+        *tensors: Any,
     ) -> Outputs:
         """Takes features, weights and biases in one flat list; returns the logits, fused first."""
         features, weights, biases = _split(tensors, modalities)
-        op = torch.ops.dgl_ext.film_head_forward.default
-        *logits, film = _ops.call(op, features, weights, biases)
+        like = features[0]
+        *logits, film = _ops.call("film_head_forward", path, like, features, weights, biases)
         ctx.save_for_backward(*tensors, film)
-        _prepare(ctx, tuple(logits), (encoder_leak, head_leak), _FILM_ROUTING)
+        _prepare(ctx, tuple(logits), (encoder_leak, head_leak), _FILM_ROUTING, path)
         return tuple(logits)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
         """Takes the logits' gradients to the inputs that they may reach."""
         *tensors, film = ctx.saved_tensors
-        op = torch.ops.dgl_ext.film_head_backward.default
         arguments = *_split(tensors, len(grad_outputs) - 1), film
-        return _call_backward(ctx, op, grad_outputs, arguments, _FILM_ROUTING)
+        return _call_backward(ctx, "film_head_backward", grad_outputs, arguments, _FILM_ROUTING)
 
 
 FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
@@ -198,10 +210,11 @@ def apply(
     biases: Biases,
     encoder_leak: float,
     head_leak: float,
+    path: Path = Path.PLANNED,
 ) -> Outputs:
     """Returns a head's logits, fused first, with disentangled gradients behind them."""
     function = FUNCTIONS[fusion]
     outputs: Outputs = function.apply(
-        len(features), encoder_leak, head_leak, *features, *weights, *biases
+        len(features), encoder_leak, head_leak, path, *features, *weights, *biases
     )
     return outputs

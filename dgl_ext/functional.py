@@ -9,11 +9,19 @@ import torch
 from torch import Tensor
 
 from . import _extension, autograd, reference
+from ._ops import Path
 from ._validate import check_present, check_share
 from .heads import Features, get_head
 from .types import DecoupledLogits
 
-BACKENDS = ("auto", "reference", "cpu")
+BACKENDS = ("auto", "reference", "composed", "cpu", "cuda")
+
+# What each backend has the ops do; "reference" calls none.
+_PATHS = {
+    "cpu": Path.PLANNED,
+    "cuda": Path.KERNEL,
+    "composed": Path.COMPOSED,
+}
 
 
 def fused_decouple(
@@ -64,8 +72,9 @@ def fused_decouple(
             top of their own.
         head_leak: the share, 0 to 1, of the unimodal logits' gradients that the head receives on
             top of that of the fused ones. Both at 1 give plain autograd of all outputs.
-        backend: "cpu" is the C++ extension, "reference" plain PyTorch. "auto" takes the first of
-            them that can do it.
+        backend: "cpu" and "cuda" are this project's kernels, "composed" library GEMMs on views of
+            the weight, on either device, "reference" plain PyTorch. "auto" takes the kernels where
+            they can do it; on CUDA, at sizes at which library GEMMs should win, those.
 
     Returns:
         `DecoupledLogits(fused, unimodal)`: `(..., C)` and a tuple of M `(..., C)`, in the features'
@@ -95,9 +104,10 @@ def fused_decouple(
     encoder_leak = check_share("encoder_leak", encoder_leak)
     head_leak = check_share("head_leak", head_leak)
     masks = None if present is None else check_present(present, tensors)
-    if _choose_backend(backend, tensors, masks is not None) == "reference":
+    path = _choose_path(backend, tensors, masks is not None)
+    if path is None:
         return reference.compute(fusion, tensors, weights, biases, encoder_leak, head_leak, masks)
-    outputs = autograd.apply(fusion, tensors, weights, biases, encoder_leak, head_leak)
+    outputs = autograd.apply(fusion, tensors, weights, biases, encoder_leak, head_leak, path)
     return DecoupledLogits(outputs[0], outputs[1:])
 
 
@@ -109,24 +119,29 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-def _choose_backend(backend: str, features: Features, masked: bool) -> str:
-    """Returns the backend to call; raises if the one that is asked for cannot be had."""
+def _choose_path(backend: str, features: Features, masked: bool) -> Path | None:
+    """Returns how the ops shall compute, None for the reference; raises if that cannot be had."""
     device = features[0].device.type
     if backend == "auto":
         # torch.func's transforms (vmap, grad, ...) take plain PyTorch only.
-        able = device == "cpu" and not masked and not torch._C._are_functorch_transforms_active()
-        if able and not _extension.available():
-            warnings.warn(
-                f"dgl_ext runs its slower reference: {_extension.error()}; see python -m dgl_ext",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-            return "reference"
-        return "cpu" if able else "reference"
-    if check_backend(backend) == "cpu":
-        if device != "cpu":
-            raise ValueError(f'backend: "cpu" needs features on the CPU, got {device}')
-        if masked:
-            raise ValueError('backend: expected "auto" or "reference" with present, got "cpu"')
-        _extension.require()
-    return backend
+        able = device in ("cpu", "cuda") and not masked
+        if not able or torch._C._are_functorch_transforms_active():
+            return None
+        if _extension.available(device):
+            return Path.PLANNED
+        fallback = "library GEMMs" if _extension.available() else "its slower reference"
+        warnings.warn(
+            f"dgl_ext runs {fallback}: {_extension.error(device)}; see python -m dgl_ext",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return Path.COMPOSED if _extension.available() else None
+    if check_backend(backend) == "reference":
+        return None
+    if backend in ("cpu", "cuda") and device != backend:
+        name = {"cpu": "the CPU", "cuda": "a CUDA device"}[backend]
+        raise ValueError(f'backend: "{backend}" needs features on {name}, got {device}')
+    if masked:
+        raise ValueError(f'backend: expected "auto" or "reference" with present, got "{backend}"')
+    _extension.require("cuda" if backend == "cuda" else "cpu")
+    return _PATHS[backend]

@@ -14,7 +14,7 @@ settings.register_profile("ci", max_examples=300, **_COMMON)
 settings.register_profile("long", max_examples=100_000, **_COMMON)
 settings.load_profile("ci")
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "composed", "cpu")
 
 
 @pytest.fixture(params=list(HEADS))

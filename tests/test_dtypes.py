@@ -40,8 +40,9 @@ def test_no_less_exact_than_the_same_dtype_composition(
     exact = problem.to(torch.float64)
     truth = results(exact, cotangents, "reference", **options)
     composition = results(problem, cotangents, "reference", **options)
-    actual = results(problem, cotangents, "cpu", **options)
-    assert_two_references(actual, composition, truth)
+    for backend in ("cpu", "composed"):
+        actual = results(problem, cotangents, backend, **options)
+        assert_two_references(actual, composition, truth)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)

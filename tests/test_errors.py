@@ -259,7 +259,17 @@ CASES = {
     "unknown backend": (
         concat(backend="gpu"),
         ValueError,
-        'backend: expected one of "auto", "reference", "cpu", got \'gpu\'',
+        'backend: expected one of "auto", "reference", "composed", "cpu", "cuda", got \'gpu\'',
+    ),
+    "cuda backend on the CPU": (
+        concat(backend="cuda"),
+        ValueError,
+        'backend: "cuda" needs features on a CUDA device, got cpu',
+    ),
+    "composed backend with present": (
+        concat(backend="composed", present=[MASK, None]),
+        ValueError,
+        'backend: expected "auto" or "reference" with present, got "composed"',
     ),
     "cpu backend on another device": (
         {
@@ -325,7 +335,7 @@ def test_an_error_leaves_the_arguments_as_they_were():
 
 def test_a_backend_that_did_not_load_raises_the_real_error(monkeypatch):
     cause = ImportError("libtorch_cpu.so: not there")
-    monkeypatch.setattr(_extension, "_error", cause)
+    monkeypatch.setattr(_extension, "_errors", {"cpu": cause, "cuda": cause})
     with pytest.raises(RuntimeError, match=r"not loaded: libtorch_cpu\.so: not there") as raised:
         dgl_ext.fused_decouple(**concat(backend="cpu"))
     assert raised.value.__cause__ is cause

@@ -23,7 +23,7 @@ def arguments(name: str, fusion: str, sample: dict) -> tuple:
     problem = make_problem(fusion, requires_grad=False, **sample)
     features, weights = list(problem.features), list(problem.weights)
     biases = list(problem.biases)
-    head, direction = name.rsplit("_", 1)
+    head, direction = name.removesuffix("_composed").rsplit("_", 1)
     if direction == "forward":
         return features, weights, biases
     outputs = getattr(torch.ops.dgl_ext, f"{head}_forward").default(features, weights, biases)
@@ -58,9 +58,10 @@ def test_opcheck_with_some_gradients_left_out(fusion):
 
 
 def test_every_defined_op_has_a_fake_kernel():
+    about_plans = {"cuda_plan", "cuda_device"}  # no tensors
     defined = {
         schema.name.removeprefix("dgl_ext::")
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("dgl_ext::")
     }
-    assert defined == set(FAKE_KERNELS)
+    assert defined - about_plans == set(FAKE_KERNELS)

@@ -21,7 +21,7 @@ from dgl_ext.testing import (
     make_problem,
 )
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "composed", "cpu")
 LEAKS = [(0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (1.0, 1.0)]
 
 

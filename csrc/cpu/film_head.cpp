@@ -61,7 +61,7 @@ FilmHead parse(const Checks& checks, const std::vector<Tensor>& features,
 }
 
 std::vector<Tensor> forward(std::vector<Tensor> features, std::vector<Tensor> weights,
-                            OptionalTensors biases) {
+                            OptionalTensors biases, bool /* allow_tf32 */, bool /* kernel_only */) {
   const Checks checks("film_head_forward");
   const FilmHead head = parse(checks, features, weights);
   checks.biases(biases, weights, features[0]);
@@ -260,8 +260,8 @@ class FilmBackward {
 std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> features,
                              std::vector<Tensor> weights, OptionalTensors biases, Tensor film,
                              std::vector<bool> needs_features, std::vector<bool> needs_weights,
-                             std::vector<bool> needs_biases, double encoder_leak,
-                             double head_leak) {
+                             std::vector<bool> needs_biases, double encoder_leak, double head_leak,
+                             bool /* allow_tf32 */, bool /* kernel_only */) {
   const Checks checks("film_head_backward");
   const FilmHead head = parse(checks, features, weights);
   checks.biases(biases, weights, features[0]);

@@ -67,7 +67,7 @@ LinearHead parse(const Checks& checks, const std::vector<Tensor>& features,
 }
 
 std::vector<Tensor> forward(std::vector<Tensor> features, std::vector<Tensor> weights,
-                            OptionalTensors biases) {
+                            OptionalTensors biases, bool /* allow_tf32 */, bool /* kernel_only */) {
   const Checks checks("linear_head_forward");
   const LinearHead head = parse(checks, features, weights);
   checks.biases(biases, weights, features[0]);
@@ -112,7 +112,8 @@ std::vector<Tensor> forward(std::vector<Tensor> features, std::vector<Tensor> we
 std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> features,
                              std::vector<Tensor> weights, std::vector<bool> needs_features,
                              std::vector<bool> needs_weights, std::vector<bool> needs_biases,
-                             double encoder_leak, double head_leak) {
+                             double encoder_leak, double head_leak, bool /* allow_tf32 */,
+                             bool /* kernel_only */) {
   const Checks checks("linear_head_backward");
   const LinearHead head = parse(checks, features, weights);
   checks.grad_outputs(grad_outputs, features.size() + 1, head.leading, head.classes, features[0]);

@@ -20,6 +20,7 @@
 #include "checks.h"
 #include "cpu/row_passes.h"
 #include "cpu/small_gemm.h"
+#include "row_stride.h"
 
 namespace dgl_ext {
 
@@ -68,22 +69,13 @@ class MatrixView {
     const auto sizes = tensor.sizes();
     const auto strides = tensor.strides();
     const int64_t cols = sizes[dims - 1];
-    int64_t rows = 1;
-    int64_t row_stride = cols;
+    const int64_t rows = leading_count(shape_of(tensor));
     if (tensor.numel() == 0) {  // has no address to compute, and any strides
-      for (int64_t d = 0; d < dims - 1; ++d) rows *= sizes[d];
       return MatrixView(tensor, 0, rows, cols, std::max<int64_t>(1, cols), 1);
     }
-    for (int64_t d = dims - 2; d >= 0; --d) {
-      if (sizes[d] == 1) continue;
-      if (rows == 1) {
-        row_stride = strides[d];
-      } else if (strides[d] != row_stride * rows) {
-        return from_rows(torch::stable::contiguous(tensor));
-      }
-      rows *= sizes[d];
-    }
-    return MatrixView(tensor, 0, rows, cols, row_stride, strides[dims - 1]);
+    const std::optional<int64_t> row_stride = single_row_stride(tensor);
+    if (!row_stride) return from_rows(torch::stable::contiguous(tensor));
+    return MatrixView(tensor, 0, rows, cols, *row_stride, strides[dims - 1]);
   }
 
   MatrixView transposed() const {
