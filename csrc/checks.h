@@ -94,6 +94,18 @@ class Checks {
     }
   }
 
+  // What forward kept for backward, in the dtype that it was computed in.
+  void saved(const std::string& argument, const Tensor& tensor, const Tensor& like,
+             ScalarType dtype) const {
+    const bool there = on_cuda_ ? tensor.is_cuda() : tensor.is_cpu();
+    if (there && tensor.get_device_index() == like.get_device_index() &&
+        tensor.scalar_type() == dtype) {
+      return;
+    }
+    fail(argument, std::string(on_cuda_ ? "a CUDA" : "a CPU") + " tensor of " + dtype_name(dtype),
+         dtype_name(tensor.scalar_type()));
+  }
+
   // Equal leading shapes, one dtype; returns that leading shape.
   Shape features(const std::vector<Tensor>& features, int64_t min_count, int64_t max_count) const {
     const auto count = static_cast<int64_t>(features.size());

@@ -381,12 +381,7 @@ std::vector<Tensor> film_backward(OptionalTensors grad_outputs, std::vector<Tens
   checks.shape("film", film, film_shape);
   const Dtype dtype = dtype_of(features[0]);
   const ScalarType saved = dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
-  if (film.is_cuda() != kOnCuda || film.get_device_index() != features[0].get_device_index()) {
-    checks.fail("film", "the device of features[0]", "another device");
-  }
-  if (film.scalar_type() != saved) {
-    checks.fail("film", dtype_name(saved), dtype_name(film.scalar_type()));
-  }
+  checks.saved("film", film, features[0], saved);
   problem.leaks = {encoder_leak, head_leak};
   problem.modulation = call.matrix(film);
   problem.grad_fused = call.matrix(grad_outputs[0]);

@@ -272,10 +272,7 @@ std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> f
   Shape film_shape = head.leading;
   film_shape.push_back(2 * head.hidden);
   checks.shape("film", film, film_shape);
-  if (!film.is_cpu() || film.scalar_type() != head.compute) {
-    checks.fail("film", std::string("a CPU tensor of ") + dtype_name(head.compute),
-                dtype_name(film.scalar_type()));
-  }
+  checks.saved("film", film, features[0], head.compute);
 
   FilmBackward grads(head, grad_outputs, film, biases[0], encoder_leak, head_leak);
   std::vector<Tensor> results;

@@ -57,25 +57,34 @@ __device__ __forceinline__ void for_each_element(int64_t rows, int64_t columns, 
 
 /// Sums value(row, column) over rows [begin, end) for the columns of one column tile and hands
 /// done(column, sum) the result. Warps take every kWarps-th row; then warp 0 adds them in order.
+/// Short runs are summed in the accumulator type and those in double: one running float32 sum over
+/// 200,000 rows was off by 3e-6.
 template <class C, class Value, class Done>
 __device__ __forceinline__ void column_sums(typename C::T* shared, int64_t begin, int64_t end,
                                             int64_t columns, int64_t tile, Value&& value,
                                             Done&& done) {
   using Accumulator = typename C::Accumulator;
-  auto* partial = reinterpret_cast<Accumulator*>(shared);
+  constexpr int64_t kRunRows = 32 * C::kWarps;
+  auto* partial = reinterpret_cast<double*>(shared);
   const int warp = threadIdx.x / 32;
   const int64_t column = tile * kColumnTile + threadIdx.x % 32;
-  Accumulator sum = 0;
+  double sum = 0;
   if (column < columns) {
+#pragma unroll 1
+    for (int64_t first = begin; first < end; first += kRunRows) {
+      const int64_t last = smaller(first + kRunRows, end);
+      Accumulator run = 0;
 #pragma unroll 4
-    for (int64_t r = begin + warp; r < end; r += C::kWarps) sum += value(r, column);
+      for (int64_t r = first + warp; r < last; r += C::kWarps) run += value(r, column);
+      sum += run;
+    }
   }
   partial[threadIdx.x] = sum;
   __syncthreads();
   if (warp == 0 && column < columns) {
 #pragma unroll 1
     for (int w = 1; w < C::kWarps; ++w) sum += partial[w * 32 + threadIdx.x];
-    done(column, sum);
+    done(column, Accumulator(sum));
   }
   __syncthreads();  // shared memory is free again
 }

@@ -1,0 +1,66 @@
+"""The ops' own tests over the CUDA binding and emulated kernels: all of CUDA that needs no GPU.
+
+`tests/emulator/run_ops_tests.py` puts the binding in the place of the C++ extension, in a process
+of its own. float32 cases with long sums are left out: they compare with the CPU's library, which
+sums in more pieces than a thread of a kernel does.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULE = Path(os.environ.get("DGL_EXT_CPP_TESTS", ROOT / "build" / "cpp")) / "emulated_ops.so"
+FILES = ["equivalence", "semantics", "edges", "opcheck", "dtypes", "errors"]
+SELECTION = "not composed and not slow and not leading3 and not lose_bits"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "tests/emulator/run_ops_tests.py", str(MODULE), "-q", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def module_is_built():
+    assert MODULE.exists(), f"{MODULE} is missing: make cpp-tests"
+
+
+@pytest.mark.emulator
+def test_the_ops_pass_their_tests_on_emulated_cuda():
+    done = run(*(f"tests/test_{name}.py" for name in FILES), "-k", SELECTION, "-m", "not slow")
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 700
+
+
+@pytest.mark.emulator
+def test_bias_gradients_over_many_rows_do_not_lose_bits_on_emulated_cuda():
+    done = run("tests/test_dtypes.py", "-k", "lose_bits and concat")
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "1 passed" in done.stdout
+
+
+CALLS = """
+import sys
+sys.path.insert(0, "tests/emulator")
+from run_ops_tests import EmulatedOps
+sys.meta_path.insert(0, EmulatedOps(sys.argv[1]))
+import dgl_ext
+print(dgl_ext._C.__file__, *dgl_ext.plan.current_device() or ())
+import torch
+print(torch.ops.dgl_ext.cuda_device())
+"""
+
+
+def test_the_module_under_test_is_the_emulated_one():
+    done = subprocess.run(
+        [sys.executable, "-c", CALLS, str(MODULE)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "emulated_ops.so" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[6, 90, 1, 1, 1, 1, 1, 1, 1, 1]"
