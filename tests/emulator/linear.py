@@ -9,6 +9,7 @@ from emulator.bounded import Bounded, matmul
 from emulator.harness import (
     Layout,
     Memory,
+    Poison,
     Schedule,
     check,
     check_untouched,
@@ -33,6 +34,7 @@ class LinearCase:
     arrives: tuple[bool, ...] = ()  # which of (g, g_1, ..., g_M) come in; empty: all
     wanted: tuple[bool, ...] = ()  # (features..., weights..., bias); empty: all
     schedule: Schedule = field(default_factory=Schedule)
+    poison: tuple[Poison, ...] = ()  # of inputs, by their names in Memory
 
     def __str__(self):
         return (
@@ -54,7 +56,7 @@ class LinearProblem:
             force_kernel=True, tile=getattr(module.Tile, case.tile), splits=case.splits
         )
         self.memory = memory = Memory(
-            module, case.layout, case.dtype, seed=case.rows + case.classes
+            module, case.layout, case.dtype, seed=case.rows + case.classes, poison=case.poison
         )
         scale = 1 / np.sqrt(max(sum(case.widths), 1))
         self.features = [
