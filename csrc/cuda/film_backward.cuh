@@ -213,9 +213,9 @@ struct FilmBackward {
       const Accumulator x_alone = branch_value(args, 1, row, column);
       const int64_t gamma_at = row * 2 * pitch + column, beta_at = gamma_at + pitch;
       const Accumulator y = element<T>(p.head.target, row, column);
+      // where nothing flows there is no product: 0 * inf would poison the sum
       if (p.grad_film_weight.data) {
-        for_parameters(args)[gamma_at] = narrow<T>(fused * y);
-        // a closed leak must not read its branch: 0 * inf would poison the sum
+        for_parameters(args)[gamma_at] = narrow<T>(args.plan.need_branch[0] ? fused * y : 0);
         for_parameters(args)[beta_at] = narrow<T>(head != 0 ? fused + head * x_alone : fused);
       }
       if (p.grad_condition.data) {
@@ -228,8 +228,13 @@ struct FilmBackward {
         }
       }
       if (p.grad_target.data) {
-        Accumulator v = bias_at<T>(p.head.film_bias, column) * branch_value(args, 2, row, column);
-        if (encoder != 0) v += encoder * element<Accumulator>(p.modulation, row, column) * fused;
+        Accumulator v = 0;
+        if (args.plan.need_branch[2]) {
+          v = bias_at<T>(p.head.film_bias, column) * *branch_at(args, 2, row, column);
+        }
+        if (encoder != 0 && args.plan.need_branch[0]) {
+          v += encoder * element<Accumulator>(p.modulation, row, column) * fused;
+        }
         *address<T>(p.grad_target, row, column) = narrow<T>(v);
       }
     });
@@ -293,6 +298,7 @@ struct FilmBackward {
     const int64_t across = ceil_div(p.head.hidden, kColumnTile);
     const int64_t half = item / across, index = item % across;
     const Accumulator leak = p.leaks.head;
+    const bool to_gamma = args.plan.need_branch[0] || (leak != 0 && args.plan.need_branch[2]);
     column_sums<C>(
         shared, 0, p.head.rows, p.head.hidden, index,
         [&](int64_t row, int64_t column) {
@@ -301,7 +307,8 @@ struct FilmBackward {
             v += leak * branch_value(args, 2, row, column);
             if (half == 1) v += leak * branch_value(args, 1, row, column);
           }
-          return half == 0 ? v * element<T>(p.head.target, row, column) : v;
+          if (half == 1) return v;
+          return to_gamma ? v * element<T>(p.head.target, row, column) : Accumulator(0);
         },
         [&](int64_t column, Accumulator sum) {
           static_cast<T*>(p.grad_film_bias)[half * p.head.hidden + column] = narrow<T>(sum);

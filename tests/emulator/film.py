@@ -56,7 +56,8 @@ class FilmProblem:
         self.request = module.PlanRequest(
             force_kernel=True, tile=getattr(module.Tile, case.tile), splits=case.splits
         )
-        self.memory = memory = Memory(module, case.layout, case.dtype, seed=case.rows + case.hidden, poison=case.poison)
+        seed = case.rows + case.hidden
+        self.memory = memory = Memory(module, case.layout, case.dtype, seed, case.poison)
         self.x = memory.input("condition", (case.rows, case.condition_width))
         self.y = memory.input("target", (case.rows, case.hidden))
         self.film_weight = memory.input(
@@ -161,6 +162,7 @@ class FilmProblem:
         for name in case.wanted:
             out = outs[name]
             problem["grad_" + name] = out.buffer.address if "bias" in name else out.pair
+        memory.check_poison()
         plan = launch(
             self.module, "film_head_backward", problem, self.precision, case.schedule,
             self.request, races,

@@ -131,9 +131,11 @@ class Memory:
     def bounded(self, tensor: Tensor) -> Bounded:
         return Bounded(tensor.values, 0.0, "float64" if self.dtype == "float64" else "float32")
 
-    def check_surroundings(self):
+    def check_poison(self):
         missing = {spot.tensor for spot in self.poison} - {t.name for t in self.tensors}
-        assert not missing, f"poison for inputs that this launch has not: {missing}"
+        assert not missing, f"poison for inputs that are not there: {missing}"
+
+    def check_surroundings(self):
         for tensor in self.tensors:
             tensor.check_surroundings()
 

@@ -55,9 +55,8 @@ class LinearProblem:
         self.request = module.PlanRequest(
             force_kernel=True, tile=getattr(module.Tile, case.tile), splits=case.splits
         )
-        self.memory = memory = Memory(
-            module, case.layout, case.dtype, seed=case.rows + case.classes, poison=case.poison
-        )
+        seed = case.rows + case.classes
+        self.memory = memory = Memory(module, case.layout, case.dtype, seed, case.poison)
         scale = 1 / np.sqrt(max(sum(case.widths), 1))
         self.features = [
             memory.input(f"feature {i}", (case.rows, w)) for i, w in enumerate(case.widths)
@@ -168,6 +167,7 @@ class LinearProblem:
             problem["grad_fused_bias"] = addresses[0]
         elif wanted[-1]:
             problem["grad_branch_bias"] = addresses
+        memory.check_poison()
         plan = launch(
             self.module, "linear_head_backward", problem, self.precision, case.schedule,
             self.request, races,

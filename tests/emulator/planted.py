@@ -166,6 +166,15 @@ BUGS = [
         "a closed modulation", FILM_BACKWARD,
         "narrow<T>(encoder * fused * y)", "narrow<T>(encoder * fused)", WRONG,
     ),
+    Bug(
+        "a closed leak is a product with 0", BACKWARD,
+        "if (leak != 0) {", "if (leak >= 0) {", r"grad_bias 0: 1 of 11 elements wrong.*got nan",
+    ),
+    Bug(
+        "a branch without a gradient is a product with 0", FILM_BACKWARD,
+        "args.plan.need_branch[0] ? fused * y : 0", "fused * y",
+        r"grad_film_weight: 72 of 6912 elements wrong.*got nan",
+    ),
 ]  # fmt: skip
 BY_NAME = {bug.name: bug for bug in BUGS}
 # The control, and one of each sort: what every run of the tests can afford.
