@@ -172,6 +172,30 @@ def test_long_thin_weight_gradients_split_the_rows(kernels):
     assert plan.row_splits > 1
 
 
+@pytest.mark.parametrize("races", [False, True], ids=["values", "races"])
+@pytest.mark.parametrize("arrives", [(True, True, True), (True, False, False)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_long_thin_film_gradients_split_the_rows(kernels, dtype, arrives, races):
+    rows = 300 if races else 3001
+    case = FilmCase(
+        rows=rows,
+        condition_width=24,
+        hidden=16,
+        classes=3,
+        dtype=dtype,
+        tile="half_small" if dtype == "bfloat16" else "float32_small",
+        splits=3 if races else 0,
+        head_leak=0.5,
+        arrives=arrives,
+        schedule=Schedule(multiprocessors=24),
+    )
+    plan, _ = run(kernels, case, "backward", races)
+    assert plan.row_splits > 1
+    assert plan.out_splits > 1
+    for wanted in OUTPUTS:
+        run(kernels, replace(case, wanted=(wanted,)), "backward", races)
+
+
 def outputs_bits(tensors):
     return [np.array(t.stored).tobytes() for t in tensors]
 

@@ -229,7 +229,11 @@ void bind_plans(py::module_& m) {
       .def_readonly("launch", &FilmBackwardPlan::launch)
       .def_property_readonly("need_branch",
                              [](const FilmBackwardPlan& p) { return list_of(p.need_branch); })
-      .def_readonly("copy_gradients", &FilmBackwardPlan::copy_gradients);
+      .def_readonly("copy_gradients", &FilmBackwardPlan::copy_gradients)
+      .def_readonly("row_splits", &FilmBackwardPlan::row_splits)
+      .def_readonly("rows_per_split", &FilmBackwardPlan::rows_per_split)
+      .def_readonly("out_splits", &FilmBackwardPlan::out_splits)
+      .def_readonly("out_rows_per_split", &FilmBackwardPlan::out_rows_per_split);
 }
 
 void bind_emulator(py::module_& m) {

@@ -148,6 +148,14 @@ BUGS = [
         "    combine(args);\n    grid_sync();", "    combine(args);", GRID_RACE,
     ),
     Bug(
+        "no grid sync before adding film row splits", FILM_BACKWARD,
+        "      grid_sync();\n      add_row_splits", "      add_row_splits", GRID_RACE,
+    ),
+    Bug(
+        "a film row split is left out", FILM_BACKWARD,
+        "column), args.plan.row_splits, plane", "column), args.plan.row_splits - 1, plane", WRONG,
+    ),
+    Bug(
         "idle CTAs leave before the grid sync", FORWARD,
         "    multiply(args, shared);\n", "    multiply(args, shared);\n"
         "    if (blockIdx.x == 0) return;\n", r"barrier divergence|deadlock",
