@@ -119,6 +119,14 @@ int64_t choose_depth(int64_t total_steps, int64_t splits, int64_t step) {
   return ceil_div(total_steps, std::clamp<int64_t>(splits, 1, total_steps)) * step;
 }
 
+/// Splits of a sum over rows of `steps`, in a phase of `total` steps: no tile must take much longer
+/// than an even share of the phase.
+int64_t choose_row_splits(int64_t steps, int64_t total, const Device& device) {
+  const int64_t share =
+      std::max(ceil_div(total, std::max(device.multiprocessors, 1)), kLeastStepsPerRowSplit);
+  return steps > 2 * share ? ceil_div(steps, share) : 1;
+}
+
 /// Hands out consecutive 16-byte aligned parts of the workspace.
 class Layout {
  public:
@@ -273,11 +281,8 @@ LinearBackwardPlan plan_linear_backward(const LinearHeadBackward& p, Precision p
   const int64_t feature_tiles = count_tiles(tile, outputs + weights, count - weights);
   int64_t wanted = request.splits;
   if (wanted == 0) {
-    // a weight tile must not take much longer than an even share of all the work
     const int64_t total = weight_tiles * steps + feature_tiles * ceil_div(head.classes, depth);
-    const int64_t share =
-        std::max(ceil_div(total, std::max(device.multiprocessors, 1)), kLeastStepsPerRowSplit);
-    if (steps > 2 * share) wanted = ceil_div(steps, share);
+    wanted = choose_row_splits(steps, total, device);
   }
   plan.rows_per_split = choose_depth(steps, wanted, depth);
   plan.row_splits = int(std::max<int64_t>(1, ceil_div(head.rows, plan.rows_per_split)));
@@ -396,12 +401,48 @@ FilmBackwardPlan plan_film_backward(const FilmHeadBackward& p, Precision precisi
   plan.parameters_offset = layout.add(2 * hidden_plane * size);
   plan.encoder_pitch = padded(plan.condition_leak ? 2 * head.hidden : head.hidden);
   plan.encoder_offset = layout.add(head.rows * plan.encoder_pitch * size);
+
+  const Tile tile = plan.launch.tile;
+  const int64_t depth = shape_of(tile).depth, steps = ceil_div(head.rows, depth);
+  const int64_t out_rows = plan.out_branches * head.rows, out_steps = ceil_div(out_rows, depth);
+  const int64_t branch_tiles = count_tiles(tile, outputs, 1);
+  const int64_t out_tiles = count_tiles(tile, outputs + 1, 1);
+  // each half of the film weight has tiles of its own
+  const Output half{film_weight.rows / 2, film_weight.columns};
+  const int64_t film_tiles = 2 * count_tiles(tile, &half, 1);
+  const int64_t condition_tiles = count_tiles(tile, outputs + 3, 1);
+  const int64_t condition_steps = ceil_div((plan.condition_leak ? 2 : 1) * head.hidden, depth);
+  int64_t wanted = request.splits, out_wanted = request.splits;
+  if (wanted == 0) {
+    out_wanted = choose_row_splits(
+        out_steps, out_tiles * out_steps + branch_tiles * ceil_div(head.classes, depth), device);
+    wanted =
+        choose_row_splits(steps, film_tiles * steps + condition_tiles * condition_steps, device);
+  }
+  plan.rows_per_split = choose_depth(steps, wanted, depth);
+  plan.row_splits = int(std::max<int64_t>(1, ceil_div(head.rows, plan.rows_per_split)));
+  plan.out_rows_per_split = choose_depth(out_steps, out_wanted, depth);
+  plan.out_splits = int(std::max<int64_t>(1, ceil_div(out_rows, plan.out_rows_per_split)));
+  const int64_t partial = accumulator_size(precision.dtype);
+  if (plan.out_splits > 1) {
+    plan.out_weight_partial_offset =
+        layout.add(plan.out_splits * head.classes * plan.padded_hidden * partial);
+  }
+  if (plan.row_splits > 1) {
+    if (p.grad_film_weight.data) {
+      plan.film_weight_partial_offset =
+          layout.add(plan.row_splits * 2 * head.hidden * padded(head.condition_width) * partial);
+    }
+    plan.bias_partial_offset =
+        layout.add(plan.row_splits * (head.classes + 2 * head.hidden) * partial);
+  }
   plan.launch.workspace_bytes = layout.bytes();
   plan.launch.cooperative = true;
 
-  const Tile tile = plan.launch.tile;
-  const int64_t first = count_tiles(tile, outputs, 2) + ceil_div(head.classes, 32);
-  const int64_t second = count_tiles(tile, outputs + 2, 2) + 2 * ceil_div(head.hidden, 32);
+  const int64_t first =
+      branch_tiles + out_tiles * plan.out_splits + ceil_div(head.classes, 32) * plan.row_splits;
+  const int64_t second =
+      condition_tiles + (film_tiles + 2 * ceil_div(head.hidden, 32)) * plan.row_splits;
   plan.launch.grid = choose_grid(
       plan.launch, std::max({first, second, row_items(head.rows, plan.launch, device)}), device);
   return plan;

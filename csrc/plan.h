@@ -131,9 +131,14 @@ struct FilmBackwardPlan {
   bool condition_leak = false;  ///< grad_condition has a gamma part too
   int64_t padded_hidden = 0, padded_classes = 0;
   int64_t encoder_pitch = 0;  ///< row pitch of the encoder's gradient of the modulation
+  /// The sums over rows (weights, biases) in pieces; > 1: one more sync. The branches' rows follow
+  /// each other in grad_out_weight, whose pieces are therefore its own.
+  int row_splits = 1, out_splits = 1;
+  int64_t rows_per_split = 0, out_rows_per_split = 0;
   /// bytes into the workspace: copies, features h.., d.., gradients of the modulation
   int64_t gradients_offset = 0, features_offset = 0, branches_offset = 0, parameters_offset = 0,
           encoder_offset = 0;
+  int64_t film_weight_partial_offset = 0, out_weight_partial_offset = 0, bias_partial_offset = 0;
 };
 
 /// What a test or a benchmark may ask of a plan. A tile that cannot do it is replaced by one that

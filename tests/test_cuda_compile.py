@@ -1,6 +1,8 @@
-"""Every kernel with plain nvcc: no warning, no spill, registers as recorded, sound SASS.
+"""Every kernel with plain nvcc: no warning, no spill, resources as recorded, sound SASS.
 
-`python tests/test_cuda_compile.py` records the table anew, for the nvcc that it finds.
+`python tests/test_cuda_compile.py` records the table anew, for the nvcc that it finds. Shared
+memory does not depend on the architecture, and all of it is asked for at the launch: its sizes come
+from the kernels' structs, by way of the emulator's module.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
+from emulator import harness
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_name("cuda_resources.json")
@@ -24,6 +27,15 @@ TILES = (
     "float64 float32_small float32_large tf32_small tf32_large half_small half_large half_xlarge"
 )
 MARGIN = 8  # registers more than recorded: another nvcc may allocate a little differently
+# Shared memory of one multiprocessor and the most that one CTA may ask for (CUDA C++ Programming
+# Guide, technical specifications by compute capability). Each CTA takes RESERVED bytes more.
+SHARED = {
+    "sm_80": (164 << 10, 163 << 10),
+    "sm_90": (228 << 10, 227 << 10),
+    "sm_100": (228 << 10, 227 << 10),
+    "sm_120": (100 << 10, 99 << 10),
+}
+RESERVED = 1 << 10
 KERNEL = re.compile(r"head_kernelINS_\d+(\w+?)ENS_6ConfigI(.+?)LNS_4TileE(\d)ELb([01])")
 DTYPES = {"d": "float64", "f": "float32", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
 
@@ -52,7 +64,7 @@ def compile_unit(unit: str, architecture: str, folder: str) -> tuple[str, Path]:
 
 
 def resources(messages: str) -> dict[str, dict[str, int]]:
-    """Registers and spilled bytes by kernel."""
+    """Registers, spilled bytes and static shared memory by kernel."""
     found, name = {}, None
     for line in messages.splitlines():
         if "Compiling entry function" in line:
@@ -61,7 +73,28 @@ def resources(messages: str) -> dict[str, dict[str, int]]:
             found[name] = {"spilled": int(spills[1]) + int(spills[2])}
         elif name and (used := re.search(r"Used (\d+) registers", line)):
             found[name]["registers"] = int(used[1])
+            static = re.search(r"(\d+) bytes smem", line)
+            found[name]["static"] = int(static[1]) if static else 0
     return found
+
+
+def launches() -> dict[str, tuple[int, int]] | None:
+    """By kernel: dynamic shared memory, and CTAs that a multiprocessor is meant to hold."""
+    module = harness.load("emulated_kernels")
+    if module is None:
+        return None
+    return {
+        f"{head} {dtype.name} {tile.name} {'aligned' if aligned else 'unaligned'}": launch
+        for head, kernels in module.kernels().items()
+        for (dtype, tile, aligned), launch in kernels.items()
+    }
+
+
+def recorded_of(unit: str) -> dict[str, dict]:
+    """The table's kernels that `unit` holds: the heads in it begin as its file does."""
+    start = unit.split("_")[0].capitalize()
+    table = json.loads(TABLE.read_text())
+    return {name: entry for name, entry in table.items() if name.startswith(start)}
 
 
 def disassembler() -> str | None:
@@ -89,16 +122,18 @@ architectures = pytest.mark.parametrize(
 
 @architectures
 @units
-def test_no_warning_no_spill_registers_as_recorded(folder, unit, architecture):
+def test_no_warning_no_spill_resources_as_recorded(folder, unit, architecture):
     messages, _ = compile_unit(unit, architecture, folder)
     assert "warning" not in messages, messages[-4000:]
     used = resources(messages)
-    recorded = json.loads(TABLE.read_text())[architecture][unit]
+    recorded = {k: v["registers"][architecture] for k, v in recorded_of(unit).items()}
     assert set(used) == set(recorded), "the list of kernels changed: record the table anew"
     assert {k: v["spilled"] for k, v in used.items() if v["spilled"]} == {}
     grown = {k: (recorded[k], v["registers"]) for k, v in used.items()
              if v["registers"] > recorded[k] + MARGIN}  # fmt: skip
     assert grown == {}, "registers, recorded and now"
+    static = {k: v["static"] for k, v in used.items() if v["static"]}
+    assert static == {}, "shared memory that the launch does not ask for"
 
 
 @architectures
@@ -121,15 +156,54 @@ def test_machine_code(folder, unit, architecture):
             assert "HMMA" in body, f"{name}: no tensor core instruction"
 
 
+@pytest.fixture(scope="module")
+def shared():
+    found = launches()
+    if found is None:
+        pytest.skip("the emulator is not built (cmake -S tests/emulator -B build/cpp)")
+    return found
+
+
+@pytest.mark.emulator
+def test_shared_memory_as_recorded(shared):
+    recorded = {k: v["shared"] for k, v in json.loads(TABLE.read_text()).items()}
+    assert set(shared) == set(recorded), "the list of kernels changed: record the table anew"
+    grown = {k: (recorded[k], now) for k, (now, _) in shared.items() if now > recorded[k]}
+    assert grown == {}, "shared memory in bytes, recorded and now"
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_shared_memory_leaves_room_for_the_ctas_that_registers_are_limited_for(
+    shared, architecture
+):
+    in_all, of_one = SHARED[architecture]
+    for name, (size, ctas) in shared.items():
+        assert size <= of_one, name
+        held = in_all // (size + RESERVED)
+        if architecture == "sm_120" and "large" in name:
+            ctas = 1  # too little shared memory for two of the large tiles
+        assert held >= ctas, f"{name}: {held} CTAs fit, {ctas} wanted"
+
+
 def record(folder: str):
-    table = {}
+    found = launches()
+    if found is None:
+        raise SystemExit("shared memory: build the emulator first (cmake -S . -B build/cpp)")
+    table = {name: {"registers": {}, "shared": size} for name, (size, _) in sorted(found.items())}
     for architecture in ARCHITECTURES:
-        table[architecture] = {}
         for unit in UNITS:
             used = resources(compile_unit(unit, architecture, folder)[0])
-            table[architecture][unit] = {k: v["registers"] for k, v in sorted(used.items())}
+            for name, entry in used.items():
+                table[name]["registers"][architecture] = entry["registers"]
             print(architecture, unit, "spilled:", {k: v for k, v in used.items() if v["spilled"]})
-    TABLE.write_text(json.dumps(table, indent=1) + "\n")
+    write(table)
+
+
+def write(table: dict[str, dict]):
+    """A kernel a line."""
+    lines = [f" {json.dumps(name)}: {json.dumps(entry)}" for name, entry in table.items()]
+    TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":

@@ -121,6 +121,37 @@ def test_many_rows_split_the_weight_gradient(core):
     assert plan.rows_per_split * plan.row_splits >= 200_000
 
 
+@pytest.mark.parametrize("rows", [64, 200_000])
+def test_many_rows_split_the_film_gradients(core, rows):
+    problem = {
+        "rows": rows,
+        "condition_width": 64,
+        "hidden": 64,
+        "classes": 21,
+        **dict.fromkeys(("condition", "target", "film_weight", "out_weight"), (0, 64)),
+        "modulation": (0, 128),
+        "grad_fused": (GRADIENTS, 24),
+        "grad_unimodal": [(GRADIENTS, 24)] * 2,
+        **{f"grad_{name}": (GRADIENTS, 64) for name in ("condition", "target")},
+        **{f"grad_{name}_weight": (GRADIENTS, 64) for name in ("film", "out")},
+        "grad_film_bias": GRADIENTS,
+        "grad_out_bias": GRADIENTS,
+        "head_leak": 0.5,
+    }
+    plan = core.plan_film_head_backward(
+        problem,
+        core.Precision(core.Dtype.float32),
+        core.Device(132),
+        core.PlanRequest(force_kernel=True),
+    )
+    many = rows > 64
+    assert (plan.row_splits > 8) == (plan.out_splits > 8) == many
+    assert plan.rows_per_split * (plan.row_splits - 1) < rows
+    assert plan.rows_per_split * plan.row_splits >= rows
+    assert plan.out_rows_per_split * (plan.out_splits - 1) < 3 * rows  # all three branches
+    assert plan.out_rows_per_split * plan.out_splits >= 3 * rows
+
+
 def test_empty_problems_have_a_plan(core):
     assert forward(core, 0, 512, 6).launch.grid >= 1
     assert backward(core, 0, 512, 6).row_splits == 1

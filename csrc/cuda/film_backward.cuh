@@ -3,6 +3,7 @@
 //   head      d[k] = g_k W_o for the branches k that are needed; grad_out_weight, grad_out_bias
 //   combine   d[k] -> gradients of the modulation, for the parameters and for x; grad_target
 //   film      grad_film_weight, grad_condition, grad_film_bias
+// Where there are many rows, sums over rows go to the workspace in pieces; a fifth phase adds them.
 #pragma once
 
 #include "phases.cuh"
@@ -37,15 +38,17 @@ struct FilmBackward {
     args.branch = TileGrid::of<C>(p.head.rows, p.head.hidden);
     args.film_weight = TileGrid::of<C>(p.head.hidden, p.head.condition_width);
     args.condition = TileGrid::of<C>(p.head.rows, p.head.condition_width);
+    const int64_t splits = args.plan.row_splits;
     int branches = 0;
     for (int k = 0; k < 3; ++k) branches += args.plan.need_branch[k];
-    args.out_weight_end = p.grad_out_weight.data ? args.out_weight.count : 0;
+    args.out_weight_end = p.grad_out_weight.data ? args.out_weight.count * args.plan.out_splits : 0;
     args.branch_end = args.out_weight_end + branches * args.branch.count;
-    args.head_end = args.branch_end + (p.grad_out_bias ? ceil_div(p.head.classes, kColumnTile) : 0);
-    args.film_weight_end = p.grad_film_weight.data ? 2 * args.film_weight.count : 0;
+    args.head_end =
+        args.branch_end + (p.grad_out_bias ? ceil_div(p.head.classes, kColumnTile) * splits : 0);
+    args.film_weight_end = p.grad_film_weight.data ? 2 * args.film_weight.count * splits : 0;
     args.condition_end = args.film_weight_end + (p.grad_condition.data ? args.condition.count : 0);
-    args.film_end =
-        args.condition_end + (p.grad_film_bias ? 2 * ceil_div(p.head.hidden, kColumnTile) : 0);
+    args.film_end = args.condition_end +
+                    (p.grad_film_bias ? 2 * ceil_div(p.head.hidden, kColumnTile) * splits : 0);
   }
 
   static __device__ __forceinline__ void run(const Arguments& args) {
@@ -57,6 +60,10 @@ struct FilmBackward {
     combine(args);
     grid_sync();
     run_film_tiles(args, shared);
+    if (args.plan.row_splits > 1 || args.plan.out_splits > 1) {
+      grid_sync();
+      add_row_splits(args);
+    }
   }
 
  private:
@@ -97,6 +104,27 @@ struct FilmBackward {
   }
   static __device__ __forceinline__ T* for_encoder(const Arguments& args) {
     return workspace_at<T>(args.workspace, args.plan.encoder_offset);
+  }
+
+  static __device__ __forceinline__ Accumulator* out_weight_partial(const Arguments& args,
+                                                                    int64_t split, int64_t row,
+                                                                    int64_t column) {
+    return workspace_at<Accumulator>(args.workspace, args.plan.out_weight_partial_offset) +
+           (split * args.problem.head.classes + row) * args.plan.padded_hidden + column;
+  }
+  static __device__ __forceinline__ Accumulator* film_weight_partial(const Arguments& args,
+                                                                     int64_t split, int64_t row,
+                                                                     int64_t column) {
+    const FilmHead& head = args.problem.head;
+    return workspace_at<Accumulator>(args.workspace, args.plan.film_weight_partial_offset) +
+           (split * 2 * head.hidden + row) * round_up(head.condition_width, 8) + column;
+  }
+  /// Columns: [gamma|beta] of the film bias, then the output's bias.
+  static __device__ __forceinline__ Accumulator* bias_partial(const Arguments& args, int64_t split,
+                                                              int64_t column) {
+    const FilmHead& head = args.problem.head;
+    return workspace_at<Accumulator>(args.workspace, args.plan.bias_partial_offset) +
+           split * (2 * head.hidden + head.classes) + column;
   }
 
   // ---- prepare
@@ -149,18 +177,26 @@ struct FilmBackward {
   }
 
   static __device__ __forceinline__ void out_weight_tile(const Arguments& args, T* shared,
-                                                         int64_t index) {
+                                                         int64_t item) {
     const FilmHeadBackward& p = args.problem;
+    const int64_t split = item / args.out_weight.count, index = item % args.out_weight.count;
     const int64_t m0 = args.out_weight.row<C>(index), n0 = args.out_weight.column<C>(index);
+    const int64_t begin = split * args.plan.out_rows_per_split;
+    const int64_t end =
+        smaller(begin + args.plan.out_rows_per_split, args.plan.out_branches * p.head.rows);
     int first = 0;  // the branch in slot 0
     while (!args.plan.to_out_weight[first]) ++first;
     WeightTile tile;
     tile.clear();
     tile.accumulate(shared, gradient(args, first), {features(args, first), args.plan.padded_hidden},
-                    m0, p.head.classes, n0, p.head.hidden, 0, args.plan.out_branches * p.head.rows);
+                    m0, p.head.classes, n0, p.head.hidden, begin, end);
     tile.for_each_run(shared, m0, p.head.classes, n0, p.head.hidden,
                       [&](int m, int n, Accumulator(&v)[WeightTile::kRun], int count) {
-                        write_run(address<T>(p.grad_out_weight, m0 + m, n0 + n), v, count);
+                        if (args.plan.out_splits == 1) {
+                          write_run(address<T>(p.grad_out_weight, m0 + m, n0 + n), v, count);
+                        } else {
+                          write_run(out_weight_partial(args, split, m0 + m, n0 + n), v, count);
+                        }
                       });
   }
 
@@ -183,11 +219,15 @@ struct FilmBackward {
   }
 
   static __device__ __forceinline__ void out_bias_tile(const Arguments& args, T* shared,
-                                                       int64_t index) {
+                                                       int64_t item) {
     const FilmHeadBackward& p = args.problem;
+    const int64_t across = ceil_div(p.head.classes, kColumnTile);
+    const int64_t split = item / across, index = item % across;
+    const int64_t begin = split * args.plan.rows_per_split;
     const Accumulator leak = p.leaks.head;
     column_sums<C>(
-        shared, 0, p.head.rows, p.head.classes, index,
+        shared, begin, smaller(begin + args.plan.rows_per_split, p.head.rows), p.head.classes,
+        index,
         [&](int64_t row, int64_t column) {
           Accumulator v = p.grad_fused.data ? element<T>(p.grad_fused, row, column) : 0;
           for (int k = 0; k < 2; ++k) {
@@ -197,7 +237,11 @@ struct FilmBackward {
           return v;
         },
         [&](int64_t column, Accumulator sum) {
-          static_cast<T*>(p.grad_out_bias)[column] = narrow<T>(sum);
+          if (args.plan.row_splits == 1) {
+            static_cast<T*>(p.grad_out_bias)[column] = narrow<T>(sum);
+          } else {
+            *bias_partial(args, split, 2 * p.head.hidden + column) = sum;
+          }
         });
   }
 
@@ -213,9 +257,9 @@ struct FilmBackward {
       const Accumulator x_alone = branch_value(args, 1, row, column);
       const int64_t gamma_at = row * 2 * pitch + column, beta_at = gamma_at + pitch;
       const Accumulator y = element<T>(p.head.target, row, column);
+      // where nothing flows there is no product: 0 * inf would poison the sum
       if (p.grad_film_weight.data) {
-        for_parameters(args)[gamma_at] = narrow<T>(fused * y);
-        // a closed leak must not read its branch: 0 * inf would poison the sum
+        for_parameters(args)[gamma_at] = narrow<T>(args.plan.need_branch[0] ? fused * y : 0);
         for_parameters(args)[beta_at] = narrow<T>(head != 0 ? fused + head * x_alone : fused);
       }
       if (p.grad_condition.data) {
@@ -228,8 +272,13 @@ struct FilmBackward {
         }
       }
       if (p.grad_target.data) {
-        Accumulator v = bias_at<T>(p.head.film_bias, column) * branch_value(args, 2, row, column);
-        if (encoder != 0) v += encoder * element<Accumulator>(p.modulation, row, column) * fused;
+        Accumulator v = 0;
+        if (args.plan.need_branch[2]) {
+          v = bias_at<T>(p.head.film_bias, column) * *branch_at(args, 2, row, column);
+        }
+        if (encoder != 0 && args.plan.need_branch[0]) {
+          v += encoder * element<Accumulator>(p.modulation, row, column) * fused;
+        }
         *address<T>(p.grad_target, row, column) = narrow<T>(v);
       }
     });
@@ -255,18 +304,26 @@ struct FilmBackward {
   static __device__ __forceinline__ void film_weight_tile(const Arguments& args, T* shared,
                                                           int64_t item) {
     const FilmHeadBackward& p = args.problem;
-    const int64_t half = item / args.film_weight.count, index = item % args.film_weight.count;
+    const int64_t index = item % args.film_weight.count;
+    const int64_t half = item / args.film_weight.count % 2;
+    const int64_t split = item / args.film_weight.count / 2;
+    const int64_t begin = split * args.plan.rows_per_split;
+    const int64_t end = smaller(begin + args.plan.rows_per_split, p.head.rows);
     const int64_t m0 = args.film_weight.row<C>(index), n0 = args.film_weight.column<C>(index);
     const Operand<T> gradient{for_parameters(args) + half * args.plan.padded_hidden,
                               2 * args.plan.padded_hidden};
     WeightTile tile;
     tile.clear();
     tile.accumulate(shared, gradient, operand<T>(p.head.condition), m0, p.head.hidden, n0,
-                    p.head.condition_width, 0, p.head.rows);
+                    p.head.condition_width, begin, end);
     tile.for_each_run(shared, m0, p.head.hidden, n0, p.head.condition_width,
                       [&](int m, int n, Accumulator(&v)[WeightTile::kRun], int count) {
                         const int64_t row = half * p.head.hidden + m0 + m;
-                        write_run(address<T>(p.grad_film_weight, row, n0 + n), v, count);
+                        if (args.plan.row_splits == 1) {
+                          write_run(address<T>(p.grad_film_weight, row, n0 + n), v, count);
+                        } else {
+                          write_run(film_weight_partial(args, split, row, n0 + n), v, count);
+                        }
                       });
   }
 
@@ -291,21 +348,59 @@ struct FilmBackward {
                                                         int64_t item) {
     const FilmHeadBackward& p = args.problem;
     const int64_t across = ceil_div(p.head.hidden, kColumnTile);
-    const int64_t half = item / across, index = item % across;
+    const int64_t index = item % across, half = item / across % 2, split = item / across / 2;
+    const int64_t begin = split * args.plan.rows_per_split;
     const Accumulator leak = p.leaks.head;
+    const bool to_gamma = args.plan.need_branch[0] || (leak != 0 && args.plan.need_branch[2]);
     column_sums<C>(
-        shared, 0, p.head.rows, p.head.hidden, index,
+        shared, begin, smaller(begin + args.plan.rows_per_split, p.head.rows), p.head.hidden, index,
         [&](int64_t row, int64_t column) {
           Accumulator v = branch_value(args, 0, row, column);
           if (leak != 0) {
             v += leak * branch_value(args, 2, row, column);
             if (half == 1) v += leak * branch_value(args, 1, row, column);
           }
-          return half == 0 ? v * element<T>(p.head.target, row, column) : v;
+          if (half == 1) return v;
+          return to_gamma ? v * element<T>(p.head.target, row, column) : Accumulator(0);
         },
         [&](int64_t column, Accumulator sum) {
-          static_cast<T*>(p.grad_film_bias)[half * p.head.hidden + column] = narrow<T>(sum);
+          const int64_t at = half * p.head.hidden + column;
+          if (args.plan.row_splits == 1) {
+            static_cast<T*>(p.grad_film_bias)[at] = narrow<T>(sum);
+          } else {
+            *bias_partial(args, split, at) = sum;
+          }
         });
+  }
+
+  // ---- add
+  // ---------------------------------------------------------------------------------------
+
+  static __device__ __forceinline__ void add_row_splits(const Arguments& args) {
+    const FilmHeadBackward& p = args.problem;
+    const int64_t hidden = p.head.hidden, classes = p.head.classes;
+    if (p.grad_out_weight.data && args.plan.out_splits > 1) {
+      for_each_element<C>(classes, hidden, [&](int64_t row, int64_t column) {
+        *address<T>(p.grad_out_weight, row, column) =
+            narrow<T>(sum_splits(out_weight_partial(args, 0, row, column), args.plan.out_splits,
+                                 classes * args.plan.padded_hidden));
+      });
+    }
+    if (args.plan.row_splits == 1) return;
+    if (p.grad_film_weight.data) {
+      const int64_t plane = 2 * hidden * round_up(p.head.condition_width, 8);
+      for_each_element<C>(2 * hidden, p.head.condition_width, [&](int64_t row, int64_t column) {
+        *address<T>(p.grad_film_weight, row, column) = narrow<T>(
+            sum_splits(film_weight_partial(args, 0, row, column), args.plan.row_splits, plane));
+      });
+    }
+    const int64_t biases = 2 * hidden + classes;
+    for_each_element<C>(1, biases, [&](int64_t, int64_t column) {
+      void* const bias = column < 2 * hidden ? p.grad_film_bias : p.grad_out_bias;
+      if (!bias) return;
+      static_cast<T*>(bias)[column < 2 * hidden ? column : column - 2 * hidden] =
+          narrow<T>(sum_splits(bias_partial(args, 0, column), args.plan.row_splits, biases));
+    });
   }
 };
 

@@ -157,7 +157,10 @@ void multiply_fragments(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&
     emulator::mma_16816<T>(d, a, b);
   }
 }
-inline uint32_t round_to_tf32(uint32_t bits) { return (bits + 0x1000u) & 0xffffe000u; }
+inline uint32_t round_to_tf32(uint32_t bits) {
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;  // the sum would carry into the exponent
+  return nan ? bits : (bits + 0x1000u) & 0xffffe000u;
+}
 
 template <class Arguments>
 cudaError_t launch_kernel(void (*kernel)(Arguments), int grid, int block, int shared_bytes,

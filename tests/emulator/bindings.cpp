@@ -7,7 +7,12 @@
 
 #include <vector>
 
+#include "cuda/film_backward.cuh"
+#include "cuda/film_forward.cuh"
+#include "cuda/instances.cuh"
 #include "cuda/launch.h"
+#include "cuda/linear_backward.cuh"
+#include "cuda/linear_forward.cuh"
 #include "heads.h"
 #include "machine.h"
 #include "memory.h"
@@ -140,6 +145,19 @@ std::vector<T> list_of(const T (&array)[N]) {
   return std::vector<T>(array, array + N);
 }
 
+/// Adds {(dtype, tile, aligned): (dynamic shared bytes, CTAs meant for one multiprocessor)}.
+template <template <class> class Head, class... Configs>
+void add_kernels(py::dict& all, const char* name, ConfigList<Configs...>) {
+  py::dict kernels;
+  const auto add = [&](auto config) {
+    using C = decltype(config);
+    const auto key = py::make_tuple(DtypeOf<typename C::T>::value, C::kTile, C::kAligned);
+    kernels[key] = py::make_tuple(Head<C>::kSharedBytes, C::kShape.min_ctas);
+  };
+  (add(Configs{}), ...);
+  all[name] = kernels;
+}
+
 void bind_plans(py::module_& m) {
   py::native_enum<Dtype>(m, "Dtype", "enum.Enum")
       .value("float64", Dtype::kFloat64)
@@ -211,7 +229,11 @@ void bind_plans(py::module_& m) {
       .def_readonly("launch", &FilmBackwardPlan::launch)
       .def_property_readonly("need_branch",
                              [](const FilmBackwardPlan& p) { return list_of(p.need_branch); })
-      .def_readonly("copy_gradients", &FilmBackwardPlan::copy_gradients);
+      .def_readonly("copy_gradients", &FilmBackwardPlan::copy_gradients)
+      .def_readonly("row_splits", &FilmBackwardPlan::row_splits)
+      .def_readonly("rows_per_split", &FilmBackwardPlan::rows_per_split)
+      .def_readonly("out_splits", &FilmBackwardPlan::out_splits)
+      .def_readonly("out_rows_per_split", &FilmBackwardPlan::out_rows_per_split);
 }
 
 void bind_emulator(py::module_& m) {
@@ -249,7 +271,16 @@ void bind_emulator(py::module_& m) {
     d["copies"] = s.copies;
     d["accesses"] = s.accesses;
     d["launches"] = s.launches;
+    d["shared_bytes"] = s.shared_bytes;
     return d;
+  });
+  m.def("kernels", [] {
+    py::dict all;
+    add_kernels<LinearForward>(all, "LinearForward", LinearConfigs{});
+    add_kernels<LinearBackward>(all, "LinearBackward", LinearConfigs{});
+    add_kernels<FilmForward>(all, "FilmForward", FilmConfigs{});
+    add_kernels<FilmBackward>(all, "FilmBackward", FilmConfigs{});
+    return all;
   });
 }
 

@@ -9,6 +9,7 @@ from emulator.bounded import Bounded, concatenate, matmul
 from emulator.harness import (
     Layout,
     Memory,
+    Poison,
     Schedule,
     check,
     check_untouched,
@@ -35,6 +36,7 @@ class FilmCase:
     arrives: tuple[bool, bool, bool] = (True, True, True)  # g, g_x, g_y
     wanted: tuple[str, ...] = OUTPUTS
     schedule: Schedule = field(default_factory=Schedule)
+    poison: tuple[Poison, ...] = ()  # of inputs, by their names in Memory
 
     def __str__(self):
         return (
@@ -54,7 +56,8 @@ class FilmProblem:
         self.request = module.PlanRequest(
             force_kernel=True, tile=getattr(module.Tile, case.tile), splits=case.splits
         )
-        self.memory = memory = Memory(module, case.layout, case.dtype, seed=case.rows + case.hidden)
+        seed = case.rows + case.hidden
+        self.memory = memory = Memory(module, case.layout, case.dtype, seed, case.poison)
         self.x = memory.input("condition", (case.rows, case.condition_width))
         self.y = memory.input("target", (case.rows, case.hidden))
         self.film_weight = memory.input(
@@ -86,6 +89,10 @@ class FilmProblem:
     def _halves(self, both: Bounded) -> tuple[Bounded, Bounded]:
         hidden = self.case.hidden
         return both[..., :hidden], both[..., hidden:]
+
+    def _zeros(self, like: Bounded) -> Bounded:
+        """Where nothing flows: not 0 times something, which may be NaN."""
+        return Bounded(np.zeros_like(like.value), 0, self.accumulator)
 
     def _alone(self, y: Bounded) -> Bounded:
         """The features of the target branch: y under the modulation of a zero condition."""
@@ -155,6 +162,7 @@ class FilmProblem:
         for name in case.wanted:
             out = outs[name]
             problem["grad_" + name] = out.buffer.address if "bias" in name else out.pair
+        memory.check_poison()
         plan = launch(
             self.module, "film_head_backward", problem, self.precision, case.schedule,
             self.request, races,
@@ -205,7 +213,7 @@ class FilmProblem:
 
         halves = [stored([None if d[0] is None else d[0] * y]), stored(leaked[:2])]
         if halves[0] is None and halves[1] is not None:
-            halves[0] = Bounded(np.zeros_like(halves[1].value), 0, self.accumulator)
+            halves[0] = self._zeros(y)
         film_weight_grad = None
         if halves[1] is not None:
             film_weight_grad = matmul(concatenate(halves, 1).T, x, tf32)
@@ -214,7 +222,7 @@ class FilmProblem:
         beta_terms = add(leaked)
         if beta_terms is not None:
             gamma_terms = add([leaked[0], leaked[2]])
-            gamma_terms = beta_terms.scaled(0) if gamma_terms is None else gamma_terms * y
+            gamma_terms = self._zeros(y) if gamma_terms is None else gamma_terms * y
             film_bias = concatenate([gamma_terms.sum_rows(), beta_terms.sum_rows()], 0)
 
         features = [

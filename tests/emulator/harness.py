@@ -96,11 +96,21 @@ class Tensor:
         assert (gaps == 0xFF).all(), f"stray write between rows of {self.name}"
 
 
+@dataclass(frozen=True)
+class Poison:
+    """One element of one input that is not a finite number."""
+
+    tensor: str
+    row: int
+    column: int
+    value: float
+
+
 class Memory:
     """All tensors of one problem."""
 
-    def __init__(self, module, layout: Layout, dtype: str, seed: int):
-        self.module, self.layout, self.dtype = module, layout, dtype
+    def __init__(self, module, layout: Layout, dtype: str, seed: int, poison: tuple[Poison, ...]):
+        self.module, self.layout, self.dtype, self.poison = module, layout, dtype, poison
         self.random = np.random.default_rng(seed)
         self.tensors: list[Tensor] = []
 
@@ -109,6 +119,10 @@ class Memory:
             self.module, name, shape, dtype or self.dtype, layout or self.layout, values
         )
         self.tensors.append(tensor)
+        for spot in self.poison:
+            if spot.tensor == name and values is not None:
+                value = encode(np.array(spot.value), tensor.dtype)
+                tensor.elements[spot.row, spot.column] = value
         return tensor
 
     def input(self, name, shape, scale=1.0, layout=None) -> Tensor:
@@ -116,6 +130,10 @@ class Memory:
 
     def bounded(self, tensor: Tensor) -> Bounded:
         return Bounded(tensor.values, 0.0, "float64" if self.dtype == "float64" else "float32")
+
+    def check_poison(self):
+        missing = {spot.tensor for spot in self.poison} - {t.name for t in self.tensors}
+        assert not missing, f"poison for inputs that are not there: {missing}"
 
     def check_surroundings(self):
         for tensor in self.tensors:
@@ -152,12 +170,14 @@ def launch(module, name, problem, precision, schedule: Schedule, request=None, r
 
 
 def check(tensor: Tensor, expected: Bounded):
-    """Every element within its bound; says which one is not."""
+    """Every element within its bound, or the same NaN or infinity; says which one is not."""
     got = tensor.values
     wanted = expected.value.reshape(got.shape)
     bound = expected.error.reshape(got.shape)
     with np.errstate(invalid="ignore"):
-        wrong = ~(np.abs(got - wanted) <= bound)
+        close = np.abs(got - wanted) <= bound
+    same = (got == wanted) | (np.isnan(got) & np.isnan(wanted))
+    wrong = ~np.where(np.isfinite(wanted), close, same)
     if wrong.any():
         at = tuple(int(i) for i in np.argwhere(wrong)[0])
         raise AssertionError(

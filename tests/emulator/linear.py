@@ -9,6 +9,7 @@ from emulator.bounded import Bounded, matmul
 from emulator.harness import (
     Layout,
     Memory,
+    Poison,
     Schedule,
     check,
     check_untouched,
@@ -33,6 +34,7 @@ class LinearCase:
     arrives: tuple[bool, ...] = ()  # which of (g, g_1, ..., g_M) come in; empty: all
     wanted: tuple[bool, ...] = ()  # (features..., weights..., bias); empty: all
     schedule: Schedule = field(default_factory=Schedule)
+    poison: tuple[Poison, ...] = ()  # of inputs, by their names in Memory
 
     def __str__(self):
         return (
@@ -53,9 +55,8 @@ class LinearProblem:
         self.request = module.PlanRequest(
             force_kernel=True, tile=getattr(module.Tile, case.tile), splits=case.splits
         )
-        self.memory = memory = Memory(
-            module, case.layout, case.dtype, seed=case.rows + case.classes
-        )
+        seed = case.rows + case.classes
+        self.memory = memory = Memory(module, case.layout, case.dtype, seed, case.poison)
         scale = 1 / np.sqrt(max(sum(case.widths), 1))
         self.features = [
             memory.input(f"feature {i}", (case.rows, w)) for i, w in enumerate(case.widths)
@@ -166,6 +167,7 @@ class LinearProblem:
             problem["grad_fused_bias"] = addresses[0]
         elif wanted[-1]:
             problem["grad_branch_bias"] = addresses
+        memory.check_poison()
         plan = launch(
             self.module, "linear_head_backward", problem, self.precision, case.schedule,
             self.request, races,

@@ -417,6 +417,7 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative,
     make_ready(fiber);
   }
   ++statistics().launches;
+  statistics().shared_bytes = shared_bytes;
   m.running = true;
   if (sigsetjmp(fault_jump, 1) == 0) {
     while (m.live && m.error.empty()) {

@@ -34,6 +34,7 @@ struct Error : std::runtime_error {
 struct Statistics {
   uint64_t switches = 0, barriers = 0, grid_syncs = 0, warp_operations = 0, copies = 0;
   uint64_t accesses = 0, launches = 0;
+  uint64_t shared_bytes = 0;  // per CTA, that the last launch asked for
 };
 
 /// Options and statistics of the launches that follow; set by the tests.

@@ -148,6 +148,14 @@ BUGS = [
         "    combine(args);\n    grid_sync();", "    combine(args);", GRID_RACE,
     ),
     Bug(
+        "no grid sync before adding film row splits", FILM_BACKWARD,
+        "      grid_sync();\n      add_row_splits", "      add_row_splits", GRID_RACE,
+    ),
+    Bug(
+        "a film row split is left out", FILM_BACKWARD,
+        "column), args.plan.row_splits, plane", "column), args.plan.row_splits - 1, plane", WRONG,
+    ),
+    Bug(
         "idle CTAs leave before the grid sync", FORWARD,
         "    multiply(args, shared);\n", "    multiply(args, shared);\n"
         "    if (blockIdx.x == 0) return;\n", r"barrier divergence|deadlock",
@@ -165,6 +173,15 @@ BUGS = [
     Bug(
         "a closed modulation", FILM_BACKWARD,
         "narrow<T>(encoder * fused * y)", "narrow<T>(encoder * fused)", WRONG,
+    ),
+    Bug(
+        "a closed leak is a product with 0", BACKWARD,
+        "if (leak != 0) {", "if (leak >= 0) {", r"grad_bias 0: 1 of 11 elements wrong.*got nan",
+    ),
+    Bug(
+        "a branch without a gradient is a product with 0", FILM_BACKWARD,
+        "args.plan.need_branch[0] ? fused * y : 0", "fused * y",
+        r"grad_film_weight: 72 of 6912 elements wrong.*got nan",
     ),
 ]  # fmt: skip
 BY_NAME = {bug.name: bug for bug in BUGS}

@@ -8,12 +8,13 @@ Needs only the kernels that planted.py leaves in a build: float32 small and larg
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
 from emulator import harness
 from emulator.film import FilmCase, FilmProblem
-from emulator.harness import Layout, Schedule
+from emulator.harness import Layout, Poison, Schedule
 from emulator.linear import LinearCase, LinearProblem
 
 
@@ -34,6 +35,12 @@ def cases():
             yield FilmProblem, film, races
         yield LinearProblem, LinearCase(37, (70, 45), 11, splits=2, schedule=busy, **large), races
         yield LinearProblem, LinearCase(130, (72, 48), 11, **large), races
+    # NaN where nothing flows: through a closed leak, or from a branch without a gradient
+    incoming = (Poison("incoming 1", 5, 3, math.nan),)
+    yield LinearProblem, LinearCase(37, (72, 48), 11, poison=incoming, **float32), False
+    target = (Poison("target", 5, 3, math.nan),)
+    x_alone = {"arrives": (False, True, False), "head_leak": 0.25}
+    yield FilmProblem, FilmCase(37, 72, 48, 11, poison=target, **x_alone, **float32), False
 
 
 def run(folder: Path) -> list[str]:
