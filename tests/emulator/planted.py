@@ -61,8 +61,8 @@ BUGS = [
     ),
     Bug(
         "early exit before a barrier", PHASES,
-        "  Accumulator sum = 0;\n  if (column < columns) {",
-        "  Accumulator sum = 0;\n  if (column >= columns) return;\n  if (column < columns) {",
+        "  double sum = 0;\n  if (column < columns) {",
+        "  double sum = 0;\n  if (column >= columns) return;\n  if (column < columns) {",
         r"barrier divergence|deadlock",
     ),
     Bug(
