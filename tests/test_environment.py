@@ -53,6 +53,14 @@ def test_the_extension_is_loaded() -> None:
     _extension.require()
 
 
+def test_the_cuda_part_is_loaded_where_it_was_built() -> None:
+    build = json.loads(run("-m", "dgl_ext", "--json").stdout)["build"]
+    assert _extension.available("cuda") == build["cuda"]["compiled"]
+    if not build["cuda"]["compiled"]:
+        with pytest.raises(RuntimeError, match="the CUDA extension of dgl_ext is not loaded"):
+            _extension.require("cuda")
+
+
 @pytest.mark.parametrize("version", ["2.9.1", "2.9.0+cpu", "1.13.1"])
 def test_an_older_torch_gets_a_message(version: str) -> None:
     with pytest.raises(ImportError, match=r"needs torch >= 2\.10, found torch " + version[:3]):

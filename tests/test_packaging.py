@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -92,12 +93,25 @@ def test_the_wheel_serves_every_python_from_3_10(installed: Environment) -> None
     assert tags[0].startswith("Tag: cp310-abi3-")
 
 
+def modules_built(installed: Environment) -> list[str]:
+    info = json.loads((installed.site / "dgl_ext" / "_build_info.json").read_text())
+    return info["modules"]
+
+
+def test_the_cuda_module_is_built_where_torch_and_nvcc_have_cuda(installed: Environment) -> None:
+    expected = ["_C"]
+    if torch.version.cuda and shutil.which("nvcc"):
+        expected.append("_C_cuda")
+    assert modules_built(installed) == expected
+
+
 def test_the_wheel_holds_the_package_and_nothing_else(installed: Environment) -> None:
     (record,) = installed.site.glob("dgl_ext-*.dist-info/RECORD")
     names = {Path(line.split(",")[0]) for line in record.read_text().splitlines()}
     package = {str(name) for name in names if name.parts[0] == "dgl_ext"}
     python = {f"dgl_ext/{path.name}" for path in (ROOT / "dgl_ext").glob("*.py")}
-    extra = {"dgl_ext/_C.abi3.so", "dgl_ext/_build_info.json", "dgl_ext/py.typed"}
+    extra = {"dgl_ext/_build_info.json", "dgl_ext/py.typed"}
+    extra |= {f"dgl_ext/{module}.abi3.so" for module in modules_built(installed)}
     assert {name for name in package if not name.endswith(".pyc")} == python | extra
     assert {name.parts[0].split("-")[0] for name in names} == {"dgl_ext"}
 
@@ -133,7 +147,7 @@ def test_the_library_uses_only_stable_symbols(library: Path) -> None:
 
 def test_the_build_is_recorded(installed: Environment) -> None:
     report = run(installed.python, "-m", "dgl_ext", cwd=installed.folder)
-    assert f"_C with torch {torch.__version__}" in report
+    assert f"with torch {torch.__version__}" in report
     assert "CUDA kernels:" in report
 
 
