@@ -13,7 +13,7 @@ PYTHON_FILES := setup.py build_backend dgl_ext tests benchmarks examples
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help bench test test-slow fuzz lint format wheel wheel-check cpp-tests clean
+.PHONY: help bench test test-slow gpu-check fuzz lint format wheel wheel-check cpp-tests clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -29,6 +29,12 @@ test: $(VENV)/.dev cpp-tests  ## run the tests, without the slow ones (pytest's 
 
 test-slow: $(VENV)/.dev cpp-tests  ## run the slow tests
 	$(PY) -m pytest -m slow $(ARGS)
+
+# The venv is made in the recipe: without a GPU nothing is built.
+gpu-check:  ## on a machine with a GPU: tests, sanitizers, benchmark, one JSON report
+	@$(PYTHON) tests/gpu_check.py --look
+	@$(MAKE) --no-print-directory $(VENV)/.dev
+	$(PY) tests/gpu_check.py $(ARGS)
 
 fuzz: $(VENV)/.dev  ## draw 100,000 random problems and check each
 	$(PY) -m pytest tests/test_fuzz.py --hypothesis-profile=long $(ARGS)

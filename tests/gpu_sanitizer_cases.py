@@ -1,0 +1,90 @@
+"""Small forward and backward passes of every head in every dtype, for compute-sanitizer to watch.
+
+    compute-sanitizer --tool racecheck python tests/gpu_sanitizer_cases.py
+
+Nothing but copies to the device and this project's kernels runs there: a sanitizer is slow, and
+the rest is not ours. Values are compared in `test_gpu.py`; here they must only be there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+import dgl_ext
+from dgl_ext.heads import HEADS
+from dgl_ext.testing import flat, gradients, make_problem, random_tensor
+
+DEVICE = "cuda"
+BACKEND = "cuda"
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# Aligned: vector copies, whole tiles. Ragged: element copies, ends in every direction. Both have
+# several tiles, and rows enough that the backward pass sums over more than one block.
+SIZES = {
+    "aligned": {"leading": (64,), "widths": (64, 64), "classes": 32},
+    "ragged": {"leading": (37,), "widths": (35, 19), "classes": 33},
+}
+LEAKS = ((0.0, 0.0), (0.5, 0.25))
+
+
+@dataclass(frozen=True)
+class Case:
+    fusion: str
+    dtype: torch.dtype
+    size: str
+    tf32: bool
+    leaks: tuple[float, float]
+
+    def __str__(self) -> str:
+        dtype = "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
+        return f"{self.fusion} {dtype} {self.size} leaks {self.leaks}"
+
+
+def cases() -> Iterator[Case]:
+    """Every head, dtype and size, the leaks closed and open; float32 once more as tf32."""
+    for fusion in HEADS:
+        for dtype in DTYPES:
+            for tf32 in (False, True) if dtype == torch.float32 else (False,):
+                for size in SIZES:
+                    for leaks in LEAKS:
+                        yield Case(fusion, dtype, size, tf32, leaks)
+
+
+def run(case: Case) -> None:
+    """One forward and backward pass; raises where a result is missing or not finite."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
+    drawn = make_problem(case.fusion, dtype=case.dtype, **SIZES[case.size])
+    problem = drawn.to(DEVICE)
+    logits = problem.call(
+        dgl_ext.fused_decouple,
+        backend=BACKEND,
+        encoder_leak=case.leaks[0],
+        head_leak=case.leaks[1],
+    )
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [
+        random_tensor(z.shape, generator, dtype=case.dtype).to(DEVICE) for z in flat(logits)
+    ]
+    results = [*flat(logits), *gradients(logits, problem, cotangents).values()]
+    for tensor in results:
+        if tensor is None or not tensor.detach().cpu().isfinite().all():
+            raise AssertionError(f"{case}: a result is missing or not finite")
+
+
+def main() -> int:
+    """Run all; the last line says how many there were."""
+    count = 0
+    for case in cases():
+        print(case, flush=True)
+        run(case)
+        count += 1
+    print(f"{count} sanitizer cases done", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

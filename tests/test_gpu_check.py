@@ -1,0 +1,437 @@
+"""`make gpu-check` as far as a machine without a GPU can tell: what it runs, reads and reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gpu_check
+import gpu_sanitizer_cases
+import pytest
+import torch
+
+from dgl_ext import _validate
+from dgl_ext.heads import HEADS
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+LEAST_GPU_TESTS = 600
+PYTHON = sys.executable  # some tests put another in its place
+
+
+def options(tmp_path: Path, *flags: str):
+    return gpu_check.parse(["--out", str(tmp_path), *flags])
+
+
+def without_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(gpu_check, "count_gpus", lambda: 0)
+
+
+def with_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(gpu_check, "why_no_gpu", lambda *, ask_torch: "")
+
+
+# --- without a GPU ---
+
+
+def test_without_a_gpu_it_says_so_in_one_line_and_builds_nothing(monkeypatch, tmp_path, capsys):
+    without_gpu(monkeypatch)
+    folder = tmp_path / "out"
+    assert gpu_check.main(["--out", str(folder)]) == 2
+    printed = capsys.readouterr()
+    assert printed.err == "gpu-check: no GPU here, nothing was checked\n"
+    assert printed.out == ""
+    assert not folder.exists()
+
+
+def test_torch_without_cuda_beside_a_gpu_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "count_gpus", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main([]) == 2
+    assert "does not see the GPU" in capsys.readouterr().err
+    assert gpu_check.main(["--look"]) == 0
+
+
+def test_the_driver_is_asked_without_torch(monkeypatch):
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(gpu_check.ctypes, "CDLL", missing)
+    assert gpu_check.count_gpus() == 0
+    text = Path(gpu_check.__file__).read_text()
+    assert not re.search(r"^(import|from) (torch|dgl_ext|harness)", text, re.MULTILINE)
+
+
+@pytest.mark.skipif(gpu_check.count_gpus() > 0, reason="there is a GPU here")
+def test_make_gpu_check_makes_no_venv_without_a_gpu(tmp_path):
+    venv = tmp_path / "venv"
+    command = ["make", "gpu-check", f"PYTHON={sys.executable}", f"VENV={venv}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("gpu-check: no GPU here, nothing was checked\n")
+    assert not venv.exists()
+
+
+# --- what it reads ---
+
+
+@pytest.mark.parametrize(
+    ("output", "findings"),
+    [
+        ("========= COMPUTE-SANITIZER\n72 cases\n========= ERROR SUMMARY: 0 errors\n", 0),
+        ("========= ERROR SUMMARY: 3 errors\n", 3),
+        ("========= ERROR SUMMARY: 1 error\n", 1),
+        ("========= ERROR SUMMARY: 0 errors\n========= ERROR SUMMARY: 2 errors\n", 2),
+        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", 0),
+        ("========= RACECHECK SUMMARY: 4 hazards displayed (1 error, 3 warnings)\n", 4),
+        ("========= Internal Sanitizer Error: out of memory\n========= ERROR SUMMARY: 0 errors", 1),
+        ("========= Error: Target application terminated before first API call\n", None),
+        ("the words ERROR SUMMARY: 5 errors in a program's own line\n", None),
+        ("", None),
+    ],
+)
+def test_summaries_of_the_sanitizer(output, findings):
+    assert gpu_check.read_sanitizer(output)["findings"] == findings
+
+
+JUNIT = """<?xml version="1.0"?><testsuites><testsuite name="pytest">
+<testcase classname="test_gpu" name="a"/>
+<testcase classname="test_gpu" name="b"><failure message="wrong"/></testcase>
+<testcase classname="test_gpu" name="c"><error message="broken"/></testcase>
+<testcase classname="test_gpu" name="d"><skipped message="needs a second CUDA device"/></testcase>
+<testcase classname="test_gpu" name="e"><system-out>text</system-out></testcase>
+</testsuite></testsuites>"""
+
+
+def test_counts_of_a_junit_report(tmp_path):
+    path = tmp_path / "tests.xml"
+    path.write_text(JUNIT)
+    assert gpu_check.read_junit(path) == {
+        "passed": 2,
+        "failed": 1,
+        "errors": 1,
+        "skipped": 1,
+        "broken": ["test_gpu::b", "test_gpu::c"],
+        "skip_reasons": {"needs a second CUDA device": 1},
+    }
+
+
+# --- what it runs ---
+
+
+def test_a_command_keeps_its_output_and_code(tmp_path):
+    code = "import os, sys; print(os.environ['GIVEN']); print('and this', file=sys.stderr); exit(3)"
+    outcome = gpu_check.run_command(
+        [sys.executable, "-c", code], tmp_path / "a.log", 60, {"GIVEN": "a value"}
+    )
+    assert outcome.code == 3
+    assert sorted(outcome.output.splitlines()) == ["a value", "and this"]
+
+
+def test_a_command_past_its_limit_is_killed_with_its_children(tmp_path):
+    code = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(60)"
+    )
+    outcome = gpu_check.run_command([sys.executable, "-c", code], tmp_path / "a.log", 3)
+    assert outcome.code is None
+    assert outcome.seconds < 30
+    child = int(outcome.output)
+    for _ in range(100):
+        if not is_running(child):
+            return
+        time.sleep(0.05)
+    raise AssertionError("the child still runs")
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+        # One that nobody has waited for yet is dead, too.
+        return ") Z " not in Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("code", "problem", "status", "message"),
+    [
+        (0, "", "passed", ""),
+        (0, "2 findings", "failed", "2 findings"),
+        (5, "", "failed", "exit code 5"),
+        (None, "no summary", "timed out", "killed after 7 s"),
+    ],
+)
+def test_a_part_passes_only_by_exit_code_and_content(code, problem, status, message):
+    outcome = gpu_check.Outcome(code, 7.0, "x" * 9999 + "end")
+    part = gpu_check.judge("tests", outcome, problem, {"passed": 1})
+    assert (part.status, part.message, part.seconds) == (status, message, 7.0)
+    assert part.output_tail.endswith("end")
+    assert len(part.output_tail) == gpu_check.TAIL_CHARACTERS
+
+
+def fake_sanitizer(monkeypatch, tmp_path: Path, script: str) -> None:
+    path = tmp_path / "compute-sanitizer"
+    path.write_text(f"#!{sys.executable}\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+
+CLEAN = "print('========= ERROR SUMMARY: 0 errors')"
+DONE = "print('72 sanitizer cases done')"
+
+
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [
+        (f"{DONE}; {CLEAN}", "passed"),
+        (CLEAN, "failed"),
+        (DONE, "failed"),
+        (f"{DONE}; {CLEAN}; raise SystemExit(9)", "failed"),
+        (f"{DONE}; print('========= ERROR SUMMARY: 1 error')", "failed"),
+    ],
+)
+def test_a_sanitizer_part(monkeypatch, tmp_path, script, status):
+    fake_sanitizer(monkeypatch, tmp_path, script)
+    part = gpu_check.check_sanitizer("memcheck", options(tmp_path))
+    assert part.status == status, part
+    command = part.details["command"]
+    assert command[1:3] == ["--tool", "memcheck"]
+    assert command[-1] == str(TESTS / "gpu_sanitizer_cases.py")
+
+
+@pytest.mark.parametrize(("tool", "value"), [("memcheck", "1"), ("racecheck", "None")])
+def test_memcheck_sees_every_allocation(monkeypatch, tmp_path, tool, value):
+    name = "PYTORCH_NO_CUDA_MEMORY_CACHING"
+    monkeypatch.delenv(name, raising=False)
+    fake_sanitizer(monkeypatch, tmp_path, f"import os; print(os.environ.get('{name}'))")
+    assert gpu_check.check_sanitizer(tool, options(tmp_path)).output_tail.strip() == value
+
+
+def test_compute_sanitizer_beside_cuda_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", "")
+    folder = tmp_path / "compute-sanitizer"
+    folder.mkdir()
+    fake_sanitizer(monkeypatch, folder, "")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert gpu_check.find_sanitizer() == str(folder / "compute-sanitizer")
+
+
+def fake_python(monkeypatch, tmp_path: Path, script: str) -> None:
+    path = tmp_path / "python"
+    path.write_text(f"#!{PYTHON}\nimport sys\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setattr(gpu_check.sys, "executable", str(path))
+
+
+WRITE_JUNIT = (
+    "path = next(a for a in sys.argv if a.startswith('--junit-xml=')).partition('=')[2]\n"
+    "open(path, 'w').write({text!r})\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "message"),
+    [
+        (WRITE_JUNIT.format(text=JUNIT), "passed", ""),
+        (WRITE_JUNIT.format(text=JUNIT) + "sys.exit(1)", "failed", "exit code 1"),
+        (WRITE_JUNIT.format(text="<testsuites/>"), "failed", "no test passed"),
+        (WRITE_JUNIT.format(text="<testsuites>"), "failed", "no junit report"),
+        ("sys.exit(4)", "failed", "no junit report"),
+    ],
+)
+def test_the_tests_part(monkeypatch, tmp_path, script, status, message):
+    fake_python(monkeypatch, tmp_path, script)
+    part = gpu_check.check_tests(options(tmp_path))
+    assert part.status == status
+    assert part.message.startswith(message)
+
+
+def test_the_tests_part_does_without_hypothesis(monkeypatch, tmp_path):
+    fake_python(monkeypatch, tmp_path, "print(sys.argv)")
+    assert "--noconftest" not in gpu_check.check_tests(options(tmp_path)).details["command"]
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
+    assert "--noconftest" in gpu_check.check_tests(options(tmp_path)).details["command"]
+
+
+def test_the_bench_part(monkeypatch, tmp_path):
+    flags = ["--bench-arguments", "--smoke --fusion sum"]
+    fake_python(monkeypatch, tmp_path, "")
+    part = gpu_check.check_bench("bfloat16", options(tmp_path, *flags))
+    assert (part.status, part.message) == ("failed", "no results were written")
+    write = (
+        "from pathlib import Path\n"
+        "folder = Path(sys.argv[sys.argv.index('--out') + 1])\n"
+        "folder.mkdir(exist_ok=True)\n"
+        "(folder / 'bench_fusion_cuda_bfloat16.json').write_text('{}')"
+    )
+    fake_python(monkeypatch, tmp_path, write)
+    part = gpu_check.check_bench("bfloat16", options(tmp_path, *flags))
+    assert part.status == "passed"
+    assert part.details["command"][2:] == [
+        *("--device", "cuda", "--dtype", "bfloat16", "--out", str(tmp_path / "bench")),
+        *("--smoke", "--fusion", "sum"),
+    ]
+    fake_python(monkeypatch, tmp_path, "")  # the last run's results do not count
+    assert gpu_check.check_bench("bfloat16", options(tmp_path)).status == "failed"
+
+
+def test_the_bench_accepts_the_arguments_it_is_given():
+    """On the CPU, but for the device's name."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import bench_fusion
+
+    found = bench_fusion._parse(["--device", "cpu", *gpu_check.BENCH_ARGUMENTS.split()])
+    assert len(found.sizes) == 3
+
+
+# --- what it reports ---
+
+
+def fake_parts(monkeypatch, statuses: dict[str, str]) -> list[str]:
+    ran = []
+
+    def runner(name):
+        def run(_):
+            ran.append(name)
+            if statuses.get(name) == "raises":
+                raise ImportError("no such package")
+            return gpu_check.Part(name, statuses.get(name, "passed"), 1.5, output_tail="tail")
+
+        return run
+
+    monkeypatch.setattr(gpu_check, "runners", lambda: {n: runner(n) for n in gpu_check.PARTS})
+    with_gpu(monkeypatch)
+    return ran
+
+
+@pytest.mark.parametrize(
+    ("statuses", "flags", "code"),
+    [
+        ({}, [], 0),
+        ({"tests": "failed"}, [], 1),
+        ({"environment": "raises"}, [], 1),
+        ({"racecheck": "timed out"}, [], 1),
+        ({"racecheck": "timed out"}, ["--allow-missing"], 1),
+        ({"memcheck": "not found"}, [], 1),
+        ({"memcheck": "not found"}, ["--allow-missing"], 0),
+    ],
+)
+def test_the_report_has_every_part_whatever_failed(monkeypatch, tmp_path, statuses, flags, code):
+    ran = fake_parts(monkeypatch, statuses)
+    assert gpu_check.main(["--out", str(tmp_path), *flags]) == code
+    report = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert report["passed"] == (code == 0)
+    assert ran == [part["name"] for part in report["parts"]] == list(gpu_check.PARTS)
+    for part in report["parts"]:
+        raised = statuses.get(part["name"]) == "raises"
+        assert part["status"] == ("failed" if raised else statuses.get(part["name"], "passed"))
+        assert part["message"] == ("ImportError: no such package" if raised else "")
+        assert part["output_tail"] == ("" if raised else "tail")
+
+
+def test_a_part_of_the_check_says_what_it_left_out(monkeypatch, tmp_path):
+    ran = fake_parts(monkeypatch, {})
+    path = tmp_path / "elsewhere" / "report.json"
+    flags = ["--out", str(tmp_path), "--report", str(path), "--only", "racecheck,tests"]
+    assert gpu_check.main(flags) == 0
+    assert ran == ["tests", "racecheck"]
+    left_out = json.loads(path.read_text())["left_out"]
+    assert left_out == [name for name in gpu_check.PARTS if name not in ran]
+
+
+def test_an_unfinished_report_has_not_passed(monkeypatch, tmp_path):
+    chosen = options(tmp_path)
+    part = gpu_check.Part("environment", "passed", 1.0)
+    report = gpu_check.assemble([part], chosen)
+    assert not report["passed"]
+    assert report["not_run_yet"] == list(gpu_check.PARTS[1:])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--only", "tests,lint"], "expected some of environment, tests, .*; got 'lint'"),
+        (["--timeout-tests", "0"], "expected a number of seconds above 0; got '0'"),
+        (["--timeout-bench", "soon"], "expected a number of seconds above 0; got 'soon'"),
+    ],
+)
+def test_bad_flags(capsys, flags, message):
+    with pytest.raises(SystemExit):
+        gpu_check.parse(flags)
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_every_part_has_a_runner():
+    assert list(gpu_check.runners()) == list(gpu_check.PARTS)
+
+
+def test_the_default_limits_fit_ten_minutes():
+    chosen = gpu_check.parse([])
+    limits = chosen.timeout_tests + 4 * chosen.timeout_sanitizer + 2 * chosen.timeout_bench
+    assert limits < 600
+
+
+# --- the cases and the tests ---
+
+
+def test_the_sanitizer_cases_have_every_head_and_dtype():
+    cases = list(gpu_sanitizer_cases.cases())
+    assert len(cases) == len(set(map(str, cases))) == len(HEADS) * 5 * 2 * 2
+    combinations = {(case.fusion, case.dtype) for case in cases}
+    assert combinations == {(fusion, dtype) for fusion in HEADS for dtype in _validate.DTYPES}
+    assert {case.size for case in cases} == set(gpu_sanitizer_cases.SIZES)
+
+
+def test_the_sanitizer_cases_run(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_sanitizer_cases, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_sanitizer_cases, "BACKEND", "cpu")
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        assert gpu_sanitizer_cases.main() == 0
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert gpu_check.CASES_DONE in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_sanitizer_case_that_gives_nan_fails(monkeypatch):
+    monkeypatch.setattr(gpu_sanitizer_cases, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_sanitizer_cases, "BACKEND", "cpu")
+    real = gpu_sanitizer_cases.make_problem
+
+    def spoiled(*args, **options):
+        problem = real(*args, **options)
+        problem.biases[0].detach()[0] = float("nan")
+        return problem
+
+    monkeypatch.setattr(gpu_sanitizer_cases, "make_problem", spoiled)
+    with pytest.raises(AssertionError, match="not finite"):
+        gpu_sanitizer_cases.run(next(gpu_sanitizer_cases.cases()))
+
+
+def collect(*flags: str) -> list[str]:
+    files = gpu_check.gpu_test_files()
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *flags, *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return [line for line in done.stdout.splitlines() if "::" in line and "test_gpu" in line]
+
+
+def test_every_gpu_test_carries_the_marker():
+    assert {Path(name).name for name in gpu_check.gpu_test_files()} >= {
+        "test_gpu.py",
+        "test_gpu_streams.py",
+    }
+    marked = [name for name in collect("-m", "gpu") if "test_gpu_check" not in name]
+    assert len(marked) >= LEAST_GPU_TESTS
+    unmarked = [name for name in collect("-m", "not gpu") if "test_gpu_check" not in name]
+    assert unmarked == []
+    for head in HEADS:
+        assert any(f"[{head}" in name for name in marked)
