@@ -11,11 +11,16 @@ backward, with every gradient None at the start. Two modalities of equal width. 
     two_pass            the published DGL recipe: two backward passes, head grads cleared between
     reference           dgl_ext.reference, plain PyTorch, one backward pass
     compiled            torch.compile of the reference and its losses (compile time not counted)
-    dgl_ext             dgl_ext.fused_decouple
+    dgl_ext             dgl_ext.fused_decouple; on CUDA with backend="cuda"
 
-Before anything is timed, all logits and gradients are compared with the reference in the same
-dtype; a provider that differs is not timed. For `joint`, which computes other gradients on
-purpose, the fused logits are compared.
+On CUDA each provider is timed twice, in turns with all others: called from Python ("eager"), and
+as one CUDA graph of the whole step ("graph"), which takes the host's time out of the figure.
+`--graphs` chooses. Ratios are between providers in the same mode. The kernels of a step are
+counted by torch.profiler after all timing.
+
+Before anything is timed, all logits and gradients, also those that a replayed graph writes, are
+compared with the reference in the same dtype; a provider that differs is not timed. For `joint`,
+which computes other gradients on purpose, the fused logits are compared.
 
 Times are medians over rounds in which all providers take turns; ratios are taken within a round.
 `harness.py` says how and why. The cells are visited three times, a third of the rounds each, so
@@ -39,6 +44,7 @@ from typing import Any
 import torch
 
 try:
+    import cuda_steps
     import fusion_cells
     import fusion_report
     import harness
@@ -48,9 +54,15 @@ except ImportError as error:
     sys.exit(f"bench_fusion needs dgl_ext, rich and matplotlib installed: {error}")
 
 SIZES = "64x512x6,64x512x34,64x512x309,256x512x309,256x1024x1000,1024x2048x1000"
+CUDA_SIZES = f"{SIZES},4096x2048x1000"
 SMOKE_SIZES = "33x64x34"
 PASSES = 3
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+MODES = {
+    "eager": (fusion_cells.EAGER,),
+    "graphs": (fusion_cells.GRAPH,),
+    "both": (fusion_cells.EAGER, fusion_cells.GRAPH),
+}
 DEFAULT_OUT = Path(__file__).parent / "results"
 
 Size = tuple[int, int, int]  # batch, width, classes
@@ -62,9 +74,10 @@ def main(arguments: list[str] | None = None) -> int:
     console = report.make_console()
     console.print(f"measuring the ceiling of {options.device} in {options.dtype_name} ...")
     ceiling = harness.measure_ceiling(options.device, options.dtype, quick=options.smoke)
+    gpu = _gpu(options.device)
     timings = {
         fusion_cells.Cell(fusion, size, options.device, options.dtype): fusion_cells.Timing(
-            options.providers
+            options.providers, MODES[options.graphs]
         )
         for fusion in options.fusion
         for size in options.sizes
@@ -82,7 +95,12 @@ def main(arguments: list[str] | None = None) -> int:
                     min_rounds=math.ceil(harness.MIN_ROUNDS / passes),
                     load=load,
                     on_share=on_share,
+                    gpu=gpu,
                 )
+    if gpu is not None:
+        console.print("counting kernels ...")
+        for cell, timing in timings.items():
+            fusion_cells.count_launches(cell, timing, gpu)
     rows = [
         row for cell, timing in timings.items() for row in fusion_cells.rows(cell, timing, ceiling)
     ]
@@ -93,6 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
         "statistic": harness.STATISTIC,
         "device": str(options.device),
         "dtype": options.dtype_name,
+        "modes": list(MODES[options.graphs]),
         "seconds_per_cell": options.seconds,
         "environment": harness.environment(options.device),
         "ceiling": asdict(ceiling),
@@ -104,6 +123,10 @@ def main(arguments: list[str] | None = None) -> int:
     for path in write_results(options.out, document, smoke=options.smoke):
         console.print(f"wrote {path}", markup=False, soft_wrap=True)
     return int(any(row["status"] in ("wrong", "failed") for row in rows))
+
+
+def _gpu(device: torch.device) -> cuda_steps.Gpu | None:
+    return cuda_steps.Gpu(device) if device.type == "cuda" else None
 
 
 def write_results(out: Path, document: dict[str, Any], *, smoke: bool) -> list[Path]:
@@ -125,11 +148,18 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--fusion", type=_some_of(providers.FUSIONS), default=fusions, help=f"default {fusions}"
     )
-    parser.add_argument("--sizes", type=_sizes, help=f"batch x width x classes, default {SIZES}")
+    parser.add_argument(
+        "--sizes", type=_sizes, help=f"batch x width x classes, default {CUDA_SIZES} (last: CUDA)"
+    )
     parser.add_argument("--device", type=_device, default="auto", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", dest="dtype_name")
     parser.add_argument(
         "--providers", type=_some_of(providers.PROVIDERS), default=names, help=f"default {names}"
+    )
+    parser.add_argument(
+        "--graphs",
+        choices=MODES,
+        help="on CUDA: Python calls (eager), CUDA graphs, or both (default); on the CPU: eager",
     )
     parser.add_argument("--seconds", type=_positive, help="timing per cell, default 8")
     parser.add_argument(
@@ -137,7 +167,15 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes and little time")
     options = parser.parse_args(arguments)
-    options.sizes = options.sizes or _sizes(SMOKE_SIZES if options.smoke else SIZES)
+    on_cuda = options.device.type == "cuda"
+    options.graphs = options.graphs or ("both" if on_cuda else "eager")
+    if options.graphs != "eager" and not on_cuda:
+        parser.error(
+            f"argument --graphs: expected eager on {options.device}, since CUDA graphs need "
+            f"--device cuda; got {options.graphs!r}"
+        )
+    default_sizes = CUDA_SIZES if on_cuda else SIZES
+    options.sizes = options.sizes or _sizes(SMOKE_SIZES if options.smoke else default_sizes)
     options.seconds = options.seconds or (0.2 if options.smoke else 8.0)
     options.dtype = getattr(torch, options.dtype_name)
     try:

@@ -1,18 +1,24 @@
-"""Checks and times every provider on one problem of the fusion benchmark."""
+"""Checks and times every provider, in every mode, on one problem of the fusion benchmark."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
+import cuda_steps
 import harness
 import providers
 import torch
 
 SIZE_COLUMNS = ("batch", "width", "classes")
+EAGER, GRAPH = "eager", "graph"
 
 Row = dict[str, Any]
+Step = harness.Step
+Results = dict[str, torch.Tensor | None]  # None: no gradient
+Built = Callable[[], tuple[Step, Results]]
 
 
 @dataclass(frozen=True)
@@ -31,24 +37,41 @@ class Cell:
         return providers.make_problem(self.fusion, *self.size, self.device, self.dtype)
 
 
+class Candidate(NamedTuple):
+    """What is timed: a provider's step, called from Python or replayed as a CUDA graph."""
+
+    provider: str
+    mode: str
+
+
 @dataclass
 class Timing:
-    """What became of the providers at one cell.
+    """What became of the candidates at one cell.
 
     Attributes:
         names: the providers to time.
+        modes: the modes to time each in; GRAPH is for CUDA only.
         excluded: status and note of those that are not timed: "left out" (this torch or machine
             lacks something), "wrong" (its results differ) or "failed" (it raised).
         times: microseconds a step of the others, one value per round.
+        launches: kernels a step, where they were counted; why not, where they could not be.
     """
 
     names: Sequence[str]
-    excluded: dict[str, tuple[str, str]] = field(default_factory=dict)
-    times: dict[str, list[float]] = field(default_factory=dict)
+    modes: Sequence[str] = (EAGER,)
+    excluded: dict[Candidate, tuple[str, str]] = field(default_factory=dict)
+    times: dict[Candidate, list[float]] = field(default_factory=dict)
+    launches: dict[Candidate, int | str] = field(default_factory=dict)
 
-    def exclude(self, name: str, status: str, note: str) -> None:
-        self.excluded[name] = (status, note)
-        self.times.pop(name, None)
+    def wanted(self, name: str) -> list[Candidate]:
+        """The provider's candidates that nothing speaks against."""
+        candidates = [Candidate(name, mode) for mode in self.modes]
+        return [candidate for candidate in candidates if candidate not in self.excluded]
+
+    def exclude(self, candidate: Candidate, status: str, note: str) -> None:
+        self.excluded[candidate] = (status, note)
+        self.times.pop(candidate, None)
+        self.launches.pop(candidate, None)
 
 
 def measure(
@@ -59,53 +82,101 @@ def measure(
     min_rounds: int = harness.MIN_ROUNDS,
     load: harness.ForeignLoad | None = None,
     on_share: Callable[[float], None] | None = None,
+    gpu: cuda_steps.Gpu | None = None,
 ) -> None:
-    """Check the providers, then time those that are right, adding to `timing` and `load`."""
-    truth = snapshot(cell.problem(), providers.PROVIDERS["reference"])[1]
-    steps: dict[str, harness.Step] = {}
-    for name in timing.names:
-        if name in timing.excluded:
-            continue
-        provider = providers.PROVIDERS[name]
-        try:
-            step, results = snapshot(cell.problem(), provider)
-        except providers.Unavailable as reason:
-            timing.exclude(name, "left out", str(reason))
-            continue
-        except Exception as error:  # one broken provider must not end the run
-            timing.exclude(name, "failed", f"{type(error).__name__}: {error}")
-            continue
-        if wrong := difference(results, truth, cell.dtype, everything=provider.decoupled):
-            timing.exclude(name, "wrong", wrong)
-        else:
-            steps[name] = step
+    """Check the candidates, then time those that are right, adding to `timing` and `load`.
+
+    All candidates take turns, whatever their mode. `gpu` captures the steps of mode GRAPH.
+    """
+    steps = _right_steps(cell, timing, gpu)
     if not steps:
         return
     with load or harness.ForeignLoad():
         rounds = harness.time_alternating(
             steps, cell.device, seconds, min_rounds=min_rounds, on_round=on_share
         )
-    for name, values in rounds.items():
-        timing.times.setdefault(name, []).extend(values)
+    for candidate, values in rounds.items():
+        timing.times.setdefault(candidate, []).extend(values)
 
 
-def snapshot(
-    problem: providers.Problem, provider: providers.Provider
-) -> tuple[harness.Step, dict[str, torch.Tensor | None]]:
+def count_launches(cell: Cell, timing: Timing, gpu: cuda_steps.Gpu) -> None:
+    """Count the kernels of each candidate that was timed.
+
+    Not to be mixed with timing: once started, a profiler can slow down all that comes later.
+    """
+    for candidate, step in _right_steps(cell, timing, gpu).items():
+        try:
+            timing.launches[candidate] = gpu.launches(step)
+        except Exception as error:  # times stand without a count
+            unavailable = isinstance(error, providers.Unavailable)
+            timing.launches[candidate] = str(error) if unavailable else providers.reason(error)
+
+
+def _right_steps(cell: Cell, timing: Timing, gpu: cuda_steps.Gpu | None) -> dict[Candidate, Step]:
+    """Build all steps that are wanted; exclude from `timing` those that are not right."""
+    if gpu is None and GRAPH in timing.modes:
+        raise ValueError(f"gpu: expected one to capture mode {GRAPH!r} with, got None")
+    truth = snapshot(cell.problem(), providers.PROVIDERS["reference"])[1]
+    steps: dict[Candidate, Step] = {}
+
+    def check(candidates: Sequence[Candidate], build: Built) -> Step | None:
+        everything = providers.PROVIDERS[candidates[0].provider].decoupled
+        try:
+            step, results = build()
+            wrong = difference(results, truth, cell.dtype, everything=everything)
+            verdict = ("wrong", wrong) if wrong else None
+        except providers.Unavailable as reason:
+            verdict = ("left out", str(reason))
+        except Exception as error:  # one broken provider must not end the run
+            verdict = ("failed", f"{type(error).__name__}: {error}")
+        if verdict is None:
+            return step
+        for candidate in candidates:
+            timing.exclude(candidate, *verdict)
+        return None
+
+    for name in timing.names:
+        wanted = timing.wanted(name)
+        if not wanted:
+            continue
+        problem = cell.problem()
+        step = check(wanted, partial(snapshot, problem, providers.PROVIDERS[name]))
+        if step is None:
+            continue
+        for candidate in wanted:
+            if candidate.mode == GRAPH:
+                replay = check([candidate], partial(_capture, gpu, problem, step))
+                steps |= {} if replay is None else {candidate: replay}
+            else:
+                steps[candidate] = step
+    return steps
+
+
+def snapshot(problem: providers.Problem, provider: providers.Provider) -> tuple[Step, Results]:
     """Build a provider's step, run it once, and copy all that it computed, by name."""
     step = provider.build(problem)
     logits = step()
-    results: dict[str, torch.Tensor | None] = {
-        f"logits[{i}]": z.detach().clone() for i, z in enumerate(logits)
-    }
-    for name, leaf in problem.leaves().items():
-        results[f"{name}.grad"] = None if leaf.grad is None else leaf.grad.clone()
-    return step, results
+    return step, _copies(logits, {name: leaf.grad for name, leaf in problem.leaves().items()})
+
+
+def _capture(
+    gpu: cuda_steps.Gpu, problem: providers.Problem, step: providers.Step
+) -> tuple[Step, Results]:
+    """Capture a step, replay it once, and copy all that the replay computed, by name."""
+    captured = gpu.capture(step, problem.leaves())
+    return captured, _copies(*captured.results())
+
+
+def _copies(logits: Sequence[torch.Tensor], gradients: Results) -> Results:
+    results: Results = {f"logits[{i}]": z.detach().clone() for i, z in enumerate(logits)}
+    for name, gradient in gradients.items():
+        results[f"{name}.grad"] = None if gradient is None else gradient.clone()
+    return results
 
 
 def difference(
-    results: dict[str, torch.Tensor | None],
-    truth: dict[str, torch.Tensor | None],
+    results: Results,
+    truth: Results,
     dtype: torch.dtype,
     *,
     everything: bool,
@@ -132,34 +203,45 @@ def difference(
 
 
 def rows(cell: Cell, timing: Timing, ceiling: harness.Ceiling) -> list[Row]:
-    """One table row per provider; only those with status "ok" have figures."""
+    """One table row per candidate; only those with status "ok" have figures."""
     result = []
-    for name in timing.names:
-        status, note = timing.excluded.get(name, ("ok", ""))
+    for candidate in (Candidate(name, mode) for mode in timing.modes for name in timing.names):
+        status, note = timing.excluded.get(candidate, ("ok", ""))
+        launches = timing.launches.get(candidate)
+        if isinstance(launches, str):
+            launches, note = None, f"kernels not counted: {launches}"
         row = {"fusion": cell.fusion, **dict(zip(SIZE_COLUMNS, cell.size, strict=True))}
-        row |= {"provider": name, "status": status, "note": note}
+        row |= {**candidate._asdict(), "status": status, "note": note, "launches": launches}
         if status == "ok":
-            row |= _figures(cell, name, timing.times, ceiling)
+            row |= _figures(cell, candidate, timing.times, ceiling)
         result.append(row)
     return result
 
 
-def _figures(cell: Cell, name: str, times: dict[str, list[float]], ceiling: harness.Ceiling) -> Row:
-    """The numbers of one row: time, ratio to every provider timed with it, rates."""
-    step = harness.spread(times[name])
+def _figures(
+    cell: Cell,
+    candidate: Candidate,
+    times: dict[Candidate, list[float]],
+    ceiling: harness.Ceiling,
+) -> Row:
+    """The numbers of one row: time, ratio to every provider timed in the same mode, rates."""
+    mine = times[candidate]
+    step = harness.spread(mine)
     figures: Row = {
         "median_us": step.median,
         "p20_us": step.p20,
         "p80_us": step.p80,
-        "rounds": len(times[name]),
+        "rounds": len(mine),
     }
     for other, baseline in times.items():
-        ratio = harness.paired_ratio(times[name], baseline)
-        figures[f"ratio_to_{other}"] = ratio.median
-        figures[f"ratio_to_{other}_p20"] = ratio.p20
-        figures[f"ratio_to_{other}_p80"] = ratio.p80
+        if other.mode == candidate.mode:
+            ratio = harness.paired_ratio(mine, baseline)
+            figures[f"ratio_to_{other.provider}"] = ratio.median
+            figures[f"ratio_to_{other.provider}_p20"] = ratio.p20
+            figures[f"ratio_to_{other.provider}_p80"] = ratio.p80
+    decoupled = providers.PROVIDERS[candidate.provider].decoupled
     flops, nbytes = providers.least_work(
-        cell.fusion, *cell.size, cell.dtype.itemsize, decoupled=providers.PROVIDERS[name].decoupled
+        cell.fusion, *cell.size, cell.dtype.itemsize, decoupled=decoupled
     )
     seconds = step.median / 1e6
     compute_bound = flops / ceiling.flops_per_second > nbytes / ceiling.bytes_per_second
@@ -180,7 +262,7 @@ def columns() -> list[str]:
         for suffix in ("", "_p20", "_p80")
     ]
     return [
-        *("fusion", *SIZE_COLUMNS, "provider", "status", "note"),
-        *("median_us", "p20_us", "p80_us", "rounds", *ratios),
+        *("fusion", *SIZE_COLUMNS, "provider", "mode", "status", "note"),
+        *("median_us", "p20_us", "p80_us", "rounds", "launches", *ratios),
         *("gflops_per_s", "gbytes_per_s", "bound", "share_of_ceiling"),
     ]

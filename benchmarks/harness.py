@@ -14,6 +14,7 @@ How a time is measured, and why:
 * On a CPU a step is timed by the monotonic clock. On a GPU it is timed by CUDA events, with the
   L2 cache overwritten before every step. The host may queue a step while the cache is being
   overwritten; the figure is GPU time where the host keeps up and host time where it does not.
+  A step that is captured as a CUDA graph is one launch to the host, which then keeps up.
 * Python's garbage collector is off while steps are timed.
 """
 

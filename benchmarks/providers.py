@@ -193,21 +193,34 @@ def _compiled(problem: Problem) -> Step:
     try:
         step()
     except Exception as error:  # whatever keeps it from compiling is the reason
-        raise Unavailable(f"torch.compile fails here: {_reason(error)}") from error
+        raise Unavailable(f"torch.compile fails here: {reason(error)}") from error
     return step
 
 
 def _dgl_ext(problem: Problem) -> Step:
-    """This package, with the backend that it chooses itself."""
-    step = _one_pass(problem, partial(_forward, dgl_ext.fused_decouple, problem.fusion))
+    """This package: on the CPU with the backend that it chooses itself, on CUDA with "cuda"."""
+    backend = "auto"
+    if _device_type(problem) == "cuda":
+        if not dgl_ext._extension.available("cuda"):
+            raise Unavailable(
+                f"the CUDA extension is not loaded: {dgl_ext._extension.error('cuda')}: "
+                "see python -m dgl_ext"
+            )
+        backend = "cuda"  # "auto" may choose library GEMMs or the reference
+    decouple = partial(dgl_ext.fused_decouple, backend=backend)
+    step = _one_pass(problem, partial(_forward, decouple, problem.fusion))
     with _OperatorNames() as seen:
         step()
     if not any(name.startswith("dgl_ext::") for name in seen.names):
         raise Unavailable(
-            f"backend='auto' chose the reference for {problem.features[0].device.type} "
+            f"backend={backend!r} chose the reference for {_device_type(problem)} "
             f"{problem.features[0].dtype}: see python -m dgl_ext"
         )
     return step
+
+
+def _device_type(problem: Problem) -> str:
+    return problem.features[0].device.type
 
 
 def _one_pass(problem: Problem, forward: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]) -> Step:
@@ -251,7 +264,7 @@ class _OperatorNames(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """An error's type and its most telling line: a C++ compiler's message is not the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["(no text)"]
     told = next((line for line in lines if " error: " in line), lines[0])

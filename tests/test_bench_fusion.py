@@ -80,6 +80,7 @@ def test_smoke_csv(smoke):
             continue
         assert 0 < float(row["p20_us"]) <= float(row["median_us"]) <= float(row["p80_us"])
         assert int(row["rounds"]) >= harness.MIN_ROUNDS
+        assert (row["mode"], row["launches"]) == ("eager", "")
         assert float(row[f"ratio_to_{row['provider']}"]) == 1
         for column in ("ratio_to_joint", "ratio_to_two_pass", "gflops_per_s", "gbytes_per_s"):
             assert 0 < float(row[column]) < math.inf
@@ -164,7 +165,7 @@ def test_a_wrong_provider_is_not_timed(monkeypatch, kind, named):
     monkeypatch.setattr(harness, "time_alternating", time_nothing)
     monkeypatch.setitem(providers.PROVIDERS, "broken", broken(kind))
     rows = measured_rows(["broken", "reference"])
-    assert timed == ["reference"]
+    assert timed == [("reference", "eager")]
     assert [row["status"] for row in rows] == ["wrong", "ok"]
     assert "median_us" not in rows[0]
     assert re.search(named, rows[0]["note"])
@@ -203,7 +204,7 @@ def test_nothing_is_timed_where_no_provider_can_run(monkeypatch):
 
 
 def test_dgl_ext_is_left_out_rather_than_timed_as_the_reference(monkeypatch):
-    monkeypatch.setattr(dgl_ext._extension, "available", lambda: False)
+    monkeypatch.setattr(dgl_ext._extension, "available", lambda *_: False)
     with pytest.raises(providers.Unavailable, match=r"chose the reference for cpu torch.float32"):
         providers.PROVIDERS["dgl_ext"].build(cell().problem())
 
@@ -274,6 +275,12 @@ def test_least_traffic_counts_every_tensor_once(fusion):
         (["--device", "meta"], "got 'meta'"),
         (["--device", "cuda:99"], "torch sees [0-9]+ CUDA devices here; got 'cuda:99'"),
         (["--out", __file__], "argument --out: cannot make the folder"),
+        (
+            ["--device", "cpu", "--graphs", "graphs"],
+            "--graphs: expected eager on cpu, since CUDA gr",
+        ),
+        (["--device", "cpu", "--graphs", "both"], "need --device cuda; got 'both'"),
+        (["--graphs", "some"], "invalid choice: 'some'"),
         (["--mode", "step"], "unrecognized arguments"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
@@ -412,7 +419,7 @@ def test_table_of_slow_steps_fits_80_columns():
     fusion_report.print_results(Console(file=text, width=80), document)
     line = next(line for line in text.getvalue().splitlines() if "dgl_ext  " in line)
     figures = ["dgl_ext", "1289801", "1195778-1326013", "10.04", "10.04"]
-    assert line.split() == [*figures, "123456.7", "GFLOP/s", "98.7%"]
+    assert line.split() == [*figures, "123.5", "TFLOP/s", "98.7%"]
     assert "left out" in text.getvalue()
 
 
@@ -468,9 +475,9 @@ def test_passes_add_up_and_a_later_mistake_excludes(monkeypatch):
     timing = fusion_cells.Timing(["joint", "reference"])
     fusion_cells.measure(cell(), timing, 1e-9, min_rounds=2)
     fusion_cells.measure(cell(), timing, 1e-9, min_rounds=3)
-    assert {name: len(times) for name, times in timing.times.items()} == {
-        "joint": 5,
-        "reference": 5,
+    assert {key: len(times) for key, times in timing.times.items()} == {
+        ("joint", "eager"): 5,
+        ("reference", "eager"): 5,
     }
     with monkeypatch.context() as later:
         later.setitem(providers.PROVIDERS, "joint", broken("nan"))
