@@ -71,7 +71,6 @@ class Timing:
     def exclude(self, candidate: Candidate, status: str, note: str) -> None:
         self.excluded[candidate] = (status, note)
         self.times.pop(candidate, None)
-        self.launches.pop(candidate, None)
 
 
 def measure(
