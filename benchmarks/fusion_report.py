@@ -21,6 +21,7 @@ COLORS = {
     "two_pass": "#d55e00",
     "reference": "#0072b2",
     "compiled": "#cc79a7",
+    "composed": "#e69f00",
     "dgl_ext": "#009e73",
 }
 

@@ -197,6 +197,14 @@ def _compiled(problem: Problem) -> Step:
     return step
 
 
+def _composed(problem: Problem) -> Step:
+    """This package's backend "composed": library GEMMs on views of the weight, no kernels."""
+    if not dgl_ext._extension.available():
+        raise Unavailable(f"the C++ extension is not loaded: {dgl_ext._extension.error()}")
+    decouple = partial(dgl_ext.fused_decouple, backend="composed")
+    return _one_pass(problem, partial(_forward, decouple, problem.fusion))
+
+
 def _dgl_ext(problem: Problem) -> Step:
     """This package: on the CPU with the backend that it chooses itself, on CUDA with "cuda"."""
     backend = "auto"
@@ -284,5 +292,6 @@ PROVIDERS: dict[str, Provider] = {
     "two_pass": Provider(_two_pass),
     "reference": Provider(_reference),
     "compiled": Provider(_compiled),
+    "composed": Provider(_composed),
     "dgl_ext": Provider(_dgl_ext),
 }

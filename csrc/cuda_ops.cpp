@@ -5,7 +5,10 @@
 // torch's caching allocator, and waits for nothing: it can be captured into a CUDA graph. Where the
 // plan says that library GEMMs win, the composed ops (dgl_ext/composed.py) are called instead.
 
+// torch_device.h comes before torch's headers, since it decides what they declare. Angle brackets
+// let the tests' emulated build put its own in its place.
 #include <Python.h>
+#include <cuda/torch_device.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -13,9 +16,6 @@
 #include <cstdlib>
 #include <map>
 #include <mutex>
-
-// In angle brackets, so that the emulated build in the tests can put its own before it.
-#include <cuda/torch_device.h>
 
 #include "checks.h"
 #include "cuda/launch.h"
