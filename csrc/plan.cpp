@@ -6,7 +6,6 @@ namespace dgl_ext {
 namespace {
 
 // ---- values to be measured: every one below is a guess from counting, no GPU has seen it yet
-// -----
 
 /// Work (flop of forward and backward together) above which library GEMMs should win.
 constexpr double kComposedAbove[] = {

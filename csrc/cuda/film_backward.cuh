@@ -68,7 +68,6 @@ struct FilmBackward {
 
  private:
   // ---- workspace
-  // ---------------------------------------------------------------------------------
 
   static __device__ __forceinline__ const ConstMatrix& incoming(const FilmHeadBackward& p,
                                                                 int branch) {
@@ -128,7 +127,6 @@ struct FilmBackward {
   }
 
   // ---- prepare
-  // -----------------------------------------------------------------------------------
 
   static __device__ __forceinline__ void prepare(const Arguments& args) {
     const FilmHeadBackward& p = args.problem;
@@ -161,7 +159,6 @@ struct FilmBackward {
   }
 
   // ---- head
-  // --------------------------------------------------------------------------------------
 
   static __device__ __forceinline__ void run_head_tiles(const Arguments& args, T* shared) {
 #pragma unroll 1
@@ -246,7 +243,6 @@ struct FilmBackward {
   }
 
   // ---- combine
-  // -----------------------------------------------------------------------------------
 
   static __device__ __forceinline__ void combine(const Arguments& args) {
     const FilmHeadBackward& p = args.problem;
@@ -285,7 +281,6 @@ struct FilmBackward {
   }
 
   // ---- film
-  // --------------------------------------------------------------------------------------
 
   static __device__ __forceinline__ void run_film_tiles(const Arguments& args, T* shared) {
 #pragma unroll 1
@@ -374,7 +369,6 @@ struct FilmBackward {
   }
 
   // ---- add
-  // ---------------------------------------------------------------------------------------
 
   static __device__ __forceinline__ void add_row_splits(const Arguments& args) {
     const FilmHeadBackward& p = args.problem;

@@ -199,7 +199,6 @@ class GemmTile {
   static __device__ __forceinline__ int warp_n() { return threadIdx.x / 32 % kWarpsN; }
 
   // ---- tensor cores
-  // ------------------------------------------------------------------------------
 
   static constexpr int kRowElements = 16 / sizeof(T);      // one row of an ldmatrix matrix
   static constexpr int kFragmentDepth = 2 * kRowElements;  // k of one fragment
@@ -266,7 +265,6 @@ class GemmTile {
   }
 
   // ---- SIMT
-  // --------------------------------------------------------------------------------------
 
   static __device__ __forceinline__ int simt_row(int i) {
     const int ty = warp_m() * 4 + lane() / 8;
@@ -332,7 +330,6 @@ class GemmTile {
   }
 
   // ---- epilogue
-  // ----------------------------------------------------------------------------------
 
   /// Writes this thread's accumulators that lie in rows [first, first + kOutRows) to `out`.
   __device__ __forceinline__ void spill(Accumulator* out, int first) {

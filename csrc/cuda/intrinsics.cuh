@@ -178,7 +178,6 @@ cudaError_t occupancy(void (*)(Arguments), int, int, int* ctas) {
 #endif
 
 // ---- arithmetic types: the same on both sides
-// ----------------------------------------------------
 
 /// The type that sums are kept in.
 template <class T>
