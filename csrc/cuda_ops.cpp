@@ -13,6 +13,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <array>
+#include <climits>
 #include <cstdlib>
 #include <map>
 #include <mutex>
@@ -59,7 +60,14 @@ const Device& current_device(const char* op, int32_t index) {
     check(op, status, "asking the GPU for its properties");
     // Leaves multiprocessors to others, such as NCCL's kernels.
     if (const char* bound = std::getenv("DGL_EXT_MAX_CTAS")) {
-      found->second.max_ctas = std::max(0, std::atoi(bound));
+      char* end = nullptr;
+      const long value = std::strtol(bound, &end, 10);
+      if (value < 1 || value > INT_MAX || *end != '\0') {
+        known.erase(found);
+        throw std::runtime_error("DGL_EXT_MAX_CTAS: expected a positive int, got \"" +
+                                 std::string(bound) + "\"");
+      }
+      found->second.max_ctas = static_cast<int>(value);
     }
   }
   return found->second;
@@ -161,7 +169,6 @@ std::vector<Tensor> composed(const char* op, const Arguments&... arguments) {
 // ---- concat and sum ----
 
 struct LinearArguments {
-  Shape leading;
   bool shared;                 // one weight and one bias for all modalities
   std::vector<int64_t> begin;  // of each modality's columns in the weight that holds them
   LinearHead head;
@@ -170,7 +177,6 @@ struct LinearArguments {
 LinearArguments parse_linear(const Checks& checks, Call& call, const std::vector<Tensor>& features,
                              const std::vector<Tensor>& weights) {
   LinearArguments args;
-  args.leading = checks.features(features, 1, kMaxModalities);
   args.shared = weights.size() == 1;
   if (!args.shared) checks.length("weights", weights.size(), features.size());
   if (weights[0].dim() != 2) {
@@ -204,7 +210,7 @@ LinearArguments parse_linear(const Checks& checks, Call& call, const std::vector
 std::vector<Tensor> linear_forward(std::vector<Tensor> features, std::vector<Tensor> weights,
                                    OptionalTensors biases, bool allow_tf32, bool kernel_only) {
   const Checks checks("linear_head_forward", kOnCuda);
-  checks.features(features, 1, kMaxModalities);
+  Shape shape = checks.features(features, 1, kMaxModalities);
   Call call("linear_head_forward", features[0]);
   const LinearArguments args = parse_linear(checks, call, features, weights);
   checks.biases(biases, weights, features[0]);
@@ -215,7 +221,6 @@ std::vector<Tensor> linear_forward(std::vector<Tensor> features, std::vector<Ten
     problem.branch_bias[i] = call.vector(biases[args.shared ? 0 : i]);
   }
   if (args.shared) problem.fused_bias = problem.branch_bias[0];
-  Shape shape = args.leading;
   shape.push_back(args.head.classes);
   std::vector<Tensor> logits;  // fused first
   for (int i = 0; i <= args.head.modalities; ++i) logits.push_back(call.empty(shape));

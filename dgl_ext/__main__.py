@@ -120,7 +120,7 @@ def main() -> None:
     if arguments.plan:
         try:
             print(plan_report(arguments.plan, arguments.dtype))
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             parser.error(f"--plan: {error}")
         return
     env = environment()

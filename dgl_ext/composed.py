@@ -9,7 +9,7 @@ logits of 16-bit dtypes are float32. On CUDA the ops come here where the plan sa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import reduce
 
 import torch
@@ -47,10 +47,14 @@ def _mixed(terms: Sequence[tuple[Tensor | None, float]], like: Tensor) -> Tensor
     return reduce(torch.add, scaled).to(like.dtype)
 
 
-def _grad_rows(grad_outputs: OptionalTensors) -> tuple[list[Tensor | None], Tensor]:
-    """The gradients as matrices, and one of them to take shape and dtype from."""
+def _grad_rows(
+    grad_outputs: OptionalTensors, feature: Tensor, weight: Tensor
+) -> tuple[list[Tensor | None], Tensor]:
+    """The gradients as matrices, and one to take shape and dtype from (zeros if none is there)."""
     grads = [None if grad is None else _rows(grad) for grad in grad_outputs]
-    return grads, next(grad for grad in grads if grad is not None)
+    there = [grad for grad in grads if grad is not None]
+    rows = math.prod(feature.shape[:-1])
+    return grads, there[0] if there else feature.new_zeros((rows, weight.shape[0]))
 
 
 def _column_sums(grad: Tensor) -> Tensor:
@@ -93,7 +97,7 @@ def linear_head_backward(
     head_leak: float,
 ) -> list[Tensor]:
     """The gradients of concat and sum that are needed: features, weights, biases."""
-    (fused, *unimodal), like = _grad_rows(grad_outputs)
+    (fused, *unimodal), like = _grad_rows(grad_outputs, features[0], weights[0])
     columns = _linear_columns(features, weights)
     results = []
     for i, (feature, column) in enumerate(zip(features, columns, strict=True)):
@@ -165,7 +169,7 @@ def film_head_backward(
     head_leak: float,
 ) -> list[Tensor]:
     """The gradients of FiLM that are needed: features, weights, biases."""
-    grads, like = _grad_rows(grad_outputs)
+    grads, like = _grad_rows(grad_outputs, features[0], weights[1])
     x, y = map(_rows, features)
     film_weight, out_weight = weights
     film, hidden = _rows(film), y.shape[1]
@@ -211,13 +215,3 @@ def film_head_backward(
         shares = [(grads[0], 1.0), (grads[1], head_leak), (grads[2], head_leak)]
         results.append(_column_sums(_mixed(shares, like)))
     return results
-
-
-FORWARD: dict[str, Callable[..., list[Tensor]]] = {
-    "linear_head": linear_head_forward,
-    "film_head": film_head_forward,
-}
-BACKWARD: dict[str, Callable[..., list[Tensor]]] = {
-    "linear_head": linear_head_backward,
-    "film_head": film_head_backward,
-}

@@ -57,6 +57,17 @@ def test_opcheck_with_some_gradients_left_out(fusion):
     torch.library.opcheck(op, ([*grads[:2], None], *rest[:-5], *needs, 0.0, 0.0))
 
 
+@pytest.mark.parametrize("suffix", ["", "_composed"])
+@pytest.mark.parametrize("fusion", ["concat", "sum", "film"])
+def test_a_raw_backward_without_any_gradient_returns_zeros(fusion, suffix):
+    name = f"{'film' if fusion == 'film' else 'linear'}_head_backward{suffix}"
+    grads, *rest = arguments(name, fusion, {})
+    found = getattr(torch.ops.dgl_ext, name).default([None] * len(grads), *rest)
+    wanted = [*rest[0], *rest[1], *(w[:, 0] for w in rest[1])]
+    assert [g.shape for g in found] == [t.shape for t in wanted]
+    assert all(not g.any() for g in found)
+
+
 def test_every_defined_op_has_a_fake_kernel():
     about_plans = {"cuda_plan", "cuda_device"}  # no tensors
     defined = {

@@ -86,6 +86,7 @@ def test_the_command_line_shows_a_plan():
     [
         (("film", "64", "512", "6"), 'widths: expected 2 entries for fusion="film", got 1'),
         (("concat", "many", "512", "6"), "invalid literal for int()"),
+        (("concat", "4", "512", "-6"), "expected sizes of 0 or more, got a negative one"),
     ],
 )
 def test_the_command_line_says_what_is_wrong(arguments, message):

@@ -135,8 +135,10 @@ class FilmBackward {
     if (grads_[kFused] && encoder_leak_ != 0) {
       multiply(film_plane(hidden_grad(kFused), encoder_leak_, hidden_grad(kOfX), 1),
                head_.film_weight, out);
-    } else {
+    } else if (grads_[kOfX]) {
       multiply(*hidden_grad(kOfX), head_.film_weight.row_block(head_.hidden, head_.hidden), out);
+    } else {
+      mix_into({}, out);  // nothing reaches x: zeros
     }
   }
 
