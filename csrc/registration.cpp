@@ -19,6 +19,14 @@
   "Tensor?[] grad_outputs, Tensor[] features, Tensor[] weights, Tensor?[] biases, Tensor " \
   "film, " DGL_EXT_NEEDS
 #define DGL_EXT_PATH ", bool allow_tf32=False, bool kernel_only=False"
+// A step takes the cross-entropy of every branch with one target and computes every gradient of
+// total = fused + sum_i alpha_i unimodal_i at once. `present` is empty, or has one bool mask of the
+// rows per modality, None where no row lacks it. `workspace_limit` bounds, in bytes, what the step
+// keeps of logits and residuals at a time; more rows than fit run in chunks.
+#define DGL_EXT_STEP                                                                 \
+  DGL_EXT_FORWARD                                                                    \
+  ", Tensor target, Tensor?[] present, float[] alpha, bool mean, int ignore_index, " \
+  "float label_smoothing, " DGL_EXT_NEEDS ", int workspace_limit"
 
 // film_head_forward returns the logits (fused, of x, of y) and the modulation [gamma | beta], which
 // the backward op takes. The *_composed ops have their kernels in dgl_ext/composed.py.
@@ -27,10 +35,19 @@ STABLE_TORCH_LIBRARY(dgl_ext, m) {
   m.def("linear_head_backward(" DGL_EXT_LINEAR_BACKWARD DGL_EXT_PATH ") -> Tensor[]");
   m.def("film_head_forward(" DGL_EXT_FORWARD DGL_EXT_PATH ") -> Tensor[]");
   m.def("film_head_backward(" DGL_EXT_FILM_BACKWARD DGL_EXT_PATH ") -> Tensor[]");
+  // -> [total, losses (M + 1), correct (M + 1), then the gradients that the `needs_*` ask for].
+  // Float16 problems get float32 gradients, which do not underflow before they are scaled.
+  m.def("linear_head_step(" DGL_EXT_STEP DGL_EXT_PATH ") -> Tensor[]");
+  m.def("film_head_step(" DGL_EXT_STEP DGL_EXT_PATH ") -> Tensor[]");
+  // A step's gradients times the gradient of its total, in place or as new tensors.
+  m.def("scale_gradients_(Tensor(a!)[] grads, Tensor scale) -> ()");
+  m.def("scale_gradients(Tensor[] grads, Tensor scale, bool to_float16) -> Tensor[]");
   m.def("linear_head_forward_composed(" DGL_EXT_FORWARD ") -> Tensor[]");
   m.def("linear_head_backward_composed(" DGL_EXT_LINEAR_BACKWARD ") -> Tensor[]");
   m.def("film_head_forward_composed(" DGL_EXT_FORWARD ") -> Tensor[]");
   m.def("film_head_backward_composed(" DGL_EXT_FILM_BACKWARD ") -> Tensor[]");
+  m.def("linear_head_step_composed(" DGL_EXT_STEP ") -> Tensor[]");
+  m.def("film_head_step_composed(" DGL_EXT_STEP ") -> Tensor[]");
 }
 
 PyMODINIT_FUNC PyInit__C() {
