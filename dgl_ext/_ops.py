@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import composed
+from . import composed, composed_step
 
 
 class Path(enum.IntEnum):
@@ -213,10 +213,8 @@ def register() -> torch.library.Library:
     for name, fake in FAKE_KERNELS.items():
         _register(name, fake, library)
     for name in _HEAD_OPS:
-        kernel = getattr(composed, name, None)
-        if kernel is None:
-            continue
-        library.impl(f"{name}_composed", kernel, "CompositeExplicitAutograd")
+        module = composed_step if name.endswith("_step") else composed
+        library.impl(f"{name}_composed", getattr(module, name), "CompositeExplicitAutograd")
     return library
 
 
