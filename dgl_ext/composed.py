@@ -291,7 +291,10 @@ def film_head_forward(
     logits, film, _ = film_logits([rows(h) for h in features], weights, biases)
     shape = (*leading, len(weights[1]))
     dtype = features[0].dtype
-    return [*[z.to(dtype, copy=True).view(shape) for z in logits], film.view(*leading, -1)]
+    return [
+        *[z.to(dtype, copy=True).view(shape) for z in logits],
+        film.view(*leading, film.shape[1]),
+    ]
 
 
 def _film_hidden(film: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
