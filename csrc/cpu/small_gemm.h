@@ -107,70 +107,77 @@ DGL_EXT_INLINE void rows_by_rows(int64_t row_begin, int64_t row_end, int64_t cla
   }
 }
 
-// out[i, k] = sum_j a(i, j) b[j, k] for kVectors vectors of columns k and kRows rows i, in
-// registers. Rows of b, which points at the first of the columns, are b_stride apart.
+// out[i, k] = sum_j a[i, j] b[j, k] for kRows rows and kVectors vectors of columns, in registers.
 template <typename T, int64_t kRows, int64_t kVectors>
-DGL_EXT_INLINE void tile(int64_t count, const T* const* a, int64_t a_stride, const T* b,
-                         int64_t b_stride, T* const* out, int64_t column) {
+DGL_EXT_INLINE void tile(int64_t count, const Strided<T>& a, const T* b, int64_t b_stride, T* out,
+                         int64_t out_stride) {
   using Vector = typename Lanes<T>::Vector;
   constexpr int64_t kLanes = Lanes<T>::kCount;
   Vector sums[kRows][kVectors] = {};
-  for (int64_t j = 0; j < count; ++j) {
+  const T* a_part = a.data;
+  for (int64_t j = 0; j < count; ++j, a_part += a.col_stride, b += b_stride) {
     Vector parts[kVectors];
-    for (int64_t v = 0; v < kVectors; ++v) load<T>(parts[v], b + j * b_stride + v * kLanes);
+#pragma GCC unroll 2
+    for (int64_t v = 0; v < kVectors; ++v) load<T>(parts[v], b + v * kLanes);
+#pragma GCC unroll 6
     for (int64_t i = 0; i < kRows; ++i) {
-      const T factor = a[i][j * a_stride];
+      const T factor = a_part[i * a.row_stride];
+#pragma GCC unroll 2
       for (int64_t v = 0; v < kVectors; ++v) sums[i][v] += factor * parts[v];
     }
   }
+#pragma GCC unroll 6
   for (int64_t i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
     for (int64_t v = 0; v < kVectors; ++v) {
-      std::memcpy(out[i] + column + v * kLanes, &sums[i][v], sizeof(Vector));
+      std::memcpy(out + i * out_stride + v * kLanes, &sums[i][v], sizeof(Vector));
     }
   }
 }
 
-// The operands of a product, as its inner loops pass them on.
+// The operands of a product, as its inner loops pass them on; b is at the first of the columns.
 template <typename T>
-struct ProductRows {
+struct ProductPart {
   int64_t count;
   Strided<T> a;
+  const T* b;
+  int64_t b_stride;
   T* out;
   int64_t out_stride;
 };
 
-// At most kRows rows from `begin` on, for the columns from k to `end`, whole vectors.
+// kRows rows from `row` on, for the columns from `begin` to `end`, whole vectors.
 template <typename T, int64_t kRows>
-DGL_EXT_INLINE void row_block(int64_t begin, int64_t rows, int64_t k, int64_t end, const T* b,
-                              int64_t b_stride, const ProductRows<T>& p) {
+DGL_EXT_INLINE void row_block(int64_t row, int64_t begin, int64_t end, const ProductPart<T>& p) {
   constexpr int64_t kLanes = Lanes<T>::kCount;
-  const T* a_rows[kRows];
-  T* out_rows[kRows];
-  // A short block computes its last row again, and writes it where it belongs.
-  for (int64_t i = 0; i < kRows; ++i) {
-    const int64_t r = begin + std::min(i, rows - 1);
-    a_rows[i] = p.a.row(r);
-    out_rows[i] = p.out + r * p.out_stride;
-  }
+  const Strided<T> a{p.a.row(row), p.a.row_stride, p.a.col_stride};
+  const T* b = p.b;
+  T* out = p.out + row * p.out_stride;
+  int64_t k = begin;
   for (; k + 2 * kLanes <= end; k += 2 * kLanes, b += 2 * kLanes) {
-    tile<T, kRows, 2>(p.count, a_rows, p.a.col_stride, b, b_stride, out_rows, k);
+    tile<T, kRows, 2>(p.count, a, b, p.b_stride, out + k, p.out_stride);
   }
-  if (k < end) tile<T, kRows, 1>(p.count, a_rows, p.a.col_stride, b, b_stride, out_rows, k);
+  if (k < end) tile<T, kRows, 1>(p.count, a, b, p.b_stride, out + k, p.out_stride);
 }
 
 template <typename T>
-DGL_EXT_INLINE void all_rows(int64_t row_begin, int64_t row_end, int64_t k, int64_t end, const T* b,
-                             int64_t b_stride, const ProductRows<T>& p) {
-  constexpr int64_t kRows = 6;
-  for (int64_t begin = row_begin; begin < row_end; begin += kRows) {
-    const int64_t rows = std::min(kRows, row_end - begin);
-    if (rows > 4) {
-      row_block<T, kRows>(begin, rows, k, end, b, b_stride, p);
-    } else if (rows > 2) {
-      row_block<T, 4>(begin, rows, k, end, b, b_stride, p);
-    } else {
-      row_block<T, 2>(begin, rows, k, end, b, b_stride, p);
-    }
+DGL_EXT_INLINE void all_rows(int64_t row_begin, int64_t row_end, int64_t begin, int64_t end,
+                             const ProductPart<T>& p) {
+  int64_t row = row_begin;
+  for (; row + 6 <= row_end; row += 6) row_block<T, 6>(row, begin, end, p);
+  switch (row_end - row) {
+    case 5:
+      return row_block<T, 5>(row, begin, end, p);
+    case 4:
+      return row_block<T, 4>(row, begin, end, p);
+    case 3:
+      return row_block<T, 3>(row, begin, end, p);
+    case 2:
+      return row_block<T, 2>(row, begin, end, p);
+    case 1:
+      return row_block<T, 1>(row, begin, end, p);
+    default:
+      return;
   }
 }
 
@@ -188,7 +195,6 @@ DGL_EXT_INLINE void product(int64_t row_begin, int64_t row_end, int64_t col_begi
   constexpr int64_t kFewInputs = 8;
   constexpr int64_t kPacked = 512;
   T packed[kPacked * kWidth];
-  const ProductRows<T> operands{count, a, out, out_stride};
   int64_t k = col_begin + (col_end - col_begin) / kLanes * kLanes;  // whole vectors end here
   if (row_end - row_begin > kManyRows && count > kFewInputs && count <= kPacked) {
     for (int64_t begin = col_begin; begin < k; begin += kWidth) {
@@ -196,10 +202,12 @@ DGL_EXT_INLINE void product(int64_t row_begin, int64_t row_end, int64_t col_begi
       for (int64_t j = 0; j < count; ++j) {
         std::memcpy(packed + j * kWidth, b.row(j) + begin, width * sizeof(T));
       }
-      all_rows<T>(row_begin, row_end, begin, begin + width, packed, kWidth, operands);
+      all_rows<T>(row_begin, row_end, begin, begin + width,
+                  {count, a, packed, kWidth, out, out_stride});
     }
   } else {
-    all_rows<T>(row_begin, row_end, col_begin, k, b.data + col_begin, b.row_stride, operands);
+    all_rows<T>(row_begin, row_end, col_begin, k,
+                {count, a, b.data + col_begin, b.row_stride, out, out_stride});
   }
   for (; k < col_end; ++k) {
     for (int64_t i = row_begin; i < row_end; ++i) {
