@@ -57,7 +57,7 @@ class _Targets(NamedTuple):
         target = target.reshape(-1)
         masks = [None if mask is None else mask.reshape(-1) for mask in present]
         counted = target != ignore_index
-        if not target.is_cuda:  # there it is found where it is read
+        if target.device.type == "cpu":  # a device asserts where it reads
             wrong = counted & ((target < 0) | (target >= classes))
             if wrong.any():
                 raise RuntimeError(
