@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -288,36 +288,44 @@ def test_without_gradients_only_losses_come(fusion):
 # --- chunks and memory ---
 
 
-class LargestTensor(TorchDispatchMode):
-    """The elements of the largest tensor that an operation makes."""
+class PeakMemory(TorchDispatchMode):
+    """The most bytes that results of operations take at a time."""
 
     def __init__(self):
         super().__init__()
-        self.elements = 0
+        self.peak, self.alive = 0, {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
-                self.elements = max(self.elements, leaf.untyped_storage().nbytes() // 4)
+                storage = leaf.untyped_storage()
+                self.alive[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        self.alive = {
+            address: entry for address, entry in self.alive.items() if not entry[0].expired()
+        }
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
         return out
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("leaks", [0.0, 0.5])
-@pytest.mark.parametrize("rows_at_a_time", [3, 16])
-def test_nothing_that_grows_with_rows_and_classes_exceeds_the_limit(
+@pytest.mark.parametrize("rows_at_a_time", [2, 7])
+def test_what_grows_with_rows_and_classes_stays_within_the_limit(
     fusion, dtype, leaks, rows_at_a_time
 ):
-    rows, classes = 150, 50
-    problem = make_problem(fusion, leading=(rows,), widths=(3, 2), classes=classes, dtype=dtype)
+    rows, classes = 60, 5000
+    problem = make_problem(fusion, leading=(rows,), widths=(1, 1), classes=classes, dtype=dtype)
     target = draw_target((rows,), classes)
-    limit = 4 * 3 * classes * rows_at_a_time
+    limit = 4 * 5 * classes * rows_at_a_time
     kernel = getattr(composed_step, kernel_name(problem))
     options = {"limit": limit, "encoder_leak": leaks, "head_leak": leaks}
-    with torch.no_grad(), LargestTensor() as largest:
+    with torch.no_grad(), PeakMemory() as memory:
         kernel(*arguments(problem, target, **options))
-    assert 4 * largest.elements <= limit
+    # Beside it: the parameters' gradients, one product for one, the 16-bit parameters widened.
+    beside = 4 * 4 * 3 * classes
+    assert limit / 2 < memory.peak < limit + beside
+    assert 4 * 3 * rows * classes > 2 * (limit + beside)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -398,33 +406,22 @@ def test_autocast_does_not_cast_the_sums(fusion, dtype):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-# --- CUDA, as far as fake tensors go ---
+# --- devices ---
 
 
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
 )
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_nothing_is_read_from_a_cuda_device(fusion, dtype, reduction):
-    """A fake tensor raises where its values are asked for, or meets one of another device."""
-    problem = make_problem(
-        fusion, leading=(40,), widths=(16, 16), classes=CLASSES, dtype=dtype, requires_grad=False
-    )
+def test_nothing_is_read_back_from_a_device(fusion, dtype, reduction):
+    """Tensors without data raise where their values are asked for, or meet some on the CPU."""
+    problem = make_problem(fusion, leading=(40,), widths=(16, 16), classes=CLASSES, dtype=dtype)
     kernel = getattr(composed_step, kernel_name(problem))
-    mode = FakeTensorMode()
-
-    def on_cuda(tensor):
-        with mode:
-            return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
-
-    fake = problem.map(on_cuda)
-    with mode:
-        target = torch.empty((40,), dtype=torch.int64, device="cuda")
-        present = [torch.empty((40,), dtype=torch.bool, device="cuda"), None]
-        options = {"present": present, "encoder_leak": 0.5, "head_leak": 0.5, "limit": 1000}
-        found = kernel(*arguments(fake, target, reduction=reduction, **options))
-    shapes = [tensor.shape for _, tensor in problem.named()]
-    assert [g.shape for g in found[3:]] == shapes
-    assert {g.device.type for g in found} == {"cuda"}
-    expected = torch.float32 if dtype == torch.float16 else dtype
-    assert {g.dtype for g in found[3:]} == {expected}
+    target = draw_target((40,)).to("meta")
+    present = [torch.ones(40, dtype=torch.bool, device="meta"), None]
+    options = {"present": present, "encoder_leak": 0.5, "head_leak": 0.5, "limit": 1000}
+    with torch.no_grad():
+        found = kernel(*arguments(problem.to("meta"), target, reduction=reduction, **options))
+    assert [g.shape for g in found[3:]] == [tensor.shape for _, tensor in problem.named()]
+    assert {g.device.type for g in found} == {"meta"}
+    assert {g.dtype for g in found[3:]} == {torch.float32 if dtype == torch.float16 else dtype}
