@@ -396,6 +396,14 @@ def test_float16_gradients_neither_underflow_nor_overflow(fusion, leaks):
             assert error.max() <= bound.max(), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_an_alpha_of_zero_gives_zeros(fusion, dtype):
+    problem = make_problem(fusion, leading=(9,), classes=CLASSES, dtype=dtype)
+    found = step(problem, draw_target((9,)), alpha=[1.0, 0.0])
+    assert not found["features[1]"].any()
+    assert all(found[name].any() for name, _ in problem.named() if name != "features[1]")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_does_not_cast_the_sums(fusion, dtype):
     problem = make_problem(fusion, leading=(48,), widths=(64, 32), classes=10, dtype=dtype)
