@@ -1,0 +1,654 @@
+"""`Decoupled` against the two-pass recipe, on fusion modules as people write them."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from two_pass import named_logits
+
+import dgl_ext
+from dgl_ext import decoupled
+from dgl_ext.decoupled import Decoupled
+from dgl_ext.testing import assert_same, cotangents_like, flat
+
+
+class Concat(nn.Module):
+    """A linear layer on the concatenation."""
+
+    def __init__(self, widths=(5, 4), classes=3):
+        super().__init__()
+        self.linear = nn.Linear(sum(widths), classes)
+
+    def forward(self, *features):
+        return self.linear(torch.cat(features, dim=-1))
+
+
+class TokenFusion(nn.Module):
+    """Tokens of all modalities, concatenated, through a transformer layer; pooled by mean."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=dropout, batch_first=True)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, *tokens):
+        return self.out(self.layer(torch.cat(tokens, dim=1)).mean(dim=1))
+
+
+class Exchange(nn.Module):
+    """Two streams that gate each other's channels by their joint squeeze, as MMTM does."""
+
+    def __init__(self, a=4, b=3, joint=5):
+        super().__init__()
+        self.joint = nn.Linear(a + b, joint)
+        self.gate_a, self.gate_b = nn.Linear(joint, a), nn.Linear(joint, b)
+        self.conv_a, self.conv_b = nn.Conv2d(a, a, 3, padding=1), nn.Conv2d(b, b, 3, padding=1)
+        self.out = nn.Linear(a + b, 3)
+
+    def forward(self, a, b):
+        squeezed = torch.cat([a.mean((2, 3)), b.mean((2, 3))], dim=1)
+        joint = torch.tanh(self.joint(squeezed))
+        a = self.conv_a(a * self.gate_a(joint).sigmoid()[:, :, None, None])
+        b = self.conv_b(b * self.gate_b(joint).sigmoid()[:, :, None, None])
+        return self.out(torch.cat([a.tanh().mean((2, 3)), b.tanh().mean((2, 3))], dim=1))
+
+
+class NormedMLP(nn.Module):
+    """Batch norm and dropout on the way."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(9, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Dropout(dropout), nn.Linear(8, 3)
+        )
+
+    def forward(self, *features):
+        return self.layers(torch.cat(features, dim=-1))
+
+
+class TiedMLP(nn.Module):
+    """One matrix under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(9, 9), nn.Linear(9, 9)
+        self.second.weight = self.first.weight
+
+    def forward(self, *features):
+        return self.second(torch.tanh(self.first(torch.cat(features, dim=-1))))
+
+
+class Recurrent(nn.Module):
+    """A GRU over the modalities' tokens: its weights are not only in `_parameters`."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(8, 6, batch_first=True)
+
+    def forward(self, *tokens):
+        return self.gru(torch.cat(tokens, dim=1))[0]
+
+
+FLAT, TOKENS, IMAGES = ((6, 5), (6, 4)), ((6, 2, 8), (6, 3, 8)), ((6, 4, 3, 3), (6, 3, 4, 2))
+CASES = {
+    "concat": (Concat, FLAT),
+    "transformer": (TokenFusion, TOKENS),
+    "transformer-dropout": (lambda: TokenFusion(0.3), TOKENS),
+    "three-transformer": (TokenFusion, (*TOKENS, (6, 1, 8))),
+    "exchange": (Exchange, IMAGES),
+    "batch-norm": (NormedMLP, FLAT),
+    "batch-norm-dropout": (lambda: NormedMLP(0.4), FLAT),
+    "tied": (TiedMLP, FLAT),
+    "recurrent": (Recurrent, TOKENS),
+}
+
+
+def make(case: str, dtype=torch.float64, **options) -> tuple[Decoupled, list[Tensor]]:
+    torch.manual_seed(0)
+    fusion, shapes = CASES[case]
+    module = Decoupled(fusion(), **options).to(dtype)
+    features = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+    return module, features
+
+
+def substituted(features, i, substitute="zero"):
+    if substitute == "self":
+        return [features[i]] * len(features)
+    return [h if i == j else torch.zeros_like(h) for j, h in enumerate(features)]
+
+
+def grads_of(module: nn.Module, features) -> dict[str, Tensor | None]:
+    named = [(f"features[{i}]", h) for i, h in enumerate(features)] + list(
+        module.named_parameters()
+    )
+    found = {name: tensor.grad for name, tensor in named}
+    for _, tensor in named:
+        tensor.grad = None
+    return found
+
+
+def recipe(fusion: nn.Module, features, cotangents, substitute="zero", seed=5):
+    """Two passes through the plain module: keep the head's gradients, then the encoders'.
+
+    Statistics of the unimodal passes are put back. Returns outputs, gradients, buffers.
+    """
+    torch.manual_seed(seed)
+    before = copy.deepcopy(dict(fusion.named_buffers()))
+    outputs = [fusion(*(h.detach() for h in features))]
+    after = copy.deepcopy(dict(fusion.named_buffers()))
+    outputs[0].backward(cotangents[0])
+    head = grads_of(fusion, features)
+    for i in range(len(features)):
+        for name, buffer in fusion.named_buffers():
+            buffer.copy_(before[name])
+        outputs.append(fusion(*substituted(features, i, substitute)))
+        outputs[-1].backward(cotangents[1 + i])
+    for name, buffer in fusion.named_buffers():
+        buffer.copy_(after[name])
+    encoder = grads_of(fusion, features)
+    grads = {name: (encoder if name.startswith("features") else head)[name] for name in head}
+    return dgl_ext.DecoupledLogits(outputs[0], tuple(outputs[1:])), grads, after
+
+
+def run(module: Decoupled, features, cotangents, seed=5, call=None):
+    torch.manual_seed(seed)
+    out = (call or module)(*features)
+    torch.autograd.backward(flat(out), cotangents)
+    return out, grads_of(module.fusion, features)
+
+
+def outputs_like(module, features):
+    """Random cotangents, drawn without touching the module's state."""
+    with torch.no_grad():
+        return cotangents_like(copy.deepcopy(module)(*features))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("case", CASES)
+def test_equals_two_passes(case, training):
+    module, features = make(case)
+    module.train(training)
+    twin = copy.deepcopy(module.fusion)
+    cotangents = outputs_like(module, features)
+    out, grads = run(module, features, cotangents)
+    expected, expected_grads, buffers = recipe(twin, features, cotangents)
+    assert_same(named_logits(out), named_logits(expected), 1e-12)
+    assert_same(grads, expected_grads, 1e-12)
+    assert all(grad is not None for grad in grads.values())
+    assert_same(dict(module.fusion.named_buffers()), buffers, 1e-12)
+
+
+def test_concat_equals_the_op():
+    module, features = make("concat")
+    cotangents = outputs_like(module, features)
+    out, grads = run(module, features, cotangents)
+    weight, bias = module.fusion.linear.weight, module.fusion.linear.bias
+    expected = dgl_ext.fused_decouple(features, weight, bias)
+    torch.autograd.backward(flat(expected), cotangents)
+    assert_same(named_logits(out), named_logits(expected), 1e-12)
+    assert_same(grads, grads_of(module.fusion, features), 1e-12)
+
+
+@pytest.mark.parametrize("case", ["transformer", "exchange", "batch-norm"])
+def test_which_loss_reaches_what(case):
+    module, features = make(case)
+    out = module(*features)
+    parameters = list(module.parameters())
+    for k, z in enumerate(flat(out)):
+        inputs = [*features, *parameters]
+        found = torch.autograd.grad(
+            z, inputs, torch.randn_like(z), retain_graph=True, allow_unused=True
+        )
+        reached = [grad is not None for grad in found]
+        if k == 0:
+            assert reached == [False] * len(features) + [True] * len(parameters)
+        else:
+            assert [i for i, there in enumerate(reached) if there] == [k - 1]
+
+
+def test_running_statistics_are_those_of_the_fused_pass():
+    module, features = make("batch-norm")
+    norm = module.fusion.layers[1]
+    hidden = module.fusion.layers[0](torch.cat(features, dim=-1)).detach()
+    for _ in range(2):
+        module(*features)
+    assert norm.num_batches_tracked == 2
+    mean = hidden.mean(0)
+    torch.testing.assert_close(norm.running_mean, mean * 0.1 + mean * 0.1 * 0.9)
+
+
+def test_every_pass_starts_from_the_same_buffers():
+    class Counter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+
+        def forward(self, *features):
+            self.calls += 1
+            return self.calls * sum(features)
+
+    module = Decoupled(Counter())
+    for call in (1.0, 2.0):
+        out = module(torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64))
+        assert out.unimodal[0].tolist() == out.unimodal[1].tolist() == [call, call]
+        assert module.fusion.calls == call
+
+
+def test_the_fused_output_is_that_of_the_module_alone_under_the_same_seed():
+    module, features = make("transformer-dropout")
+    torch.manual_seed(9)
+    alone = module.fusion(*features)
+    torch.manual_seed(9)
+    out = module(*features)
+    assert torch.equal(out.fused, alone)
+    module.substitute = "self"
+    module.fusion = NormedMLP(0.5).double()
+    same = torch.randn(6, 3, dtype=torch.float64)
+    module.fusion.layers[0] = nn.Linear(9, 8).double()
+    out = module(same, same, same)
+    assert not torch.equal(out.unimodal[0], out.unimodal[1])  # masks of their own
+
+
+def test_self_puts_the_feature_in_every_slot():
+    torch.manual_seed(0)
+    module = Decoupled(NormedMLP().double(), "self")
+    module.fusion.layers[0] = nn.Linear(8, 8).double()
+    features = [torch.randn(6, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    twin = copy.deepcopy(module.fusion)
+    cotangents = outputs_like(module, features)
+    out, grads = run(module, features, cotangents)
+    expected, expected_grads, _ = recipe(twin, features, cotangents, "self")
+    assert_same(named_logits(out), named_logits(expected), 1e-12)
+    assert_same(grads, expected_grads, 1e-12)
+    by_function = Decoupled(twin, lambda features, i: [features[i]] * 2)
+    assert_same(run(by_function, features, cotangents)[1], grads, 1e-12)
+
+
+class Imputer(nn.Module):
+    """Predicts the absent one of two features, and knows too much."""
+
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        self.to_b, self.to_a = nn.Linear(5, 4, dtype=dtype), nn.Linear(4, 5, dtype=dtype)
+        self.token = nn.Parameter(torch.randn(6, 4, dtype=dtype))
+
+    def forward(self, features, i):
+        a, b = features
+        if i == 0:
+            return a, self.to_b(a) + b + self.token
+        return self.to_a(b) * a, b
+
+
+def test_a_function_passes_no_gradient_but_the_feature_s_own():
+    module, features = make("concat", substitute=Imputer())
+    out = module(*features)
+    a, b = features
+    columns = module.fusion.linear.weight.detach().split([5, 4], dim=1)
+    for z, h, weight in zip(out.unimodal, features, columns, strict=True):
+        g = torch.randn_like(z)
+        z.backward(g, retain_graph=True)
+        assert_same(grads_of(module, features), {**dict.fromkeys(
+            [f"features[{i}]" for i in range(2)] + [n for n, _ in module.named_parameters()]
+        ), f"features[{features.index(h) if False else [x is h for x in features].index(True)}]":
+            g @ weight}, 1e-12)  # fmt: skip
+    full = [a, module.substitute.to_b(a) + b + module.substitute.token]
+    assert_same({"z": out.unimodal[0]}, {"z": module.fusion(*full)}, 1e-12)
+
+
+def test_a_parameter_that_a_function_returns_gets_no_gradient():
+    imputer = Imputer()
+    module, features = make(
+        "concat", substitute=lambda h, i: (h[0], imputer.token) if i == 0 else (h[0].detach(), h[1])
+    )
+    z = module(*features).unimodal[0]
+    z.backward(torch.randn_like(z))
+    assert imputer.token.grad is None
+    assert features[0].grad is not None
+
+
+@pytest.mark.parametrize("case", ["transformer", "exchange", "batch-norm", "tied"])
+def test_open_leaks_are_plain_autograd(case):
+    module, features = make(case, encoder_leak=1.0, head_leak=1.0)
+    twin = copy.deepcopy(module.fusion)
+    cotangents = outputs_like(module, features)
+    _, grads = run(module, features, cotangents)
+    passes = [features, *(substituted(features, i) for i in range(len(features)))]
+    torch.autograd.backward([twin(*inputs) for inputs in passes], cotangents)
+    assert_same(grads, grads_of(twin, features), 1e-12)
+
+
+def test_leaks_in_between_are_a_mixture():
+    module, features = make("exchange", encoder_leak=0.25, head_leak=0.5)
+    cotangents = outputs_like(module, features)
+    _, mixed = run(module, features, cotangents)
+    module.encoder_leak = module.head_leak = 0.0
+    _, closed = run(module, features, cotangents)
+    module.encoder_leak = module.head_leak = 1.0
+    _, opened = run(module, features, cotangents)
+    expected = {
+        name: torch.lerp(closed[name], opened[name], 0.25 if name.startswith("features") else 0.5)
+        for name in closed
+    }
+    assert_same(mixed, expected, 1e-12)
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 2)], ids=str)
+def test_absent_rows_are_not_read(shape):
+    module, features = make("transformer")
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(3)) > 0.5
+    assert 0 < mask.sum() < mask.numel()
+    where = mask.reshape(shape + (1,) * (3 - len(shape))).expand(features[0].shape)
+    cotangents = outputs_like(module, features)
+    zeroed = [torch.where(where, features[0], 0.0).detach().requires_grad_(), features[1]]
+    expected, expected_grads = run(module, zeroed, cotangents)
+    with torch.no_grad():
+        features[0].masked_fill_(~where, float("nan"))
+    out, grads = run(module, features, cotangents, call=lambda *x: module(*x, present=[mask, None]))
+    assert_same(named_logits(out), named_logits(expected), 1e-12)
+    assert not grads["features[0]"][~where].any()
+    expected_grads["features[0]"] = expected_grads["features[0]"] * where
+    assert_same(grads, expected_grads, 1e-12)
+
+
+def test_any_structure_of_outputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.concat = Concat()
+
+        def forward(self, *features):
+            z = self.concat(*features)
+            return {"logits": z, "parts": (z.mean(), torch.stack([z, z]))}
+
+    torch.manual_seed(0)
+    features = [torch.randn(6, 5, requires_grad=True), torch.randn(6, 4, requires_grad=True)]
+    module = Decoupled(Two())
+    out = module(*features)
+    assert out.fused["parts"][1].shape == (2, 6, 3)
+    out.unimodal[1]["parts"][0].backward()
+    assert [h.grad is None for h in features] == [True, False]
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_features_without_gradient_and_frozen_parameters():
+    module, features = make("exchange")
+    module.fusion.joint.requires_grad_(False)
+    features[0].requires_grad_(False)
+    out = module(*features)
+    assert not out.unimodal[0].requires_grad
+    cotangents = cotangents_like(out)
+    used = [(z, g) for z, g in zip(flat(out), cotangents, strict=True) if z.requires_grad]
+    torch.autograd.backward(*zip(*used, strict=True))
+    grads = grads_of(module.fusion, features)
+    nones = [name for name, grad in grads.items() if grad is None]
+    assert nones == ["features[0]", "joint.weight", "joint.bias"]
+
+
+def test_hooks_run_in_every_pass():
+    module, features = make("batch-norm")
+    seen = []
+    module.fusion.register_forward_hook(lambda m, args, z: seen.append(z))
+    assert seen == []
+    out = module(*features)
+    assert [a is b for a, b in zip(seen, flat(out), strict=True)] == [True] * 3
+
+
+def test_a_parameter_shared_with_an_encoder_is_cut_in_the_fusion_only():
+    torch.manual_seed(0)
+    concat = Concat((3, 4), 3).double()
+    shared = concat.linear.weight
+    module = Decoupled(concat)
+    x = torch.randn(6, 7, dtype=torch.float64)
+    b = torch.randn(6, 4, dtype=torch.float64)
+    z = module(x @ shared.t(), b).unimodal[0]
+    g = torch.randn_like(z)
+    z.backward(g)
+    expected = (g @ shared.detach()[:, :3]).t() @ x  # through the encoder's use alone
+    assert_same({"grad": shared.grad}, {"grad": expected}, 1e-12)
+
+
+def test_nested_as_an_encoder():
+    """The inner module is trained by the outer one's unimodal loss, its encoders by its own."""
+    torch.manual_seed(0)
+    inner = Decoupled(Concat((5, 4), 3).double())
+    outer = Decoupled(nn.Bilinear(3, 2, 3).double())
+    a, b, c = (torch.randn(6, n, dtype=torch.float64, requires_grad=True) for n in (5, 4, 2))
+    first = inner(a, b)
+    second = outer(first.fused, c)
+    named = {"a": a, "b": b, "c": c, "inner": inner.fusion.linear.weight,
+             "outer": outer.fusion.bias}  # fmt: skip
+    reached = {}
+    outputs = {"inner.a": first.unimodal[0], "inner.b": first.unimodal[1],
+               "fused": second.fused, "outer.inner": second.unimodal[0]}  # fmt: skip
+    for name, z in outputs.items():
+        found = torch.autograd.grad(
+            z, list(named.values()), torch.randn_like(z), retain_graph=True, allow_unused=True
+        )
+        reached[name] = [key for key, g in zip(named, found, strict=True) if g is not None]
+    assert reached == {"inner.a": ["a"], "inner.b": ["b"], "fused": ["outer"],
+                       "outer.inner": ["inner"]}  # fmt: skip
+
+
+def test_a_head_of_this_package_inside():
+    """Both cut: the inner head's unimodal outputs exist in each pass."""
+    head = dgl_ext.nn.ConcatFusion((5, 4), 3, dtype=torch.float64)
+    module, features = make("concat")
+    module.fusion = head
+    out = module(*features)
+    assert_same({"z": out.unimodal[0].unimodal[0]}, {"z": head(*features).unimodal[0]}, 1e-12)
+    out.unimodal[0].unimodal[0].backward(torch.randn(6, 3, dtype=torch.float64))
+    assert head.weight.grad is None
+    assert features[0].grad is not None
+
+
+def test_checkpointing_around_it_works_and_inside_it_raises():
+    module, features = make("exchange")
+    cotangents = outputs_like(module, features)
+    expected, expected_grads = run(module, features, cotangents)
+    out, grads = run(
+        module, features, cotangents, call=lambda *x: checkpoint(module, *x, use_reentrant=False)
+    )
+    assert_same(named_logits(out), named_logits(expected), 1e-12)
+    assert_same(grads, expected_grads, 1e-12)
+
+    class Inside(Concat):
+        def forward(self, *features):
+            return checkpoint(super().forward, *features, use_reentrant=False)
+
+    torch.manual_seed(0)
+    features = [torch.randn(6, n, requires_grad=True) for n in (5, 4)]
+    z = Decoupled(Inside())(*features).unimodal[0]
+    with pytest.raises(torch.utils.checkpoint.CheckpointError):
+        z.backward(torch.randn_like(z))
+
+
+def test_state_dict_is_the_module_s_with_a_prefix():
+    module, _ = make("batch-norm", substitute="self")
+    plain = NormedMLP().double().state_dict()
+    assert list(module.state_dict()) == [f"fusion.{name}" for name in plain]
+    module.fusion.load_state_dict(plain)
+    assert torch.equal(module.state_dict()["fusion.layers.0.weight"], plain["layers.0.weight"])
+
+
+@pytest.mark.parametrize("case", ["transformer", "exchange", "batch-norm", "tied"])
+def test_copies_and_pickles(case):
+    module, features = make(case, head_leak=0.5)
+    twins = [copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
+    cotangents = outputs_like(module, features)
+    out, grads = run(module, features, cotangents)
+    for twin in twins:
+        other, other_grads = run(twin, features, cotangents)
+        assert_same(named_logits(other), named_logits(out), 0.0)
+        assert_same(other_grads, grads, 0.0)
+
+
+@pytest.mark.parametrize("leaks", [(0.0, 0.0), (0.5, 0.25)], ids=str)
+@pytest.mark.parametrize("case", ["concat", "transformer", "exchange", "batch-norm", "tied"])
+def test_compiles_to_one_graph(case, leaks):
+    torch._dynamo.reset()
+    module, features = make(case, encoder_leak=leaks[0], head_leak=leaks[1])
+    twin = copy.deepcopy(module)
+    cotangents = outputs_like(module, features)
+    expected, expected_grads = run(twin, features, cotangents)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    out, grads = run(module, features, cotangents, call=compiled)
+    assert_same(named_logits(out), named_logits(expected), 1e-12)
+    assert_same(grads, expected_grads, 1e-12)
+    buffers, expected_buffers = (dict(m.named_buffers()) for m in (module, twin))
+    assert_same(buffers, expected_buffers, 1e-12)
+    torch._dynamo.reset()
+
+
+def test_compiles_with_masks_and_a_function():
+    torch._dynamo.reset()
+    module, features = make("concat", substitute=lambda h, i: [h[i] if i == j else h[j] * 2
+                                                               for j in range(2)])  # fmt: skip
+    present = [torch.tensor([True, False] * 3), None]
+    cotangents = outputs_like(module, features)
+    expected, expected_grads = run(
+        module, features, cotangents, call=lambda *x: module(*x, present=present)
+    )
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    out, grads = run(module, features, cotangents, call=lambda *x: compiled(*x, present=present))
+    assert_same(named_logits(out), named_logits(expected), 1e-12)
+    assert_same(grads, expected_grads, 1e-12)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("case", ["transformer", "exchange"])
+def test_autocast_casts_as_it_does_for_the_module(case):
+    module, features = make(case, torch.float32)
+    twin = copy.deepcopy(module.fusion)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = module(*features)
+        fused = twin(*features)
+        alone = [twin(*substituted(features, i)) for i in range(2)]
+    expected = dgl_ext.DecoupledLogits(fused, tuple(alone))
+    assert out.fused.dtype == torch.bfloat16
+    assert_same(named_logits(out), named_logits(expected), 0.0)
+    # Casts that autocast keeps must not join the passes.
+    torch.autograd.backward(out.unimodal, cotangents_like(out)[1:])
+    grads = grads_of(module.fusion, features)
+    assert [n for n, g in grads.items() if g is not None] == ["features[0]", "features[1]"]
+
+
+def test_autocast_and_a_module_as_substitute():
+    module, features = make("concat", torch.float32, substitute=Imputer(torch.float32))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        module(*features)
+        z = module.substitute.to_b(features[0])  # trained elsewhere, in the same region
+    z.backward(torch.randn_like(z))
+    assert module.substitute.to_b.weight.grad is not None
+
+
+def test_a_trained_step_of_adamw_decays_nothing_that_no_loss_used():
+    module, features = make("concat")
+    before = module.fusion.linear.weight.detach().clone()
+    optimizer = torch.optim.AdamW(module.parameters(), weight_decay=0.5)
+    out = module(*features)
+    torch.autograd.backward(out.unimodal, cotangents_like(out)[1:])
+    optimizer.step()
+    assert torch.equal(module.fusion.linear.weight, before)
+
+
+def test_repr():
+    assert "(fusion): Concat(" in repr(Decoupled(Concat()))
+    assert "substitute='zero'" in repr(Decoupled(Concat()))
+    assert "leak" not in repr(Decoupled(Concat()))
+    text = repr(Decoupled(Concat(), Imputer(), head_leak=0.5))
+    assert "head_leak=0.5" in text
+    assert "(substitute): Imputer(" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"fusion": torch.add}, TypeError, "fusion: expected a torch.nn.Module, .*, got builtin"),
+        ({"substitute": "mean"}, ValueError, "substitute: expected \"zero\", .*, got 'mean'"),
+        ({"encoder_leak": 2}, ValueError, r"encoder_leak: expected a number in \[0, 1\], got 2"),
+        ({"head_leak": "1"}, TypeError, r"head_leak: expected a number in \[0, 1\], got str"),
+        ({"fusion": nn.LazyLinear(3)}, ValueError, 'lazy parameters, got "weight"'),
+        ({"fusion": nn.LazyBatchNorm1d(affine=False)}, ValueError, 'got "running_mean"'),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Decoupled(**{"fusion": Concat(), **arguments})
+
+
+def test_a_scripted_module_is_refused():
+    scripted = torch.jit.trace(nn.Linear(2, 2), torch.randn(1, 2))
+    with pytest.raises(TypeError, match="not scripted, got TopLevelTracedModule"):
+        Decoupled(scripted)
+
+
+X, Y = torch.ones(6, 5), torch.ones(6, 4)
+
+
+@pytest.mark.parametrize(
+    ("features", "options", "error", "message"),
+    [
+        ((), {}, ValueError, "features: expected at least one tensor, got none"),
+        ((X, 3), {}, TypeError, r"features\[1\]: expected a torch.Tensor, got int"),
+        ((X, Y.long()), {}, TypeError, r"features\[1\]: expected one of .*, got torch.int64"),
+        (
+            (X, Y),
+            {"substitute": "self"},
+            ValueError,
+            r'features\[1\]: expected shape \(6, 5\) as features\[0\] for substitute="self", '
+            r"got \(6, 4\)",
+        ),
+        ((X, Y), {"present": X}, TypeError, "present: expected a sequence of bool tensors"),
+        ((X, Y), {"present": [None]}, ValueError, "present: expected 2 entries, .*, got 1"),
+        ((X, Y), {"present": [None, 1]}, TypeError, r"present\[1\]: expected a bool tensor"),
+        ((X, Y), {"present": [X, None]}, TypeError, r"present\[0\]: expected torch.bool, got"),
+        (
+            (X, Y),
+            {"present": [None, torch.ones(5).bool()]},
+            ValueError,
+            r"present\[1\]: expected the first dimensions of features\[1\], which is \(6, 4\), "
+            r"got shape \(5,\)",
+        ),
+        (
+            (X, Y),
+            {"present": [torch.ones(6, dtype=torch.bool, device="meta"), None]},
+            ValueError,
+            r"present\[0\]: expected device cpu, got meta",
+        ),
+        (
+            (X, Y),
+            {"substitute": lambda h, i: h[:1]},
+            ValueError,
+            "substitute: expected 2 features, one per modality, got 1",
+        ),
+        (
+            (X, Y),
+            {"substitute": lambda h, i: [x * 1 for x in h]},
+            ValueError,
+            r"substitute: expected features\[0\] itself in slot 0",
+        ),
+        (
+            (X, Y),
+            {"substitute": lambda h, i: [h[i], None] if i == 0 else [None, h[i]]},
+            TypeError,
+            r"substitute\[1\]: expected a torch.Tensor, got NoneType",
+        ),
+        ((X, Y), {"substitute": lambda h, i: h[i]}, TypeError, "substitute: expected a sequence"),
+    ],
+)
+def test_bad_calls(features, options, error, message):
+    module = Decoupled(Concat(), options.get("substitute", "zero"))
+    with pytest.raises(error, match=message):
+        module(*features, present=options.get("present"))
+
+
+def test_docstring_example():
+    result = doctest.testmod(decoupled, extraglobs={"torch": torch, "dgl_ext": dgl_ext})
+    assert result.attempted > 0
+    assert result.failed == 0
