@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import nn as heads
 from ._routing import Route, Routing, check_loss, random_state_kept, routing
-from ._validate import check_features, check_sequence, check_tensor, check_width
+from ._validate import check_sequence, check_tensor, check_width
 from .decoupled import Decoupled
 from .functional import fused_decouple
 from .types import DecoupledLogits
@@ -181,7 +181,7 @@ def _uncut(
     if isinstance(head, heads._Fusion):
         weight, bias = (_detached(p) for p in head._head_parameters())
         return fused_decouple(
-            check_features(leaves),
+            leaves,
             weight,
             bias,
             fusion=head.fusion,
