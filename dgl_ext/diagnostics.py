@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import nn as heads
 from ._routing import Route, Routing, check_loss, random_state_kept, routing
-from ._validate import check_sequence, check_tensor, check_width
+from ._validate import check_alpha, check_sequence, check_tensor, check_width
 from .decoupled import Decoupled
 from .functional import fused_decouple
 from .types import DecoupledLogits
@@ -105,7 +105,7 @@ def attenuation(
     """
     tensors = _check_features(features)
     losses = _per_output(loss_fn, len(tensors))
-    alphas = _alphas(alpha, len(tensors))
+    alphas = check_alpha(alpha, len(tensors))
     with torch.enable_grad(), random_state_kept(tensors[0].device):
         leaves = tuple(h.detach().requires_grad_() for h in tensors)
         out = _uncut(head, leaves, present)
@@ -250,20 +250,6 @@ def _per_output(loss_fn: Loss | Sequence[Loss], count: int) -> tuple[Loss, ...]:
             f"got {len(losses)}"
         )
     return losses  # type: ignore[return-value]
-
-
-def _alphas(alpha: float | Sequence[float], count: int) -> tuple[float, ...]:
-    values = (
-        (alpha,) * count
-        if isinstance(alpha, (int, float))
-        else check_sequence("alpha", alpha, "a number or a sequence of them")
-    )
-    if len(values) != count:
-        raise ValueError(f"alpha: expected {count} numbers, one per modality, got {len(values)}")
-    for i, value in enumerate(values):
-        if not isinstance(value, (int, float)):
-            raise TypeError(f"alpha[{i}]: expected a number, got {type(value).__name__}")
-    return values  # type: ignore[return-value]
 
 
 def plot_attenuation(

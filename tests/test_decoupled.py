@@ -427,6 +427,7 @@ def test_bad_arguments(arguments, error, message):
         Decoupled(**{"fusion": Concat(), **arguments})
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_scripted_module_is_refused():
     scripted = torch.jit.trace(nn.Linear(2, 2), torch.randn(1, 2))
     with pytest.raises(TypeError, match="not scripted, got TopLevelTracedModule"):

@@ -286,7 +286,7 @@ HEAD = dgl_ext.nn.ConcatFusion((5, 4), 3)
         ({"loss_fn": lambda z: z}, ValueError, r"loss_fn\[0\]: expected a scalar .* \(7, 3\)"),
         ({"alpha": (1.0,)}, ValueError, "alpha: expected 2 numbers, one per modality, got 1"),
         ({"alpha": (1.0, "2")}, TypeError, r"alpha\[1\]: expected a number, got str"),
-        ({"alpha": None}, TypeError, "alpha: expected a number or a sequence of them"),
+        ({"alpha": None}, TypeError, "alpha: expected a number, or a sequence"),
     ],
 )
 def test_bad_arguments_of_attenuation(arguments, error, message):
