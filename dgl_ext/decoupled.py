@@ -162,11 +162,11 @@ class Decoupled(nn.Module):
     def _probe(
         self, features: Sequence[Tensor], present: Sequence[Tensor | None] | None
     ) -> DecoupledLogits:
-        """All outputs with gradients to the features only, uncut; no buffer is written."""
+        """All outputs without truncation, for diagnostics; no buffer is written."""
         inputs = self._check(features, present)
         copies = [self._copied_buffers() for _ in range(len(inputs) + 1)]
-        fused = functional_call(self.fusion, {**self._leaked_parameters(0.0), **copies[-1]}, inputs)
-        return DecoupledLogits(fused, self._alone(inputs, copies[:-1], 0.0))
+        fused = functional_call(self.fusion, copies.pop(), inputs)
+        return DecoupledLogits(fused, self._alone(inputs, copies, 1.0))
 
     def _alone(
         self, inputs: tuple[Tensor, ...], buffers: list[dict[str, Tensor]], share: float

@@ -179,7 +179,7 @@ def _uncut(
     if isinstance(head, Decoupled):
         return head._probe(leaves, present)
     if isinstance(head, heads._Fusion):
-        weight, bias = (_detached(p) for p in head._head_parameters())
+        weight, bias = head._head_parameters()
         return fused_decouple(
             leaves,
             weight,
@@ -199,12 +199,6 @@ def _uncut(
     if not isinstance(out, DecoupledLogits):
         raise TypeError(f"head: expected it to return DecoupledLogits, got {type(out).__name__}")
     return out
-
-
-def _detached(parameters: Any) -> Any:
-    if isinstance(parameters, list):
-        return [_detached(p) for p in parameters]
-    return None if parameters is None else parameters.detach()
 
 
 def _gradients(loss: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -132,6 +132,7 @@ def test_zero_is_not_none():
     nn.init.zeros_(model.fusion.weight)
     found = routing(model, batch, losses, EXPECT)
     assert ("audio.0.weight", "audio") in found.zero
+    assert "audio.0.weight" in found.reached_by("audio")
     assert found.missing == []
     row = next(line for line in str(found).splitlines() if line.startswith("audio.0.weight"))
     assert row.split() == ["audio.0.weight", "-", "0", "-"]
