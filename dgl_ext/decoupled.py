@@ -57,9 +57,12 @@ class Decoupled(nn.Module):
     `dgl_ext.diagnostics.routing` shows which loss reaches what.
 
     `DistributedDataParallel` goes around the whole model, not around `fusion`: the fused pass uses
-    every parameter once, as `f` alone would. The state dict is that of `fusion`, each key with the
-    prefix `fusion.`; to load a plain module's, call `decoupled.fusion.load_state_dict`. For a fused
-    prediction without the unimodal outputs call `decoupled.fusion(*features)`.
+    every parameter once, as `f` alone would. `fully_shard` takes the `Decoupled` module as a unit,
+    or something around it, not `fusion` or a part of that.
+
+    The state dict is that of `fusion`, each key with the prefix `fusion.`; to load that of a
+    plain module call `decoupled.fusion.load_state_dict`. For a fused prediction without the
+    unimodal outputs call `decoupled.fusion(*features)`.
 
     Args:
         fusion: a module called as `fusion(*features)`. It returns a tensor of any shape, or any
@@ -152,7 +155,8 @@ class Decoupled(nn.Module):
 
         Raises:
             TypeError: an argument is of the wrong type or dtype.
-            ValueError: there is no feature, or a mask or a substitute does not fit the features.
+            ValueError: there is no feature, a mask or a substitute does not fit the features, or
+                `fusion` is sharded by itself.
         """
         inputs = self._check(features, present)
         before = [self._copied_buffers() for _ in inputs]
@@ -213,6 +217,7 @@ class Decoupled(nn.Module):
 
     def _check(self, features: Sequence[Tensor], present: object) -> tuple[Tensor, ...]:
         """Returns the features with absent rows as zeros; raises unless everything fits."""
+        self._check_not_sharded()
         if not features:
             raise ValueError("features: expected at least one tensor, got none")
         inputs = tuple(check_tensor("features", i, value) for i, value in enumerate(features))
@@ -234,6 +239,21 @@ class Decoupled(nn.Module):
             value if mask is None else _masked(i, value, mask)
             for i, (value, mask) in enumerate(zip(inputs, masks, strict=True))
         )
+
+    def _check_not_sharded(self) -> None:
+        """Raises if FSDP gathers parameters inside `fusion`: it would bring back the true ones."""
+        # Seen from here they are shards then, and else whole. Tensor parallel parameters are
+        # shards, too, and fine. Importing FSDP takes seconds, so only where somebody uses it.
+        if any(hasattr(value, "full_tensor") for value in self.fusion.parameters()):
+            from torch.distributed.fsdp import FSDPModule
+
+            for name, module in self.fusion.named_modules():
+                if isinstance(module, FSDPModule):
+                    part = f'"{name}", a part of it' if name else "it"
+                    raise ValueError(
+                        f"fusion: expected no sharding within, but fully_shard was called on "
+                        f"{part}; call it on the Decoupled module"
+                    )
 
     def extra_repr(self) -> str:
         """The substitute, and the leaks that are open."""
