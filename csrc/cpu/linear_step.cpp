@@ -117,7 +117,7 @@ class LinearStep {
 
   // Whether everything is so small that calling a library costs more than it saves.
   bool is_small_step() const {
-    constexpr int64_t kMultiplyAdds = int64_t{1} << 24;
+    constexpr int64_t kMultiplyAdds = int64_t{1} << 27;
     constexpr int64_t kLongSum = 1024;
     if (chunk_ < head_.rows || head_.rows > kLongSum || head_.classes > kLongSum) return false;
     int64_t width = 0;
