@@ -75,7 +75,7 @@ def _table(rows: list[Row]) -> Table:
         if cell != _cell(row):
             cell = _cell(row)
             table.add_row(cell, style="bold")
-        name = f"  {row['provider']}"
+        name = f"  {report.short_name(row['provider'])}"
         if row["status"] != "ok":
             table.add_row(name, row["status"])
             continue
