@@ -163,6 +163,21 @@ def test_a_reentrant_region_that_returns_the_total(case):
     assert_same(grads(model), expected, 1e-6)
 
 
+def test_a_reentrant_region_that_returns_logits_trains_no_encoder():
+    """Why docs/training.md says to use the other kind: gradients do not pass a nested tuple."""
+    model = TwoModalities("concat", "logits")
+    ((x, y, _),) = batches(1)
+
+    def region(x: Tensor, y: Tensor) -> dgl_ext.DecoupledLogits:
+        return model.head(*model.features(x, y))
+
+    fused, unimodal = checkpoint(region, x.requires_grad_(), y, use_reentrant=True)
+    assert fused.requires_grad
+    assert not any(z.requires_grad for z in unimodal)
+    fused, unimodal = checkpoint(region, x, y, use_reentrant=False)
+    assert all(z.requires_grad for z in (fused, *unimodal))
+
+
 @each_case
 def test_compile_of_a_whole_model(case):
     model = TwoModalities(*case)
