@@ -104,6 +104,14 @@ class TestAmp:
         assert_same(values(model), before, 0)
 
 
+@pytest.mark.parametrize("head", list(dgl_ext.nn.MODULES))
+def test_the_loss_method_trains_as_the_logits_do(head):
+    by_logits, by_loss = TwoModalities(head, "logits"), TwoModalities(head, "loss")
+    for model in (by_logits, by_loss):
+        train(model, batches(20))
+    assert_same(values(by_loss), values(by_logits), 1e-6)
+
+
 @each_case
 def test_four_micro_batches_equal_one_batch(case):
     model = TwoModalities(*case)
