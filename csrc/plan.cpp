@@ -172,6 +172,47 @@ bool aligned(const FilmHead& head, Dtype dtype) {
          allows_16_byte_copies(beta_weight, dtype) && allows_16_byte_copies(head.out_weight, dtype);
 }
 
+int64_t width_steps(const LinearHead& head, int64_t depth) {
+  int64_t steps = 0;
+  for (int i = 0; i < head.modalities; ++i) steps += ceil_div(head.width[i], depth);
+  return steps;
+}
+/// Splits every modality's width into pieces of equal depth; returns how many there are in all.
+int64_t split_widths(const LinearHead& head, int64_t steps, int64_t wanted, int64_t depth,
+                     LinearForwardPlan& plan) {
+  plan.split_depth = choose_depth(steps, wanted, depth);
+  int64_t splits = 0;
+  for (int i = 0; i < head.modalities; ++i) {
+    plan.splits[i] = ceil_div(head.width[i], plan.split_depth);
+    splits += plan.splits[i];
+  }
+  return splits;
+}
+
+/// Columns of a masked copy, 0 where none is needed.
+int64_t masked_columns(const uint8_t* present, const Matrix& grad_weight, int64_t width) {
+  return present && grad_weight.data ? padded(width) : 0;
+}
+void mask_features(const LinearHead& head, const Matrix* grad_weight, Dtype dtype, Layout& layout,
+                   LinearBackwardPlan& plan) {
+  for (int i = 0; i < head.modalities; ++i) {
+    const int64_t pitch = masked_columns(head.present[i], grad_weight[i], head.width[i]);
+    if (pitch == 0) continue;
+    plan.masked[i] = {layout.add(plan.plane_rows * pitch * element_size(dtype)), pitch};
+    plan.has_masked = true;
+  }
+}
+/// Split sums of the weight and bias gradients.
+void place_partials(const LinearHead& head, Dtype dtype, Layout& layout, LinearBackwardPlan& plan) {
+  plan.weight_partial_columns = 0;
+  for (int i = 0; i < head.modalities; ++i) {
+    plan.weight_partial_columns += round_up(head.width[i], 4);
+  }
+  const int64_t size = plan.row_splits * head.classes * accumulator_size(dtype);
+  plan.weight_partial_offset = layout.add(plan.weight_partial_columns * size);
+  plan.bias_partial_offset = layout.add((head.modalities + 1) * size);
+}
+
 /// Which GEMM operands the backward launch of the linear head uses, and the planes they need.
 class SourceChooser {
  public:
@@ -230,9 +271,8 @@ LinearForwardPlan plan_linear_forward(const LinearHeadForward& p, Precision prec
   const TileShape& shape = shape_of(plan.launch.tile);
   const Output logits{head.rows, head.classes};
   const int64_t tiles = count_tiles(plan.launch.tile, &logits, 1);
-  int64_t steps = 0;
-  for (int i = 0; i < head.modalities; ++i) steps += ceil_div(head.width[i], shape.depth);
-
+  const int64_t steps = width_steps(head, shape.depth);
+  plan.plane_rows = head.rows;
   plan.padded_classes = padded(head.classes);
   const int64_t plane = head.rows * plan.padded_classes * accumulator_size(precision.dtype);
   const bool enough_tiles = 2 * tiles >= device.multiprocessors;
@@ -244,12 +284,7 @@ LinearForwardPlan plan_linear_forward(const LinearHeadForward& p, Precision prec
   }
   const int64_t wanted =
       request.splits > 0 ? request.splits : device.multiprocessors / std::max<int64_t>(tiles, 1);
-  plan.split_depth = choose_depth(steps, wanted, shape.depth);
-  int64_t splits = 0;
-  for (int i = 0; i < head.modalities; ++i) {
-    plan.splits[i] = ceil_div(head.width[i], plan.split_depth);
-    splits += plan.splits[i];
-  }
+  const int64_t splits = split_widths(head, steps, wanted, shape.depth, plan);
   plan.launch.cooperative = true;
   plan.launch.workspace_bytes = splits * plane;
   const int64_t items = std::max(splits * tiles, row_items(head.rows, plan.launch, device));
@@ -288,25 +323,175 @@ LinearBackwardPlan plan_linear_backward(const LinearHeadBackward& p, Precision p
 
   int biases = p.grad_fused_bias != nullptr;
   for (int i = 0; i < head.modalities; ++i) biases += p.grad_branch_bias[i] != nullptr;
+  plan.plane_rows = head.rows;
   plan.padded_classes = padded(head.classes);
+  plan.partials = plan.row_splits > 1;
   Layout layout;
-  layout.add(plan.plane_count * head.rows * plan.padded_classes * element_size(precision.dtype));
-  if (plan.row_splits > 1) {
-    for (int i = 0; i < head.modalities; ++i) {
-      plan.weight_partial_columns += round_up(head.width[i], 4);
-    }
-    const int64_t size = accumulator_size(precision.dtype);
-    plan.weight_partial_offset =
-        layout.add(plan.row_splits * head.classes * plan.weight_partial_columns * size);
-    plan.bias_partial_offset =
-        layout.add(plan.row_splits * (head.modalities + 1) * head.classes * size);
-  }
+  plan.plane_offset = layout.add(plan.plane_count * head.rows * plan.padded_classes *
+                                 element_size(precision.dtype));
+  mask_features(head, p.grad_weight, precision.dtype, layout, plan);
+  if (plan.partials) place_partials(head, precision.dtype, layout, plan);
   plan.launch.workspace_bytes = layout.bytes();
-  plan.launch.cooperative = plan.plane_count > 0 || plan.row_splits > 1;
+  plan.launch.cooperative = plan.plane_count > 0 || plan.has_masked || plan.partials;
   const int64_t bias_tiles = biases * ceil_div(head.classes, 32);
   int64_t items = (weight_tiles + bias_tiles) * plan.row_splits + feature_tiles;
-  if (plan.plane_count > 0) items = std::max(items, row_items(head.rows, plan.launch, device));
+  if (plan.plane_count > 0 || plan.has_masked)
+    items = std::max(items, row_items(head.rows, plan.launch, device));
   plan.launch.grid = choose_grid(plan.launch, items, device);
+  return plan;
+}
+
+namespace {
+
+/// Which planes the step of the linear head needs.
+class StepPlanes {
+ public:
+  StepPlanes(const LinearHeadStep& problem, LinearStepPlan& plan) : p_(problem), plan_(plan) {}
+
+  void choose() {
+    const int count = p_.head.modalities;
+    for (int i = 0; i < count; ++i) {
+      const bool features = p_.grad_feature[i].data, weights = weights_wanted(i);
+      plan_.step.gradients |= features || weights;
+      plan_.step.mixed |= features && p_.leaks.encoder != 0;
+      plan_.step.mixed |= weights && p_.leaks.head != 0;
+    }
+    plan_.step.gradients |= p_.grad_fused_bias != nullptr;
+    plan_.step.mixed |= p_.grad_fused_bias && p_.leaks.head != 0;
+    for (int i = 0; i < count; ++i) {
+      if (p_.grad_feature[i].data) {
+        const int branch = plan_.step.mixed ? 0 : i + 1;
+        plan_.backward.to_feature[i] = {branch, plane(i + 1, 0, 1, p_.leaks.encoder), 1};
+      }
+      if (weights_wanted(i)) {
+        const int index = plane(0, i + 1, i + 2, p_.leaks.head);
+        plan_.backward.to_weight[i] = {0, index, 1};
+        plan_.backward.bias_plane[i + 1] = index;
+      }
+    }
+    if (p_.grad_fused_bias) {
+      plan_.backward.bias_plane[0] = plane(0, 1, count + 1, p_.leaks.head);
+    }
+  }
+
+ private:
+  bool weights_wanted(int i) const { return p_.grad_weight[i].data || p_.grad_branch_bias[i]; }
+  int plane(int first, int begin, int end, double leak) {
+    if (leak == 0) begin = end = 0;
+    StepPlan& step = plan_.step;
+    for (int i = 0; i < step.plane_count; ++i) {
+      const StepPlane& have = step.planes[i];
+      if (have.first == first && have.begin == begin && have.end == end) return i;
+    }
+    step.planes[step.plane_count] = {first, begin, end, leak};
+    return step.plane_count++;
+  }
+
+  const LinearHeadStep& p_;
+  LinearStepPlan& plan_;
+};
+
+/// Rows that a step works on at a time: all, or as many tiles of rows as fit, evenly.
+int64_t choose_chunk(int64_t rows, int64_t row_bytes, int64_t limit, int64_t tile_rows) {
+  const int64_t fit = limit / std::max<int64_t>(row_bytes, 1);
+  if (fit >= rows) return std::max<int64_t>(rows, 1);
+  const int64_t chunks = ceil_div(rows, std::max(fit / tile_rows * tile_rows, tile_rows));
+  return round_up(ceil_div(rows, chunks), tile_rows);
+}
+/// What CTAs tell each other, behind everything else in the workspace.
+void place_sums(int grid, Layout& layout, StepPlan& plan) {
+  const int64_t branches = plan.branches;
+  plan.counts_offset = layout.add(grid * branches * int64_t(sizeof(int64_t)));
+  plan.losses_offset = layout.add(grid * branches * int64_t(sizeof(StepSums)));
+  plan.totals_offset = layout.add(branches * int64_t(sizeof(StepTotals)));
+}
+
+}  // namespace
+
+LinearStepPlan plan_linear_step(const LinearHeadStep& p, Precision precision, const Device& device,
+                                int64_t workspace_limit, const PlanRequest& request) {
+  const LinearHead& head = p.head;
+  const Dtype dtype = precision.dtype;
+  LinearStepPlan plan;
+  StepPlan& step = plan.step;
+  LinearBackwardPlan& backward = plan.backward;
+  step.branches = head.modalities + 1;
+  step.padded_classes = plan.forward.padded_classes = backward.padded_classes =
+      padded(head.classes);
+  StepPlanes(p, plan).choose();
+
+  Output weights[kMaxModalities];
+  int64_t masked = 0;
+  int weight_count = 0, biases = p.grad_fused_bias != nullptr;
+  for (int i = 0; i < head.modalities; ++i) {
+    if (p.grad_weight[i].data) weights[weight_count++] = {head.classes, head.width[i]};
+    biases += p.grad_branch_bias[i] != nullptr;
+    masked += masked_columns(head.present[i], p.grad_weight[i], head.width[i]);
+  }
+  const Output all_logits{head.rows, head.classes * head.modalities};
+  plan.launch = choose_tile(precision, aligned(head, dtype), false, work(head), &all_logits, 1,
+                            device, request);
+  plan.launch.cooperative = true;
+  const TileShape& shape = shape_of(plan.launch.tile);
+
+  // a quarter of the workspace is for split sums of weights, the rest for what there is per row
+  const int64_t row_limit = workspace_limit - workspace_limit / 4;
+  const auto row_bytes = [&](int64_t splits) {
+    return step.padded_classes *
+               (splits * accumulator_size(dtype) + step.plane_count * element_size(dtype)) +
+           masked * element_size(dtype);
+  };
+  const int64_t rows = choose_chunk(head.rows, row_bytes(head.modalities), row_limit, shape.rows);
+  step.chunk_rows = plan.forward.plane_rows = backward.plane_rows = rows;
+  const bool chunked = rows < head.rows;
+
+  const Output logits{rows, head.classes};
+  const int64_t tiles = count_tiles(plan.launch.tile, &logits, 1);
+  const int64_t steps = width_steps(head, shape.depth);
+  int64_t wanted =
+      request.splits > 0 ? request.splits : device.multiprocessors / std::max<int64_t>(tiles, 1);
+  wanted = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(steps, 1));
+  plan.forward.direct = false;
+  int64_t splits = split_widths(head, steps, wanted, shape.depth, plan.forward);
+  while (wanted > 1 && row_bytes(splits) * rows > row_limit) {
+    splits = split_widths(head, steps, --wanted, shape.depth, plan.forward);
+  }
+
+  const int64_t row_steps = ceil_div(rows, shape.depth);
+  const int64_t weight_tiles = count_tiles(plan.launch.tile, weights, weight_count);
+  int64_t feature_tiles = 0;
+  for (int i = 0; i < head.modalities; ++i) {
+    const Output feature{p.grad_feature[i].data ? rows : 0, head.width[i]};
+    feature_tiles += count_tiles(plan.launch.tile, &feature, 1);
+  }
+  int64_t row_splits = request.splits;
+  if (row_splits == 0) {
+    row_splits = choose_row_splits(
+        row_steps, weight_tiles * row_steps + feature_tiles * ceil_div(head.classes, shape.depth),
+        device);
+  }
+  const int64_t sums = head.classes * (total_width(head) + step.branches) * accumulator_size(dtype);
+  if (row_splits * sums > workspace_limit / 4) {
+    row_splits = std::max<int64_t>(1, workspace_limit / 4 / std::max<int64_t>(sums, 1));
+  }
+  backward.rows_per_split = choose_depth(row_steps, row_splits, shape.depth);
+  backward.row_splits = int(std::max<int64_t>(1, ceil_div(rows, backward.rows_per_split)));
+  // chunks add up in the accumulator type: in the output itself unless that is narrower
+  backward.partials = backward.row_splits > 1 || (chunked && dtype == Dtype::kBFloat16);
+
+  Layout layout;
+  layout.add(splits * rows * step.padded_classes * accumulator_size(dtype));
+  step.plane_offset = backward.plane_offset =
+      layout.add(step.plane_count * rows * step.padded_classes * element_size(dtype));
+  mask_features(head, p.grad_weight, dtype, layout, backward);
+  if (backward.partials) place_partials(head, dtype, layout, backward);
+  const int64_t warp_rows = rows * (step.mixed ? 1 : step.branches);
+  const int64_t items = std::max(
+      {splits * tiles, row_items(warp_rows, plan.launch, device),
+       (weight_tiles + biases * ceil_div(head.classes, 32)) * backward.row_splits + feature_tiles});
+  plan.launch.grid = choose_grid(plan.launch, items, device);
+  place_sums(plan.launch.grid, layout, step);
+  plan.launch.workspace_bytes = layout.bytes();
   return plan;
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-from emulator.bounded import Bounded, concatenate, matmul
+from emulator.bounded import Bounded, add, concatenate, matmul
 from emulator.harness import (
     Layout,
     Memory,
@@ -241,13 +241,3 @@ class FilmProblem:
             "film_bias": film_bias,
             "out_bias": add(scaled).sum_rows() if scaled else None,
         }
-
-
-def add(terms: list[Bounded | None]) -> Bounded | None:
-    terms = [t for t in terms if t is not None]
-    if not terms:
-        return None
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
