@@ -129,6 +129,7 @@ struct FilmForwardPlan {
   LaunchShape launch;
   int64_t film_splits = 1, film_depth = 0;  ///< k-splits of [gamma|beta] and elements per split
   int64_t head_splits = 1, head_depth = 0;  ///< of the logits; 1: written without another sync
+  int64_t plane_rows = 0;                   ///< of what the workspace holds
   int64_t padded_hidden = 0, padded_classes = 0;
   int64_t features_offset = 0, head_partial_offset = 0;  ///< bytes into the workspace
 };
@@ -143,11 +144,17 @@ struct FilmBackwardPlan {
   /// Incoming gradients are first copied to planes by slot: for that, or to be aligned.
   bool copy_gradients = false;
   bool condition_leak = false;  ///< grad_condition has a gamma part too
+  /// In a step: residuals are weighted, since a leak is open; the forward phases' hidden features
+  /// serve the gradients too.
+  bool weighted = false, features_ready = false;
+  int64_t plane_rows = 0;  ///< of what the workspace holds
+  MaskedCopy masked;       ///< of x
   int64_t padded_hidden = 0, padded_classes = 0;
   int64_t encoder_pitch = 0;  ///< row pitch of the encoder's gradient of the modulation
   /// The sums over rows (weights, biases) in pieces; > 1: one more sync. The branches' rows follow
   /// each other in grad_out_weight, whose pieces are therefore its own.
   int row_splits = 1, out_splits = 1;
+  bool partials = false, out_partials = false;  ///< these sums go to the workspace first
   int64_t rows_per_split = 0, out_rows_per_split = 0;
   /// bytes into the workspace: copies, features h.., d.., gradients of the modulation
   int64_t gradients_offset = 0, features_offset = 0, branches_offset = 0, parameters_offset = 0,
@@ -195,6 +202,14 @@ struct LinearStepPlan {
   LinearBackwardPlan backward;
 };
 
+struct FilmStepPlan {
+  LaunchShape launch;
+  StepPlan step;
+  FilmForwardPlan forward;
+  FilmBackwardPlan backward;
+  int64_t modulation_offset = 0;  ///< bytes into the workspace: [gamma|beta] of a chunk
+};
+
 /// What a test or a benchmark may ask of a plan. A tile that cannot do it is replaced by one that
 /// can: unaligned operands always run on the small tile of their dtype.
 struct PlanRequest {
@@ -216,5 +231,7 @@ FilmForwardPlan plan_film_forward(const FilmHeadForward&, Precision, const Devic
                                   const PlanRequest& = {});
 FilmBackwardPlan plan_film_backward(const FilmHeadBackward&, Precision, const Device&,
                                     const PlanRequest& = {});
+FilmStepPlan plan_film_step(const FilmHeadStep&, Precision, const Device&, int64_t workspace_limit,
+                            const PlanRequest& = {});
 
 }  // namespace dgl_ext

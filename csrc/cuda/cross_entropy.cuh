@@ -101,7 +101,7 @@ struct StepLosses {
         const StepPlane& plane = plan.planes[i];
         if (plane.first < first || plane.first >= last) continue;
         T* to = workspace_at<T>(step.workspace, plan.plane_offset) +
-                (i * plan.chunk_rows + row) * plan.padded_classes;
+                (i * rows.count + row) * plan.padded_classes;
 #pragma unroll 1
         for (int64_t begin = 0; begin < step.classes; begin += 32) {
           const int64_t column = begin + lane;

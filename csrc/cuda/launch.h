@@ -29,10 +29,16 @@ cudaError_t film_head_forward(const FilmHeadForward& problem, Precision precisio
                               const FilmForwardPlan& plan, void* workspace, cudaStream_t stream);
 cudaError_t film_head_backward(const FilmHeadBackward& problem, Precision precision,
                                const FilmBackwardPlan& plan, void* workspace, cudaStream_t stream);
+cudaError_t film_head_step(const FilmHeadStep& problem, Precision precision,
+                           const FilmStepPlan& plan, void* workspace, cudaStream_t stream);
+/// Nothing is read or written where the scale turns out to be 1 and `to` is `from`.
+cudaError_t scale_gradients(const ScaledGradients& problem, const Device& device,
+                            cudaStream_t stream);
 
 /// query_device's share of each head: lowers ctas[tile] to what this head's kernels allow.
 cudaError_t linear_head_occupancy(int (&ctas)[kTileCount]);
 cudaError_t linear_step_occupancy(int (&ctas)[kTileCount]);
 cudaError_t film_head_occupancy(int (&ctas)[kTileCount]);
+cudaError_t film_step_occupancy(int (&ctas)[kTileCount]);
 
 }  // namespace dgl_ext

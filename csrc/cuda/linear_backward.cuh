@@ -16,7 +16,7 @@ struct LinearBackward : LinearGradients<C, false> {
     T* shared = reinterpret_cast<T*>(dynamic_shared_memory());
     const RowRange all{0, args.problem.head.rows};
     if (args.plan.plane_count > 0 || args.plan.has_masked) {
-      make_planes(args);
+      make_planes(args, all);
       Gradients::copy_masked(args, all);
       grid_sync();
     }
@@ -28,13 +28,13 @@ struct LinearBackward : LinearGradients<C, false> {
   }
 
  private:
-  static __device__ __forceinline__ void make_planes(const Arguments& args) {
+  static __device__ __forceinline__ void make_planes(const Arguments& args, RowRange all) {
     const LinearHeadBackward& p = args.problem;
 #pragma unroll 1
     for (int i = 0; i < args.plan.plane_count; ++i) {
       const GradientPlane& job = args.plan.planes[i];
-      T* out = Gradients::plane(args, i);
-      for_each_element<C>(p.head.rows, p.head.classes, [&](int64_t row, int64_t column) {
+      T* out = Gradients::plane(args, i, all);
+      for_each_element<C>(all.count, p.head.classes, [&](int64_t row, int64_t column) {
         Accumulator v = element<T>(Gradients::gradient(p, job.first), row, column);
         if (job.second >= 0) {
           v += Accumulator(job.scale) * element<T>(Gradients::gradient(p, job.second), row, column);

@@ -58,13 +58,13 @@ struct LinearGradients {
                                                                 int index) {
     return index == 0 ? p.grad_fused : p.grad_unimodal[index - 1];
   }
-  static __device__ __forceinline__ T* plane(const Arguments& args, int index) {
+  static __device__ __forceinline__ T* plane(const Arguments& args, int index, RowRange rows) {
     return workspace_at<T>(args.workspace, args.plan.plane_offset) +
-           index * args.plan.plane_rows * args.plan.padded_classes;
+           index * rows.count * args.plan.padded_classes;
   }
   static __device__ __forceinline__ Operand<T> source(const Arguments& args,
-                                                      const GradientSource& s) {
-    if (kStep || s.plane >= 0) return {plane(args, s.plane), args.plan.padded_classes};
+                                                      const GradientSource& s, RowRange rows) {
+    if (kStep || s.plane >= 0) return {plane(args, s.plane, rows), args.plan.padded_classes};
     return operand<T>(gradient(args.problem, s.gradient));
   }
   static __device__ __forceinline__ Accumulator scale_of(const Arguments& args,
@@ -132,7 +132,7 @@ struct LinearGradients {
     const int64_t end = smaller(begin + args.plan.rows_per_split, rows.count);
     WeightTile tile;
     tile.clear();
-    tile.accumulate(shared, source(args, args.plan.to_weight[i]), feature(args, i, rows), m0,
+    tile.accumulate(shared, source(args, args.plan.to_weight[i], rows), feature(args, i, rows), m0,
                     p.head.classes, n0, p.head.width[i], begin, end);
     const Accumulator scale = scale_of(args, args.plan.to_weight[i]);
     tile.for_each_run(
@@ -157,8 +157,9 @@ struct LinearGradients {
     if (m0 >= rows.count) return;  // the last chunk of rows may be short
     FeatureTile tile;
     tile.clear();
-    tile.accumulate(shared, source(args, args.plan.to_feature[i]), operand<T>(p.head.weight[i]), m0,
-                    rows.count, n0, p.head.width[i], 0, p.head.classes);
+    tile.accumulate(shared, source(args, args.plan.to_feature[i], rows),
+                    operand<T>(p.head.weight[i]), m0, rows.count, n0, p.head.width[i], 0,
+                    p.head.classes);
     const Accumulator scale = scale_of(args, args.plan.to_feature[i]);
     tile.for_each_run(shared, m0, rows.count, n0, p.head.width[i],
                       [&](int m, int n, Accumulator(&v)[FeatureTile::kRun], int count) {
@@ -194,7 +195,7 @@ struct LinearGradients {
       }
     };
     if constexpr (kStep) {
-      const T* residuals = plane(args, args.plan.bias_plane[target]);
+      const T* residuals = plane(args, args.plan.bias_plane[target], rows);
       column_sums<C>(
           shared, begin, end, p.head.classes, index,
           [&](int64_t row, int64_t column) {

@@ -6,7 +6,6 @@ namespace dgl_ext {
 
 cudaError_t linear_head_step(const LinearHeadStep& problem, Precision precision,
                              const LinearStepPlan& plan, void* workspace, cudaStream_t stream) {
-  LinearStepArguments arguments;
   LinearHeadForward forward;
   forward.head = problem.head;
   forward.fused_bias = problem.fused_bias;
@@ -20,11 +19,11 @@ cudaError_t linear_head_step(const LinearHeadStep& problem, Precision precision,
     backward.grad_weight[i] = problem.grad_weight[i];
     backward.grad_branch_bias[i] = problem.grad_branch_bias[i];
   }
-  arguments.forward = {forward, plan.forward, workspace};
-  arguments.backward = {backward, plan.backward, workspace};
+  LinearStepArguments arguments{{forward, plan.forward, workspace},
+                                {backward, plan.backward, workspace},
+                                problem.loss,
+                                plan.step};
   arguments.backward.totals_offset = plan.step.totals_offset;
-  arguments.loss = problem.loss;
-  arguments.plan = plan.step;
   return launch_head<LinearStep>(StepConfigs{}, precision.dtype, plan.launch, arguments, stream);
 }
 

@@ -24,6 +24,7 @@ cudaError_t query_device(Device* device) {
   status = linear_head_occupancy(device->resident_ctas);
   if (status == cudaSuccess) status = linear_step_occupancy(device->resident_ctas);
   if (status == cudaSuccess) status = film_head_occupancy(device->resident_ctas);
+  if (status == cudaSuccess) status = film_step_occupancy(device->resident_ctas);
   return status;
 }
 

@@ -9,6 +9,7 @@
 
 #include "cuda/film_backward.cuh"
 #include "cuda/film_forward.cuh"
+#include "cuda/film_step.cuh"
 #include "cuda/instances.cuh"
 #include "cuda/launch.h"
 #include "cuda/linear_backward.cuh"
@@ -138,6 +139,17 @@ void read(const py::dict& d, FilmHeadBackward& p) {
   p.modulation = matrix_of<ConstMatrix>(d, "modulation");
   p.grad_fused = matrix_of<ConstMatrix>(d, "grad_fused");
   matrices_of(d, "grad_unimodal", p.grad_unimodal);
+  p.grad_condition = matrix_of<Matrix>(d, "grad_condition");
+  p.grad_target = matrix_of<Matrix>(d, "grad_target");
+  p.grad_film_weight = matrix_of<Matrix>(d, "grad_film_weight");
+  p.grad_out_weight = matrix_of<Matrix>(d, "grad_out_weight");
+  p.grad_film_bias = reinterpret_cast<void*>(address_of(d, "grad_film_bias"));
+  p.grad_out_bias = reinterpret_cast<void*>(address_of(d, "grad_out_bias"));
+}
+void read(const py::dict& d, FilmHeadStep& p) {
+  read(d, p.head);
+  read(d, p.leaks);
+  read(d, p.loss);
   p.grad_condition = matrix_of<Matrix>(d, "grad_condition");
   p.grad_target = matrix_of<Matrix>(d, "grad_target");
   p.grad_film_weight = matrix_of<Matrix>(d, "grad_film_weight");
@@ -294,8 +306,14 @@ void bind_plans(py::module_& m) {
       .def_readonly("copy_gradients", &FilmBackwardPlan::copy_gradients)
       .def_readonly("row_splits", &FilmBackwardPlan::row_splits)
       .def_readonly("rows_per_split", &FilmBackwardPlan::rows_per_split)
+      .def_readonly("partials", &FilmBackwardPlan::partials)
       .def_readonly("out_splits", &FilmBackwardPlan::out_splits)
       .def_readonly("out_rows_per_split", &FilmBackwardPlan::out_rows_per_split);
+  py::class_<FilmStepPlan>(m, "FilmStepPlan")
+      .def_readonly("launch", &FilmStepPlan::launch)
+      .def_readonly("step", &FilmStepPlan::step)
+      .def_readonly("forward", &FilmStepPlan::forward)
+      .def_readonly("backward", &FilmStepPlan::backward);
 }
 
 void bind_emulator(py::module_& m) {
@@ -343,6 +361,7 @@ void bind_emulator(py::module_& m) {
     add_kernels<LinearStep>(all, "LinearStep", StepConfigs{});
     add_kernels<FilmForward>(all, "FilmForward", FilmConfigs{});
     add_kernels<FilmBackward>(all, "FilmBackward", FilmConfigs{});
+    add_kernels<FilmStep>(all, "FilmStep", StepConfigs{});
     return all;
   });
 }
@@ -359,4 +378,5 @@ PYBIND11_MODULE(emulated_kernels, m) {
   bind_step<LinearHeadStep>(m, "linear_head_step", plan_linear_step, linear_head_step);
   bind_head<FilmHeadForward>(m, "film_head_forward", plan_film_forward, film_head_forward);
   bind_head<FilmHeadBackward>(m, "film_head_backward", plan_film_backward, film_head_backward);
+  bind_step<FilmHeadStep>(m, "film_head_step", plan_film_step, film_head_step);
 }

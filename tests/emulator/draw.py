@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 from emulator.film import OUTPUTS, FilmCase
+from emulator.film_step import FilmStepCase
 from emulator.harness import Layout, Schedule
 from emulator.linear import LinearCase
 from emulator.linear_step import LinearStepCase
@@ -125,4 +126,12 @@ def film_case(seed: int, tile: str, dtype: str) -> FilmCase:
         arrives=tuple(draw.chance(80) for _ in range(3)),
         wanted=tuple(name for name in OUTPUTS if draw.chance(85)),
         schedule=draw.schedule(),
+        absent=draw.absent(2) if draw.chance(30) else (),
     )
+
+
+def film_step_case(seed: int, tile: str, dtype: str) -> FilmStepCase:
+    case, draw = film_case(seed, tile, dtype), Draw(seed + 1)
+    fields = {f.name: getattr(case, f.name) for f in dataclasses.fields(case)}
+    fields |= {"absent": draw.absent(2), "loss": draw.loss(), "arrives": (True,) * 3}
+    return FilmStepCase(**fields)

@@ -161,7 +161,8 @@ BUGS = [
     Bug(
         "idle CTAs leave before the grid sync", FORWARD,
         "    if (args.plan.direct) return;\n    grid_sync();",
-        "    if (args.plan.direct || blockIdx.x == 0) return;\n    grid_sync();", r"barrier divergence|deadlock",
+        "    if (args.plan.direct || blockIdx.x == 0) return;\n    grid_sync();",
+        r"barrier divergence|deadlock",
     ),
     Bug(
         "alignment not looked at", "plan.cpp",
