@@ -5,8 +5,9 @@ arXiv 2507.10213.
 """
 
 from . import _extension, nn, plan, reference
-from .functional import fused_decouple
-from .types import DecoupledLogits
+from .functional import fused_decouple, fused_decouple_cross_entropy
+from .settings import set_workspace_limit, workspace_limit
+from .types import DecoupledLogits, DecoupledLoss
 
 __version__ = "0.1.0"
 
@@ -15,4 +16,15 @@ if _extension.available():
 
     _library = _ops.register()
 
-__all__ = ["DecoupledLogits", "__version__", "fused_decouple", "nn", "plan", "reference"]
+__all__ = [
+    "DecoupledLogits",
+    "DecoupledLoss",
+    "__version__",
+    "fused_decouple",
+    "fused_decouple_cross_entropy",
+    "nn",
+    "plan",
+    "reference",
+    "set_workspace_limit",
+    "workspace_limit",
+]

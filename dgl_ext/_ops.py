@@ -8,13 +8,14 @@ default is to return, with a warning at most, a result whose gradient is silentl
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import composed
+from . import composed, composed_step
 
 
 class Path(enum.IntEnum):
@@ -39,6 +40,16 @@ def call(name: str, path: Path, like: Tensor, *args: Any) -> list[Tensor]:
     return _call(op, *args, allow_tf32, path == Path.KERNEL)
 
 
+def scale_gradients(grads: Sequence[Tensor], scale: Tensor, to_float16: bool) -> list[Tensor]:
+    """Returns a step's gradients times `scale`, float32 ones as float16 where that is asked."""
+    return _call(torch.ops.dgl_ext.scale_gradients.default, grads, scale, to_float16)
+
+
+def scale_gradients_(grads: Sequence[Tensor], scale: Tensor) -> None:
+    """Multiplies a step's gradients by `scale` in place."""
+    _call(torch.ops.dgl_ext.scale_gradients_.default, grads, scale)
+
+
 def _call(op: Callable[..., list[Tensor]], *args: Any) -> list[Tensor]:
     """Goes past the checking kernels below, which would cost 5 us a call."""
     if torch.compiler.is_compiling():  # Dynamo does not trace the guard
@@ -47,7 +58,7 @@ def _call(op: Callable[..., list[Tensor]], *args: Any) -> list[Tensor]:
         return op(*args)
 
 
-def _register(name: str, fake: Callable[..., list[Tensor]], library: torch.library.Library) -> None:
+def _register(name: str, fake: Callable[..., Any], library: torch.library.Library) -> None:
     torch.library.register_fake(f"dgl_ext::{name}", fake, lib=library)
     overload = getattr(torch.ops.dgl_ext, name).default
 
@@ -122,6 +133,50 @@ def _film_head_backward(
     return _needed_grads(features, weights, needs_features, needs_weights, needs_biases)
 
 
+def _head_step(
+    features: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    target: Tensor,
+    present: list[Tensor | None],
+    alpha: list[float],
+    mean: bool,
+    ignore_index: int,
+    label_smoothing: float,
+    needs_features: list[bool],
+    needs_weights: list[bool],
+    needs_biases: list[bool],
+    encoder_leak: float,
+    head_leak: float,
+    workspace_limit: int,
+    allow_tf32: bool = False,
+    kernel_only: bool = False,
+) -> list[Tensor]:
+    like = features[0]
+    branches = len(features) + 1
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    grads = _needed_grads(features, weights, needs_features, needs_weights, needs_biases)
+    if like.dtype == torch.float16:  # they wait for the upstream scale in float32
+        grads = [grad.new_empty(grad.shape, dtype=dtype) for grad in grads]
+    return [
+        like.new_empty((), dtype=dtype),
+        like.new_empty((branches,), dtype=dtype),
+        like.new_empty((branches,), dtype=torch.int64),
+        *grads,
+    ]
+
+
+def _scale_gradients(grads: list[Tensor], scale: Tensor, to_float16: bool) -> list[Tensor]:
+    return [
+        grad.new_empty(grad.shape, dtype=torch.float16 if to_float16 else grad.dtype)
+        for grad in grads
+    ]
+
+
+def _scale_gradients_in_place(grads: list[Tensor], scale: Tensor) -> None:
+    pass
+
+
 def _needed_grads(
     features: list[Tensor],
     weights: list[Tensor],
@@ -137,13 +192,20 @@ def _needed_grads(
     return [like.new_empty(shape) for shape in shapes]
 
 
-_HEAD_OPS: dict[str, Callable[..., list[Tensor]]] = {
+_HEAD_OPS: dict[str, Callable[..., Any]] = {
     "linear_head_forward": _linear_head_forward,
     "linear_head_backward": _linear_head_backward,
     "film_head_forward": _film_head_forward,
     "film_head_backward": _film_head_backward,
+    "linear_head_step": _head_step,
+    "film_head_step": _head_step,
 }
-FAKE_KERNELS = _HEAD_OPS | {f"{name}_composed": fake for name, fake in _HEAD_OPS.items()}
+FAKE_KERNELS: dict[str, Callable[..., Any]] = {
+    **_HEAD_OPS,
+    **{f"{name}_composed": fake for name, fake in _HEAD_OPS.items()},
+    "scale_gradients": _scale_gradients,
+    "scale_gradients_": _scale_gradients_in_place,
+}
 
 
 def register() -> torch.library.Library:
@@ -152,9 +214,21 @@ def register() -> torch.library.Library:
     for name, fake in FAKE_KERNELS.items():
         _register(name, fake, library)
     for name in _HEAD_OPS:
-        kernel = getattr(composed, name)
+        module = composed_step if name.endswith("_step") else composed
+        kernel = _without_autocast(getattr(module, name))
         library.impl(f"{name}_composed", kernel, "CompositeExplicitAutograd")
     return library
+
+
+def _without_autocast(kernel: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """What comes here has been cast; autocast would cast the sums' dtype back."""
+
+    @functools.wraps(kernel)
+    def call_kernel(*args: Any) -> list[Tensor]:
+        with torch._C._DisableAutocast():
+            return kernel(*args)
+
+    return call_kernel
 
 
 def _tf32_allowed() -> bool:

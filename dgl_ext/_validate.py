@@ -6,6 +6,7 @@ text only on the way out. Wrong types and dtypes raise `TypeError`, everything e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -120,7 +121,7 @@ def check_width(name: str, value: object) -> int:
 
 
 def check_share(name: str, value: object) -> float:
-    """Returns a leak as a float if it is a number in [0, 1]."""
+    """Returns a leak, or another share, as a float if it is a number in [0, 1]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number in [0, 1], got {type(value).__name__}")
     if not 0 <= value <= 1:  # true of NaN, too
@@ -156,3 +157,59 @@ def check_present(present: object, features: Sequence[Tensor]) -> tuple[Tensor |
             )
         masks.append(mask)
     return tuple(masks)
+
+
+def check_target(target: object, like: Tensor) -> Tensor:
+    """Returns `target` if it is an int64 tensor of the leading shape of `like`, a feature.
+
+    Its values are checked where they are read: by the kernels.
+    """
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target: expected an int64 tensor, got {type(target).__name__}")
+    if target.dtype != torch.int64:
+        raise TypeError(f"target: expected torch.int64 class indices, got {target.dtype}")
+    if target.device != like.device:
+        raise ValueError(
+            f"target: expected device {like.device} as features[0], got {target.device}"
+        )
+    if target.shape != like.shape[:-1]:
+        raise ValueError(
+            f"target: expected shape {tuple(like.shape[:-1])}, the features' leading shape, "
+            f"got {tuple(target.shape)}"
+        )
+    return target
+
+
+def check_alpha(alpha: object, modalities: int) -> tuple[float, ...]:
+    """Returns one weight per modality from a number for all, or a sequence of one for each."""
+    if isinstance(alpha, (int, float)) and not isinstance(alpha, bool):
+        return (_check_finite("alpha", alpha),) * modalities
+    values = check_sequence("alpha", alpha, "a number, or a sequence of one per modality")
+    if len(values) != modalities:
+        raise ValueError(
+            f"alpha: expected {modalities} numbers, one per modality, got {len(values)}"
+        )
+    return tuple(_check_finite(f"alpha[{i}]", value) for i, value in enumerate(values))
+
+
+def _check_finite(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    # math.isfinite cannot be traced where torch.compile takes the number for a variable.
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return float(value)
+
+
+def check_reduction(reduction: object) -> bool:
+    """Returns whether losses are averaged; they are summed otherwise."""
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction: expected "mean" or "sum", got {reduction!r}')
+    return reduction == "mean"
+
+
+def check_ignore_index(value: object) -> int:
+    """Returns `ignore_index` if it is an int."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"ignore_index: expected an int, got {type(value).__name__}")
+    return value

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _extension, autograd, reference
+from . import _extension, autograd, autograd_step, reference
 from ._ops import Path
 from ._validate import check_present, check_share
+from .cross_entropy import CrossEntropy
 from .heads import Features, get_head
-from .types import DecoupledLogits
+from .types import DecoupledLogits, DecoupledLoss
 
 BACKENDS = ("auto", "reference", "composed", "cpu", "cuda")
 
@@ -109,6 +110,90 @@ def fused_decouple(
         return reference.compute(fusion, tensors, weights, biases, encoder_leak, head_leak, masks)
     outputs = autograd.apply(fusion, tensors, weights, biases, encoder_leak, head_leak, path)
     return DecoupledLogits(outputs[0], outputs[1:])
+
+
+def fused_decouple_cross_entropy(
+    features: Sequence[Tensor],
+    weight: Tensor | Sequence[Tensor],
+    target: Tensor,
+    *,
+    bias: Tensor | Sequence[Tensor | None] | None = None,
+    fusion: str = "concat",
+    alpha: float | Sequence[float] = 1.0,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    present: Sequence[Tensor | None] | None = None,
+    encoder_leak: float = 0.0,
+    head_leak: float = 0.0,
+    backend: str = "auto",
+) -> DecoupledLoss:
+    r"""The training step of a head: logits, cross-entropy of every branch, and all gradients.
+
+    With `z` and `z_i` as `fused_decouple` computes them:
+
+        total = cross_entropy(z, target) + sum_i alpha_i * cross_entropy(z_i, target)
+
+    `total.backward()` gives what that composition gives: the fused loss trains `weight` and `bias`,
+    and alpha_i times the loss of modality i reaches `features[i]`. The gradients are computed in
+    the forward pass, so `backward` only scales them, and the logits are never kept: they and their
+    gradients exist for as many rows at a time as `dgl_ext.set_workspace_limit` allows.
+
+    Args:
+        features: as in `fused_decouple`: M tensors `(..., D_i)`.
+        weight: as in `fused_decouple`.
+        target: class indices, int64 of the leading shape, each in `[0, C)` or `ignore_index`.
+        bias: as in `fused_decouple`.
+        fusion: "concat", "sum" or "film".
+        alpha: what the unimodal losses are multiplied by, one number or one per modality; 0 sends
+            an encoder gradients of zero. It scales the encoders' gradients only, so that under SGD
+            it is their learning rate's multiplier, and under Adam it does next to nothing.
+        reduction: "mean" divides each loss by the number of rows that count, "sum" does not.
+        ignore_index: rows with this target do not count in any loss.
+        label_smoothing: share of the target, 0 to 1, that is spread evenly over the C classes.
+        present: as in `fused_decouple`. A row without a modality does not count in its unimodal
+            loss; a modality that no counted row has adds 0 to the total.
+        encoder_leak: as in `fused_decouple`.
+        head_leak: as in `fused_decouple`.
+        backend: as in `fused_decouple`.
+
+    Returns:
+        `DecoupledLoss(total, fused, unimodal, correct)`: the differentiable total; its parts,
+        detached and without alpha, one scalar each; the number of top-1 hits of each branch among
+        the rows that count, `(M + 1,)` int64, fused first. Losses are float64 for float64 features
+        and float32 for all others. If all rows are ignored, a mean is NaN and all gradients are
+        zero, as in PyTorch. The backends other than "reference" can be differentiated once.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: shapes, devices, counts or values do not fit, or an explicit `backend` cannot
+            take these arguments.
+        RuntimeError: a target is out of range (IndexError from the reference; on CUDA a
+            device-side assertion, as in PyTorch), or `backend` names a part of the extension that
+            did not load.
+
+    Source: Wei et al., "Boosting Multimodal Learning via Disentangled Gradient Learning",
+    ICCV 2025, arXiv 2507.10213, whose training loop this is in one pass.
+
+    Example:
+        >>> audio, video = torch.randn(8, 32, requires_grad=True), torch.randn(8, 64)
+        >>> weight, target = torch.randn(5, 96, requires_grad=True), torch.randint(5, (8,))
+        >>> loss = dgl_ext.fused_decouple_cross_entropy((audio, video), weight, target, alpha=2.0)
+        >>> loss.total.backward()
+        >>> audio.grad.shape, weight.grad.shape, loss.correct.shape
+        (torch.Size([8, 32]), torch.Size([5, 96]), torch.Size([3]))
+    """
+    tensors, weights, biases = get_head(fusion).check(features, weight, bias)
+    loss = CrossEntropy.check(
+        tensors, target, alpha, reduction, ignore_index, label_smoothing, present
+    )
+    encoder_leak = check_share("encoder_leak", encoder_leak)
+    head_leak = check_share("head_leak", head_leak)
+    path = _choose_path(backend, tensors, False)
+    step = (fusion, tensors, weights, biases, loss, encoder_leak, head_leak)
+    if path is None:
+        return reference.compute_cross_entropy(*step)
+    return autograd_step.apply(*step, path)
 
 
 def check_backend(backend: str) -> str:

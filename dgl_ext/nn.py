@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ._validate import check_sequence, check_share, check_width
-from .functional import check_backend, fused_decouple
+from .functional import check_backend, fused_decouple, fused_decouple_cross_entropy
 from .heads import get_head
-from .types import DecoupledLogits
+from .types import DecoupledLogits, DecoupledLoss
 
 
 class _Fusion(nn.Module, abc.ABC):
@@ -76,6 +76,47 @@ class _Fusion(nn.Module, abc.ABC):
             weight,
             bias,
             fusion=self.fusion,
+            present=present,
+            encoder_leak=self.encoder_leak,
+            head_leak=self.head_leak,
+            backend=self.backend,
+        )
+
+    def cross_entropy(
+        self,
+        *features: Tensor,
+        target: Tensor,
+        alpha: float | Sequence[float] = 1.0,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        present: Sequence[Tensor | None] | None = None,
+    ) -> DecoupledLoss:
+        """Calls `dgl_ext.fused_decouple_cross_entropy` with this head's parameters.
+
+        Args:
+            *features: one tensor `(..., in_features[i])` per modality.
+            target: class indices, int64 of the leading shape.
+            alpha: as in `dgl_ext.fused_decouple_cross_entropy`, like all that follow.
+            reduction: "mean" or "sum".
+            ignore_index: the target of rows that do not count.
+            label_smoothing: share of the target that is spread over all classes.
+            present: as in `dgl_ext.fused_decouple`.
+
+        Returns:
+            `DecoupledLoss(total, fused, unimodal, correct)`: call `total.backward()`.
+        """
+        weight, bias = self._head_parameters()
+        return fused_decouple_cross_entropy(
+            features,
+            weight,
+            target,
+            bias=bias,
+            fusion=self.fusion,
+            alpha=alpha,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
             present=present,
             encoder_leak=self.encoder_leak,
             head_leak=self.head_leak,

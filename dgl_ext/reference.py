@@ -7,7 +7,7 @@ against a two-pass training recipe. It runs wherever PyTorch runs and differenti
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._validate import check_present, check_share
+from .cross_entropy import CrossEntropy
 from .heads import Biases, Features, Weights, get_head
-from .types import DecoupledLogits
+from .types import DecoupledLogits, DecoupledLoss
 
 Formula = Callable[[Features, Weights, Biases, float, float], tuple[Tensor, tuple[Tensor, ...]]]
 
@@ -121,8 +122,7 @@ def fused_decouple(
 
     Takes the same arguments, which are documented there. `backend` may be "auto" or "reference".
     """
-    if backend not in ("auto", "reference"):
-        raise ValueError(f'backend: expected "auto" or "reference" here, got {backend!r}')
+    _check_backend(backend)
     tensors, weights, biases = get_head(fusion).check(features, weight, bias)
     shares = check_share("encoder_leak", encoder_leak), check_share("head_leak", head_leak)
     masks = check_present(present, tensors)
@@ -147,3 +147,90 @@ def compute(
         )
     fused, unimodal = FORMULAS[fusion](features, weights, biases, encoder_leak, head_leak)
     return DecoupledLogits(fused, unimodal)
+
+
+def fused_decouple_cross_entropy(
+    features: Any,
+    weight: Any,
+    target: Any,
+    *,
+    bias: Any = None,
+    fusion: str = "concat",
+    alpha: Any = 1.0,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    present: Any = None,
+    encoder_leak: float = 0.0,
+    head_leak: float = 0.0,
+    backend: str = "auto",
+) -> DecoupledLoss:
+    """Computes what `dgl_ext.fused_decouple_cross_entropy` computes, in plain PyTorch.
+
+    Takes the same arguments, which are documented there. `backend` may be "auto" or "reference".
+    """
+    _check_backend(backend)
+    tensors, weights, biases = get_head(fusion).check(features, weight, bias)
+    loss = CrossEntropy.check(
+        tensors, target, alpha, reduction, ignore_index, label_smoothing, present
+    )
+    shares = check_share("encoder_leak", encoder_leak), check_share("head_leak", head_leak)
+    return compute_cross_entropy(fusion, tensors, weights, biases, loss, *shares)
+
+
+def _check_backend(backend: str) -> None:
+    if backend not in ("auto", "reference"):
+        raise ValueError(f'backend: expected "auto" or "reference" here, got {backend!r}')
+
+
+def compute_cross_entropy(
+    fusion: str,
+    features: Features,
+    weights: Weights,
+    biases: Biases,
+    loss: CrossEntropy,
+    encoder_leak: float,
+    head_leak: float,
+) -> DecoupledLoss:
+    """Puts cross-entropy on the logits of a head, with arguments that were checked before."""
+    masks = loss.present or (None,) * len(features)
+    logits = compute(fusion, features, weights, biases, encoder_leak, head_leak, masks)
+    branches = [_branch_loss(logits.fused, loss, None)]
+    branches += [
+        _branch_loss(z, loss, mask) for z, mask in zip(logits.unimodal, masks, strict=True)
+    ]
+    losses, hits = zip(*branches, strict=True)
+    shares = zip(loss.alpha, losses[1:], strict=True)
+    total = losses[0] + sum(alpha * branch for alpha, branch in shares)
+    fused, *unimodal = (branch.detach() for branch in losses)
+    return DecoupledLoss(total, fused, tuple(unimodal), torch.stack(hits))
+
+
+def _branch_loss(logits: Tensor, loss: CrossEntropy, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns one branch's loss and its top-1 hits, among the rows that count."""
+    classes = logits.shape[-1]
+    if logits.dtype.itemsize == 2:
+        logits = logits.float()
+    rows = logits.reshape(loss.target.numel(), classes)
+    target = loss.target.reshape(-1)
+    if mask is not None:
+        # A row without the modality is left out as one whose target is to be ignored.
+        target = target.masked_fill(~mask.reshape(-1), loss.ignore_index)
+    counts = target != loss.ignore_index
+    loss_of = partial(
+        F.cross_entropy,
+        rows,
+        target,
+        ignore_index=loss.ignore_index,
+        label_smoothing=loss.label_smoothing,
+    )
+    if mask is None or not loss.mean:
+        value = loss_of(reduction="mean" if loss.mean else "sum")
+    else:
+        # A modality that no counted row has adds nothing to the total, where a mean gives NaN.
+        number = counts.sum()
+        lacking = (number == 0) & (loss.target != loss.ignore_index).any()
+        value = loss_of(reduction="sum") / torch.where(lacking, 1, number)
+    if classes == 0:
+        return value, counts.new_zeros((), dtype=torch.int64)
+    return value, ((rows.argmax(dim=-1) == target) & counts).sum()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .heads import get_head
-from .types import DecoupledLogits
+from .types import DecoupledLogits, DecoupledLoss
 
 LAYOUTS = ("contiguous", "transposed", "sliced", "expanded")
 
@@ -75,6 +75,13 @@ class Problem:
             self.features, self.weight, self.bias, fusion=self.fusion, **options
         )
         return logits
+
+    def step(self, function: Any, target: Tensor, **options: Any) -> DecoupledLoss:
+        """Calls `function`, which has the signature of `fused_decouple_cross_entropy`."""
+        loss: DecoupledLoss = function(
+            self.features, self.weight, target, bias=self.bias, fusion=self.fusion, **options
+        )
+        return loss
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors there are, by name."""
@@ -162,6 +169,39 @@ def cotangents_like(
         random_tensor(z.shape, generator, dtype=z.dtype, layout=layout).to(z.device)
         for z in flat(logits)
     )
+
+
+def make_target(
+    problem: Problem, *, ignored: float = 0.0, ignore_index: int = -100, seed: int = 2
+) -> Tensor:
+    """Random class indices for a problem's rows, that share of which is to be ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    leading = problem.features[0].shape[:-1]
+    classes = problem.weights[-1].shape[0]
+    target = torch.randint(max(1, classes), leading, generator=generator)
+    drawn = torch.rand(leading, generator=generator) < ignored
+    return target.masked_fill(drawn, ignore_index).to(problem.features[0].device)
+
+
+def make_present(problem: Problem, *, share: float = 0.6, seed: int = 3) -> tuple[Tensor, ...]:
+    """Random masks that say of each row which modalities it has, that share of them."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(
+        (torch.rand(h.shape[:-1], generator=generator) < share).to(h.device)
+        for h in problem.features
+    )
+
+
+def loss_gradients(
+    loss: DecoupledLoss, problem: Problem, upstream: float = 1.0
+) -> dict[str, Tensor | None]:
+    """Gradients of all of a problem's tensors, by a total that was scaled by `upstream`."""
+    named = {name: tensor for name, tensor in problem.named() if tensor.requires_grad}
+    if not loss.total.requires_grad:
+        return dict.fromkeys(named)
+    grad = torch.full_like(loss.total, upstream)
+    found = torch.autograd.grad(loss.total, list(named.values()), grad, allow_unused=True)
+    return dict(zip(named, found, strict=True))
 
 
 def gradients(

@@ -18,3 +18,19 @@ class DecoupledLogits(NamedTuple):
 
     fused: Tensor
     unimodal: tuple[Tensor, ...]
+
+
+class DecoupledLoss(NamedTuple):
+    """Cross-entropy of a fusion head with disentangled gradients.
+
+    Attributes:
+        total: `fused + sum_i alpha_i * unimodal_i`, a scalar: call `backward()` on it.
+        fused: the fused logits' loss, detached.
+        unimodal: one loss per modality, detached, alpha not applied.
+        correct: `(M + 1,)` int64, how many of the rows that count are top-1 hits, fused first.
+    """
+
+    total: Tensor
+    fused: Tensor
+    unimodal: tuple[Tensor, ...]
+    correct: Tensor

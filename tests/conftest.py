@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
 from hypothesis import HealthCheck, settings
 
 import dgl_ext
 from dgl_ext.heads import HEADS
+from dgl_ext.settings import DEFAULT_WORKSPACE_LIMIT
 
 # Timings on a shared machine say nothing about a case, so no deadline.
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
@@ -27,3 +30,14 @@ def fusion(request: pytest.FixtureRequest) -> str:
 def extension_is_loaded() -> None:
     """Without the extension the tests would compare the reference with itself."""
     dgl_ext._extension.require()
+
+
+@pytest.fixture
+def workspace_limit() -> Iterator[Callable[[int | None], None]]:
+    """Sets the bound on a step's workspace, back to the default with None and after the test."""
+
+    def set_limit(limit: int | None) -> None:
+        dgl_ext.set_workspace_limit(DEFAULT_WORKSPACE_LIMIT if limit is None else limit)
+
+    yield set_limit
+    set_limit(None)

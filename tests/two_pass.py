@@ -39,6 +39,48 @@ def plain_unimodal(problem: Problem, i: int) -> Tensor:
     return plain_head(problem, zero_filled)
 
 
+def two_pass_loss(
+    problem: Problem,
+    target: Tensor,
+    *,
+    alpha: Sequence[float],
+    upstream: float | None = 1.0,
+    **options: object,
+) -> tuple[dict[str, Tensor | None], dict[str, Tensor]]:
+    """The recipe with cross-entropy on every branch: the parts by name, and every `.grad`.
+
+    `options` are those of `torch.nn.functional.cross_entropy`; every loss is scaled by `upstream`,
+    as a gradient scaler does, or takes no part in a backward pass where that is None.
+    """
+
+    def losses(logits: DecoupledLogits) -> list[Tensor]:
+        rows = target.reshape(-1)
+        return [F.cross_entropy(z.reshape(len(rows), -1), rows, **options) for z in flat(logits)]
+
+    logits, _ = two_pass(problem)
+    fused, *unimodal = losses(logits)
+    total = fused + sum(a * loss for a, loss in zip(alpha, unimodal, strict=True))
+    parts = named_loss(total, fused, unimodal)
+    if upstream is None:
+        return parts, {}
+    torch.autograd.backward(
+        [loss * (a * upstream) for a, loss in zip(alpha, unimodal, strict=True)], retain_graph=True
+    )
+    for parameter in (*problem.weights, *problem.biases):
+        if parameter is not None:
+            parameter.grad = None
+    (fused * upstream).backward()
+    return parts, {name: tensor.grad for name, tensor in problem.named()}
+
+
+def named_loss(
+    total: Tensor, fused: Tensor, unimodal: Sequence[Tensor]
+) -> dict[str, Tensor | None]:
+    """The total and its parts by name, for the comparisons of `dgl_ext.testing`."""
+    parts = {f"unimodal[{i}]": loss for i, loss in enumerate(unimodal)}
+    return {"total": total, "fused": fused, **parts}
+
+
 def two_pass(
     problem: Problem, cotangents: Sequence[Tensor] | None = None
 ) -> tuple[DecoupledLogits, dict[str, Tensor]]:

@@ -1,0 +1,58 @@
+"""The loss of a training step: what `F.cross_entropy` takes, alpha and masks, all checked."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ._validate import (
+    check_alpha,
+    check_ignore_index,
+    check_present,
+    check_reduction,
+    check_share,
+    check_target,
+)
+from .heads import Features
+
+
+class CrossEntropy(NamedTuple):
+    """Cross-entropy of every branch with one target.
+
+    Attributes:
+        target: class indices, int64, of the features' leading shape.
+        alpha: what each unimodal loss is multiplied by in the total.
+        mean: whether losses are averaged over the rows that count, or summed.
+        ignore_index: the target of rows that do not count.
+        label_smoothing: the share of the target that is spread over all classes.
+        present: one mask (or None) per modality; empty where there are none.
+    """
+
+    target: Tensor
+    alpha: tuple[float, ...]
+    mean: bool
+    ignore_index: int
+    label_smoothing: float
+    present: tuple[Tensor | None, ...]
+
+    @classmethod
+    def check(
+        cls,
+        features: Features,
+        target: object,
+        alpha: object,
+        reduction: object,
+        ignore_index: object,
+        label_smoothing: object,
+        present: object,
+    ) -> CrossEntropy:
+        """Checks a user's arguments; each error names its own."""
+        return cls(
+            check_target(target, features[0]),
+            check_alpha(alpha, len(features)),
+            check_reduction(reduction),
+            check_ignore_index(ignore_index),
+            check_share("label_smoothing", label_smoothing),
+            check_present(present, features) or (),
+        )

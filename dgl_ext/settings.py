@@ -1,0 +1,42 @@
+"""Settings of the package: how much memory a training step may take for its intermediates."""
+
+from __future__ import annotations
+
+DEFAULT_WORKSPACE_LIMIT = 64 * 2**20
+
+_workspace_limit = DEFAULT_WORKSPACE_LIMIT
+
+
+def workspace_limit() -> int:
+    """Returns the bound that `set_workspace_limit` sets, in bytes."""
+    return _workspace_limit
+
+
+def set_workspace_limit(limit: int) -> int:
+    """Bounds what a training step keeps of logits and their gradients at a time.
+
+    `dgl_ext.fused_decouple_cross_entropy` needs M + 1 planes of (rows, C). Where those would take
+    more than the limit, it works on as many rows at a time as fit (at least one tile of a kernel),
+    and no other memory grows with rows times C. The default is 64 MiB. A larger limit means fewer
+    and larger products.
+
+    Args:
+        limit: in bytes, at least 1.
+
+    Returns:
+        The limit until now, so that a caller can put it back.
+
+    Raises:
+        TypeError: `limit` is not an int.
+        ValueError: `limit` is not positive.
+
+    Example:
+        >>> before = dgl_ext.set_workspace_limit(256 * 2**20)
+    """
+    global _workspace_limit
+    if isinstance(limit, bool) or not isinstance(limit, int):
+        raise TypeError(f"limit: expected an int, got {type(limit).__name__}")
+    if limit < 1:
+        raise ValueError(f"limit: expected a positive number of bytes, got {limit}")
+    before, _workspace_limit = _workspace_limit, limit
+    return before

@@ -1,0 +1,238 @@
+"""Bad input to the training step: an error that names argument, expectation and value."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dgl_ext
+from dgl_ext.testing import make_problem, make_target
+from dgl_ext.types import DecoupledLoss
+
+ROWS, CLASSES = 4, 3
+TARGET = torch.tensor([0, 2, 1, 0])
+MASK = torch.ones(ROWS, dtype=torch.bool)
+
+
+def call(function=None, fusion="concat", target=TARGET, **options) -> DecoupledLoss:
+    problem = make_problem(fusion, leading=(ROWS,), classes=CLASSES, dtype=torch.float32)
+    function = function or dgl_ext.fused_decouple_cross_entropy
+    return problem.step(function, target, **options)
+
+
+# name: (arguments, type of error, its message)
+CASES = {
+    "target a list": (
+        {"target": [0, 1, 2, 0]},
+        TypeError,
+        "target: expected an int64 tensor, got list",
+    ),
+    "target int32": (
+        {"target": TARGET.int()},
+        TypeError,
+        "target: expected torch.int64 class indices, got torch.int32",
+    ),
+    "target probabilities": (
+        {"target": torch.rand(ROWS, CLASSES)},
+        TypeError,
+        "target: expected torch.int64 class indices, got torch.float32",
+    ),
+    "target of another shape": (
+        {"target": TARGET[:3]},
+        ValueError,
+        "target: expected shape (4,), the features' leading shape, got (3,)",
+    ),
+    "target on another device": (
+        {"target": TARGET.to("meta")},
+        ValueError,
+        "target: expected device cpu as features[0], got meta",
+    ),
+    "alpha a string": (
+        {"alpha": "1"},
+        TypeError,
+        "alpha: expected a number, or a sequence of one per modality, got str",
+    ),
+    "alpha a bool": (
+        {"alpha": True},
+        TypeError,
+        "alpha: expected a number, or a sequence of one per modality, got bool",
+    ),
+    "alpha too short": (
+        {"alpha": (1.0,)},
+        ValueError,
+        "alpha: expected 2 numbers, one per modality, got 1",
+    ),
+    "alpha of tensors": (
+        {"alpha": [torch.tensor(1.0), 1.0]},
+        TypeError,
+        "alpha[0]: expected a number, got Tensor",
+    ),
+    "alpha NaN": (
+        {"alpha": [1.0, float("nan")]},
+        ValueError,
+        "alpha[1]: expected a finite number, got nan",
+    ),
+    "alpha infinite": (
+        {"alpha": float("inf")},
+        ValueError,
+        "alpha: expected a finite number, got inf",
+    ),
+    "reduction none": (
+        {"reduction": "none"},
+        ValueError,
+        'reduction: expected "mean" or "sum", got \'none\'',
+    ),
+    "ignore_index a float": (
+        {"ignore_index": -100.0},
+        TypeError,
+        "ignore_index: expected an int, got float",
+    ),
+    "label_smoothing above 1": (
+        {"label_smoothing": 1.5},
+        ValueError,
+        "label_smoothing: expected a number in [0, 1], got 1.5",
+    ),
+    "present too short": (
+        {"present": [MASK]},
+        ValueError,
+        "present: expected 2 entries, one per modality, got 1",
+    ),
+    "leak negative": (
+        {"head_leak": -0.1},
+        ValueError,
+        "head_leak: expected a number in [0, 1], got -0.1",
+    ),
+    "unknown fusion": (
+        {"function": lambda *args, **options: dgl_ext.fused_decouple_cross_entropy(
+            *args, **{**options, "fusion": "add"}
+        )},
+        ValueError,
+        'fusion: expected one of "concat", "sum", "film", got \'add\'',
+    ),
+    "unknown backend": (
+        {"backend": "gpu"},
+        ValueError,
+        'backend: expected one of "auto", "reference", "composed", "cpu", "cuda", got \'gpu\'',
+    ),
+    "cuda backend on the CPU": (
+        {"backend": "cuda"},
+        ValueError,
+        'backend: "cuda" needs features on a CUDA device, got cpu',
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_arguments(name):
+    arguments, error, message = CASES[name]
+    with pytest.raises(error) as raised:
+        call(**arguments)
+    assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("unknown fusion",)])
+def test_the_reference_checks_the_same(name):
+    arguments, error, message = CASES[name]
+    with pytest.raises(error) as raised:
+        call(dgl_ext.reference.fused_decouple_cross_entropy, **arguments)
+    if "backend" not in name:
+        assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("backend", ["composed", "cpu", "reference"])
+@pytest.mark.parametrize("value", [CLASSES, -1, -101, 2**40])
+def test_a_target_out_of_range(fusion, backend, value):
+    target = TARGET.clone()
+    target[2] = value
+    error = IndexError if backend == "reference" else (RuntimeError, IndexError)
+    with pytest.raises(error, match=rf"{value}"):
+        call(fusion=fusion, target=target, backend=backend)
+
+
+def test_a_target_out_of_range_is_named(fusion):
+    target = torch.tensor([0, 1, 7, 2])
+    with pytest.raises(RuntimeError, match=r"target: expected .*\[0, 3\).*, got 7"):
+        call(fusion=fusion, target=target, backend="cpu")
+
+
+def test_an_ignored_target_may_be_any_number(fusion):
+    for index in (-1, 7, 2**40, -(2**40)):
+        target = torch.tensor([0, index, 1, index])
+        loss = call(fusion=fusion, target=target, ignore_index=index, backend="cpu")
+        assert loss.total.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("limit", "error", "message"),
+    [
+        (0, ValueError, "limit: expected a positive number of bytes, got 0"),
+        (1.5, TypeError, "limit: expected an int, got float"),
+        (True, TypeError, "limit: expected an int, got bool"),
+    ],
+)
+def test_the_workspace_limit_is_checked(limit, error, message):
+    before = dgl_ext.workspace_limit()
+    with pytest.raises(error) as raised:
+        dgl_ext.set_workspace_limit(limit)
+    assert str(raised.value) == message
+    assert dgl_ext.workspace_limit() == before == 64 * 2**20
+
+
+def test_setting_the_workspace_limit_returns_the_one_before(workspace_limit):
+    workspace_limit(1000)
+    assert dgl_ext.set_workspace_limit(2000) == 1000
+    assert dgl_ext.workspace_limit() == 2000
+
+
+def raw_arguments(fusion: str = "concat") -> dict:
+    problem = make_problem(
+        fusion, leading=(ROWS,), classes=CLASSES, dtype=torch.float32, requires_grad=False
+    )
+    count = len(problem.weights)
+    return {
+        "features": list(problem.features),
+        "weights": list(problem.weights),
+        "biases": list(problem.biases),
+        "target": make_target(problem),
+        "present": [],
+        "alpha": [1.0, 1.0],
+        "mean": True,
+        "ignore_index": -100,
+        "label_smoothing": 0.0,
+        "needs_features": [True, True],
+        "needs_weights": [True] * count,
+        "needs_biases": [True] * count,
+        "encoder_leak": 0.0,
+        "head_leak": 0.0,
+        "workspace_limit": 2**20,
+    }
+
+
+RAW_CASES = {
+    "target dtype": ({"target": TARGET.int()}, "target: expected int64"),
+    "target shape": ({"target": TARGET[:2]}, "target: expected shape (4,), got (2,)"),
+    "present count": ({"present": [None]}, "present: expected 2 entries, got 1"),
+    "present dtype": ({"present": [TARGET, None]}, "present[0]: expected bool"),
+    "present shape": ({"present": [None, MASK[:3]]}, "present[1]: expected shape (4,), got (3,)"),
+    "alpha count": ({"alpha": [1.0]}, "alpha: expected 2 entries, got 1"),
+    "needs count": ({"needs_features": [True]}, "needs_features: expected 2 entries, got 1"),
+    "smoothing": ({"label_smoothing": 1.5}, "label_smoothing: expected a number in [0, 1], got"),
+    "limit": ({"workspace_limit": 0}, "workspace_limit: expected at least 1 byte, got 0"),
+}
+
+
+@pytest.mark.parametrize("name", RAW_CASES)
+def test_raw_ops_check_too(fusion, name):
+    changes, message = RAW_CASES[name]
+    op = "film_head_step" if fusion == "film" else "linear_head_step"
+    with pytest.raises(RuntimeError) as raised:
+        getattr(torch.ops.dgl_ext, op).default(**{**raw_arguments(fusion), **changes})
+    assert f"dgl_ext::{op}: {message}" in str(raised.value)
+
+
+def test_a_raw_step_refuses_to_lose_a_gradient(fusion):
+    arguments = raw_arguments(fusion)
+    arguments["weights"][0].requires_grad_()
+    op = "film_head_step" if fusion == "film" else "linear_head_step"
+    with pytest.raises(RuntimeError, match="not differentiable on its own"):
+        getattr(torch.ops.dgl_ext, op).default(**arguments)
