@@ -4,7 +4,9 @@
 // tensors of a call share that dtype (biases and gradients included). A matrix has contiguous
 // columns and rows `stride` ELEMENTS apart; any stride and any alignment is correct, strides and
 // base addresses that are multiples of 16 bytes are fast. Outputs must not overlap anything.
-// A null pointer means: not there (bias), nothing arrives (incoming gradient), not wanted (output).
+// A null pointer means: not there (bias), nothing arrives (incoming gradient), not wanted (output),
+// no row lacks the modality (`present`, else one byte per row, 0 or 1). The feature of an absent
+// row counts as zero and its gradient is zero, whatever is stored there.
 #pragma once
 
 #include <cstdint>
@@ -44,6 +46,7 @@ struct LinearHead {
   int64_t width[kMaxModalities] = {};
   ConstMatrix feature[kMaxModalities];  ///< (rows, width[i])
   ConstMatrix weight[kMaxModalities];   ///< (classes, width[i])
+  const uint8_t* present[kMaxModalities] = {};
 };
 
 struct LinearHeadForward {
@@ -82,6 +85,7 @@ struct FilmHead {
   ConstMatrix out_weight;           ///< W_o (classes, hidden)
   const void* film_bias = nullptr;  ///< b_f (2 hidden)
   const void* out_bias = nullptr;   ///< b_o (classes)
+  const uint8_t* present[2] = {};   ///< of x and of y
 };
 
 struct FilmHeadForward {
@@ -110,6 +114,62 @@ struct FilmHeadBackward {
   Matrix grad_out_weight;          ///< (classes, hidden)
   void* grad_film_bias = nullptr;  ///< (2 hidden)
   void* grad_out_bias = nullptr;   ///< (classes)
+};
+
+/// The losses of a training step: cross-entropy of every branch with one target, and
+/// total = fused + sum_i alpha[i] unimodal_i. Meanings as in torch.nn.functional.cross_entropy. A
+/// row counts where its target is not `ignore_index`, and for branch i also only where it is
+/// present. Means divide by the rows that count; without any, the mean is NaN and every gradient 0,
+/// but a modality that no counted row has costs 0.
+struct CrossEntropy {
+  const int64_t* target = nullptr;  ///< (rows), one after the other
+  double alpha[kMaxModalities] = {};
+  bool mean = true;
+  int64_t ignore_index = -100;
+  double label_smoothing = 0;
+  void* total = nullptr;       ///< one number of the loss dtype: float64 for float64, else float32
+  void* losses = nullptr;      ///< fused, then every branch, of the loss dtype
+  int64_t* correct = nullptr;  ///< the same for top-1 hits
+};
+
+/// Gradients have the dtype of the problem, but float32 where that is float16: 1 / rows times a
+/// residual would underflow there. g is the gradient of the fused loss, alpha_i g_i that of branch
+/// i; gradients are then those of LinearHeadBackward.
+struct LinearHeadStep {
+  LinearHead head;
+  Leaks leaks;
+  CrossEntropy loss;
+  const void* fused_bias = nullptr;  ///< as in LinearHeadForward
+  const void* branch_bias[kMaxModalities] = {};
+  Matrix grad_feature[kMaxModalities];
+  Matrix grad_weight[kMaxModalities];
+  void* grad_fused_bias = nullptr;
+  void* grad_branch_bias[kMaxModalities] = {};
+};
+
+/// The same for FiLM, with the gradients of FilmHeadBackward.
+struct FilmHeadStep {
+  FilmHead head;
+  Leaks leaks;
+  CrossEntropy loss;
+  Matrix grad_condition;
+  Matrix grad_target;
+  Matrix grad_film_weight;
+  Matrix grad_out_weight;
+  void* grad_film_bias = nullptr;
+  void* grad_out_bias = nullptr;
+};
+
+/// to[i] = scale * from[i] for several arrays: a step's gradients times the gradient of its total.
+constexpr int kMaxScaled = 3 * kMaxModalities;
+struct ScaledGradients {
+  int count = 0;
+  const void* from[kMaxScaled] = {};
+  void* to[kMaxScaled] = {};  ///< the same as `from` to scale in place
+  int64_t size[kMaxScaled] = {};
+  const void* scale = nullptr;  ///< one number of the loss dtype, on the device
+  Dtype dtype = Dtype::kFloat32;
+  bool to_float16 = false;  ///< float32 gradients, rounded to float16
 };
 
 /// Does any incoming gradient reach this one? Where not, autograd must give None, not zeros.

@@ -82,11 +82,13 @@ struct LinearForwardPlan {
   bool direct = true;
   int64_t splits[kMaxModalities] = {};
   int64_t split_depth = 0;
+  int64_t plane_rows = 0;      ///< of the workspace planes
   int64_t padded_classes = 0;  ///< row pitch of the workspace planes
 };
 
 /// A GEMM operand of the backward launch: incoming gradient number `gradient` (0 fused, i + 1
-/// unimodal i) or, where `plane` >= 0, that workspace plane; the product is scaled by `scale`.
+/// unimodal i) or, where `plane` >= 0, that workspace plane; the product is scaled by `scale`. In a
+/// step it is always a plane, and `gradient` is the branch whose scale the device found out.
 struct GradientSource {
   int gradient = -1, plane = -1;  ///< both -1: nothing flows here
   double scale = 1;
@@ -99,14 +101,26 @@ struct GradientPlane {
   double scale = 0;
 };
 
+/// Features whose rows may be absent are copied to the workspace, with zeros for those rows, before
+/// rows are summed over: a mask in the tile loader would cost registers in the hottest loop.
+struct MaskedCopy {
+  int64_t offset = 0, pitch = 0;  ///< bytes into the workspace; pitch 0: no copy, no mask
+};
+
 struct LinearBackwardPlan {
   LaunchShape launch;
   GradientSource to_feature[kMaxModalities], to_weight[kMaxModalities];
   int plane_count = 0;
   GradientPlane planes[2 * kMaxModalities];
-  int row_splits = 1;  ///< of the sums over rows (weights, biases); > 1: one more sync
+  int64_t plane_rows = 0;    ///< of the planes and of the masked copies
+  int64_t plane_offset = 0;  ///< bytes into the workspace
+  MaskedCopy masked[kMaxModalities];
+  bool has_masked = false;
+  int row_splits = 1;     ///< of the sums over rows (weights, biases)
+  bool partials = false;  ///< these sums go to the workspace first; one more sync to add the splits
   int64_t rows_per_split = 0;
   int64_t padded_classes = 0;
+  int bias_plane[kMaxModalities + 1] = {};  ///< in a step: what the bias gradients are sums of
   int64_t weight_partial_offset = 0, bias_partial_offset = 0;  ///< bytes into the workspace
   int64_t weight_partial_columns = 0;
 };
@@ -115,6 +129,7 @@ struct FilmForwardPlan {
   LaunchShape launch;
   int64_t film_splits = 1, film_depth = 0;  ///< k-splits of [gamma|beta] and elements per split
   int64_t head_splits = 1, head_depth = 0;  ///< of the logits; 1: written without another sync
+  int64_t plane_rows = 0;                   ///< of what the workspace holds
   int64_t padded_hidden = 0, padded_classes = 0;
   int64_t features_offset = 0, head_partial_offset = 0;  ///< bytes into the workspace
 };
@@ -129,16 +144,70 @@ struct FilmBackwardPlan {
   /// Incoming gradients are first copied to planes by slot: for that, or to be aligned.
   bool copy_gradients = false;
   bool condition_leak = false;  ///< grad_condition has a gamma part too
+  /// In a step: residuals are weighted, since a leak is open; the forward phases' hidden features
+  /// serve the gradients too.
+  bool weighted = false, features_ready = false;
+  int64_t plane_rows = 0;  ///< of what the workspace holds
+  MaskedCopy masked;       ///< of x
   int64_t padded_hidden = 0, padded_classes = 0;
   int64_t encoder_pitch = 0;  ///< row pitch of the encoder's gradient of the modulation
   /// The sums over rows (weights, biases) in pieces; > 1: one more sync. The branches' rows follow
   /// each other in grad_out_weight, whose pieces are therefore its own.
   int row_splits = 1, out_splits = 1;
+  bool partials = false, out_partials = false;  ///< these sums go to the workspace first
   int64_t rows_per_split = 0, out_rows_per_split = 0;
   /// bytes into the workspace: copies, features h.., d.., gradients of the modulation
   int64_t gradients_offset = 0, features_offset = 0, branches_offset = 0, parameters_offset = 0,
           encoder_offset = 0;
   int64_t film_weight_partial_offset = 0, out_weight_partial_offset = 0, bias_partial_offset = 0;
+};
+
+/// Workspace plane of a step, with r_k the residual of branch k (0 fused):
+///   first >= 0: w_first r_first + leak * sum of w_k r_k over the branches k in [begin, end)
+/// where w_0 = 1 and w_i = alpha_i n / n_i, or 1 where nothing is mixed.
+struct StepPlane {
+  int first = 0, begin = 0, end = 0;
+  double leak = 0;
+};
+
+/// What the steps of all heads share. Rows run in chunks, one after the other inside the launch, so
+/// that what the workspace holds per row stays within the limit.
+struct StepPlan {
+  int branches = 0;        ///< with the fused one
+  bool gradients = false;  ///< any wanted; else losses only
+  bool mixed = false;      ///< planes hold weighted residuals: a leak is open
+  int64_t chunk_rows = 0;
+  int plane_count = 0;
+  StepPlane planes[2 * kMaxModalities + 1];
+  int64_t padded_classes = 0;
+  /// Bytes into the workspace: planes; per CTA, counted rows and sums of losses; totals of a
+  /// launch.
+  int64_t plane_offset = 0, counts_offset = 0, losses_offset = 0, totals_offset = 0;
+};
+
+/// What the workspace holds of one branch: of a CTA's rows, and of all rows.
+struct StepSums {
+  double loss;
+  int64_t correct;
+};
+struct StepTotals {
+  int64_t counted;  ///< rows that count
+  double scale;     ///< of the branch's planes in the gradients
+};
+
+struct LinearStepPlan {
+  LaunchShape launch;
+  StepPlan step;
+  LinearForwardPlan forward;
+  LinearBackwardPlan backward;
+};
+
+struct FilmStepPlan {
+  LaunchShape launch;
+  StepPlan step;
+  FilmForwardPlan forward;
+  FilmBackwardPlan backward;
+  int64_t modulation_offset = 0;  ///< bytes into the workspace: [gamma|beta] of a chunk
 };
 
 /// What a test or a benchmark may ask of a plan. A tile that cannot do it is replaced by one that
@@ -154,9 +223,15 @@ LinearForwardPlan plan_linear_forward(const LinearHeadForward&, Precision, const
                                       const PlanRequest& = {});
 LinearBackwardPlan plan_linear_backward(const LinearHeadBackward&, Precision, const Device&,
                                         const PlanRequest& = {});
+/// `workspace_limit`: bytes that logits, planes and split sums may take at a time; at least one
+/// tile of rows is always there.
+LinearStepPlan plan_linear_step(const LinearHeadStep&, Precision, const Device&,
+                                int64_t workspace_limit, const PlanRequest& = {});
 FilmForwardPlan plan_film_forward(const FilmHeadForward&, Precision, const Device&,
                                   const PlanRequest& = {});
 FilmBackwardPlan plan_film_backward(const FilmHeadBackward&, Precision, const Device&,
                                     const PlanRequest& = {});
+FilmStepPlan plan_film_step(const FilmHeadStep&, Precision, const Device&, int64_t workspace_limit,
+                            const PlanRequest& = {});
 
 }  // namespace dgl_ext

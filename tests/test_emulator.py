@@ -337,3 +337,17 @@ def test_expanded_features(kernels):
     problem.common["feature"][0] = (address, 0)
     problem.run_forward()
     problem.run_backward()
+
+
+@directions
+@layouts
+@pytest.mark.parametrize(("tile", "dtype"), [t for t in TILES if "large" not in t[0]])
+def test_linear_rows_without_a_modality(kernels, tile, dtype, layout, direction):
+    """What is stored for an absent row, here NaN, is never read into a result."""
+    for splits, leak in ((1, 0.0), (3, 0.5)):
+        case = LinearCase(
+            70, (72, 48, 24), 11, tile=tile, dtype=dtype, layout=layout, splits=splits,
+            encoder_leak=leak, head_leak=leak, absent=(0.3, 0.0, 1.0), concat=splits == 1,
+        )  # fmt: skip
+        _, tensors = run(kernels, case, direction, races=splits == 3)
+        assert all(np.isfinite(t.values).all() for t in tensors)

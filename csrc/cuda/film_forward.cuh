@@ -12,6 +12,14 @@ struct FilmForwardArguments {
   TileGrid film{}, head{};
 };
 
+/// An element of y, 0 where y is absent.
+template <class T>
+__device__ __forceinline__ accumulator_t<T> film_target(const FilmHead& head, int64_t row,
+                                                        int64_t column) {
+  if (is_absent(head.present[1], row)) return 0;
+  return element<T>(head.target, row, column);
+}
+
 template <class C>
 struct FilmForward {
   using T = typename C::T;
@@ -22,48 +30,46 @@ struct FilmForward {
 
   static void count_tiles(Arguments& args) {
     const FilmHead& head = args.problem.head;
-    args.film = TileGrid::of<C>(head.rows, head.hidden);
-    args.head = TileGrid::of<C>(head.rows, head.classes);
+    args.film = TileGrid::of<C>(args.plan.plane_rows, head.hidden);
+    args.head = TileGrid::of<C>(args.plan.plane_rows, head.classes);
   }
 
   static __device__ __forceinline__ void run(const Arguments& args) {
     T* shared = reinterpret_cast<T*>(dynamic_shared_memory());
-    multiply_film(args, shared);
+    const RowRange all{0, args.problem.head.rows};
+    multiply_film(args, shared, all);
     grid_sync();
-    modulate(args);
+    modulate(args, all);
     grid_sync();
-    multiply_head(args, shared);
+    multiply_head<false>(args, shared, all);
     if (args.plan.head_splits == 1) return;
     grid_sync();
     write_logits(args);
   }
 
- private:
+  // Rows count from the first of their chunk, as the workspace and the saved modulation do.
+
   /// Partial sums of gamma (half 0) and beta (half 1): planes of (rows, 2 padded_hidden).
   static __device__ __forceinline__ Accumulator* film_partial(const Arguments& args, int64_t split,
                                                               int64_t half, int64_t row,
                                                               int64_t column) {
     const int64_t pitch = args.plan.padded_hidden;
     return static_cast<Accumulator*>(args.workspace) +
-           (split * args.problem.head.rows + row) * 2 * pitch + half * pitch + column;
+           (split * args.plan.plane_rows + row) * 2 * pitch + half * pitch + column;
   }
   /// Hidden features of branch k: 0 fused, 1 x alone, 2 y alone.
   static __device__ __forceinline__ T* features(const Arguments& args, int64_t branch) {
     return workspace_at<T>(args.workspace, args.plan.features_offset) +
-           branch * args.problem.head.rows * args.plan.padded_hidden;
+           branch * args.plan.plane_rows * args.plan.padded_hidden;
   }
   static __device__ __forceinline__ Accumulator* head_partial(const Arguments& args, int64_t split,
                                                               int64_t branch, int64_t row,
                                                               int64_t column) {
     return workspace_at<Accumulator>(args.workspace, args.plan.head_partial_offset) +
-           ((split * 3 + branch) * args.problem.head.rows + row) * args.plan.padded_classes +
-           column;
+           ((split * 3 + branch) * args.plan.plane_rows + row) * args.plan.padded_classes + column;
   }
-  static __device__ __forceinline__ const Matrix& logits(const FilmHeadForward& p, int64_t branch) {
-    return branch == 0 ? p.fused : p.unimodal[branch - 1];
-  }
-
-  static __device__ __forceinline__ void multiply_film(const Arguments& args, T* shared) {
+  static __device__ __forceinline__ void multiply_film(const Arguments& args, T* shared,
+                                                       RowRange rows) {
     const FilmHead& head = args.problem.head;
     const TileGrid& grid = args.film;
     const int64_t items = args.plan.film_splits * 2 * grid.count;
@@ -72,14 +78,16 @@ struct FilmForward {
       const int64_t index = item % grid.count, half = item / grid.count % 2;
       const int64_t split = item / grid.count / 2;
       const int64_t m0 = grid.row<C>(index), n0 = grid.column<C>(index);
+      if (m0 >= rows.count) continue;  // the last chunk of rows may be short
       const int64_t begin = split * args.plan.film_depth;
       Operand<T> weight = operand<T>(head.film_weight);
       weight.data += half * head.hidden * weight.stride;
       Tile tile;
       tile.clear();
-      tile.accumulate(shared, operand<T>(head.condition), weight, m0, head.rows, n0, head.hidden,
-                      begin, smaller(begin + args.plan.film_depth, head.condition_width));
-      tile.for_each_run(shared, m0, head.rows, n0, head.hidden,
+      tile.accumulate(shared, operand<T>(head.condition, rows.begin), weight, m0, rows.count, n0,
+                      head.hidden, begin,
+                      smaller(begin + args.plan.film_depth, head.condition_width));
+      tile.for_each_run(shared, m0, rows.count, n0, head.hidden,
                         [&](int m, int n, Accumulator(&v)[Tile::kRun], int count) {
                           write_run(film_partial(args, split, half, m0 + m, n0 + n), v, count);
                         });
@@ -87,19 +95,20 @@ struct FilmForward {
   }
 
   /// h = gamma y + beta; h_x = beta (y absent); h_y = b_gamma y + b_beta (x absent).
-  static __device__ __forceinline__ void modulate(const Arguments& args) {
+  static __device__ __forceinline__ void modulate(const Arguments& args, RowRange rows) {
     const FilmHeadForward& p = args.problem;
     const int64_t hidden = p.head.hidden, pitch = args.plan.padded_hidden;
-    const int64_t plane = p.head.rows * 2 * pitch;
-    for_each_element<C>(p.head.rows, hidden, [&](int64_t row, int64_t column) {
+    const int64_t plane = args.plan.plane_rows * 2 * pitch;
+    for_each_element<C>(rows.count, hidden, [&](int64_t row, int64_t column) {
       const Accumulator bias_gamma = bias_at<T>(p.head.film_bias, column);
       const Accumulator bias_beta = bias_at<T>(p.head.film_bias, hidden + column);
-      const Accumulator y = element<T>(p.head.target, row, column);
+      const Accumulator y = film_target<T>(p.head, rows.begin + row, column);
       const int64_t splits = args.plan.film_splits;
-      const Accumulator gamma =
-          sum_splits(film_partial(args, 0, 0, row, column), splits, plane) + bias_gamma;
-      const Accumulator beta =
-          sum_splits(film_partial(args, 0, 1, row, column), splits, plane) + bias_beta;
+      Accumulator gamma = bias_gamma, beta = bias_beta;
+      if (!is_absent(p.head.present[0], rows.begin + row)) {
+        gamma += sum_splits(film_partial(args, 0, 0, row, column), splits, plane);
+        beta += sum_splits(film_partial(args, 0, 1, row, column), splits, plane);
+      }
       *address<Accumulator>(p.modulation, row, column) = gamma;
       *address<Accumulator>(p.modulation, row, hidden + column) = beta;
       const int64_t at = row * pitch + column;
@@ -109,7 +118,10 @@ struct FilmForward {
     });
   }
 
-  static __device__ __forceinline__ void multiply_head(const Arguments& args, T* shared) {
+  /// To the logits themselves, or as partial sums where k is split and in a step.
+  template <bool kPartial>
+  static __device__ __forceinline__ void multiply_head(const Arguments& args, T* shared,
+                                                       RowRange rows) {
     const FilmHeadForward& p = args.problem;
     const TileGrid& grid = args.head;
     const int64_t items = args.plan.head_splits * 3 * grid.count;
@@ -118,24 +130,35 @@ struct FilmForward {
       const int64_t index = item % grid.count, branch = item / grid.count % 3;
       const int64_t split = item / grid.count / 3;
       const int64_t m0 = grid.row<C>(index), n0 = grid.column<C>(index);
+      if (m0 >= rows.count) continue;
       const int64_t begin = split * args.plan.head_depth;
       Tile tile;
       tile.clear();
       tile.accumulate(shared, {features(args, branch), args.plan.padded_hidden},
-                      operand<T>(p.head.out_weight), m0, p.head.rows, n0, p.head.classes, begin,
+                      operand<T>(p.head.out_weight), m0, rows.count, n0, p.head.classes, begin,
                       smaller(begin + args.plan.head_depth, p.head.hidden));
-      tile.for_each_run(shared, m0, p.head.rows, n0, p.head.classes,
+      tile.for_each_run(shared, m0, rows.count, n0, p.head.classes,
                         [&](int m, int n, Accumulator(&v)[Tile::kRun], int count) {
-                          if (args.plan.head_splits > 1) {
+                          if (kPartial || args.plan.head_splits > 1) {
                             write_run(head_partial(args, split, branch, m0 + m, n0 + n), v, count);
-                            return;
+                          } else {
+                            add_bias(p, n0 + n, v, count);
+                            write_run(address<T>(logits(p, branch), m0 + m, n0 + n), v, count);
                           }
-#pragma unroll
-                          for (int e = 0; e < Tile::kRun; ++e) {
-                            if (e < count) v[e] += bias_at<T>(p.head.out_bias, n0 + n + e);
-                          }
-                          write_run(address<T>(logits(p, branch), m0 + m, n0 + n), v, count);
                         });
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ const Matrix& logits(const FilmHeadForward& p, int64_t branch) {
+    return branch == 0 ? p.fused : p.unimodal[branch - 1];
+  }
+
+  static __device__ __forceinline__ void add_bias(const FilmHeadForward& p, int64_t column,
+                                                  Accumulator (&v)[Tile::kRun], int count) {
+#pragma unroll
+    for (int e = 0; e < Tile::kRun; ++e) {
+      if (e < count) v[e] += bias_at<T>(p.head.out_bias, column + e);
     }
   }
 

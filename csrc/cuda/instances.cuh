@@ -9,7 +9,8 @@ namespace dgl_ext {
 template <class... Configs>
 struct ConfigList {};
 
-/// For FiLM, whose GEMMs are smaller, the XLarge tile would be one more kernel to build.
+/// For FiLM, whose GEMMs are smaller, and for the training steps, the XLarge tile would be one more
+/// kernel to build.
 using FilmConfigs = ConfigList<Config<double, Tile::kFloat64, false>,      //
                                Config<float, Tile::kFloat32Small, false>,  //
                                Config<float, Tile::kFloat32Small, true>,   //
@@ -22,6 +23,8 @@ using FilmConfigs = ConfigList<Config<double, Tile::kFloat64, false>,      //
                                Config<f16, Tile::kHalfSmall, false>,       //
                                Config<f16, Tile::kHalfSmall, true>,        //
                                Config<f16, Tile::kHalfLarge, true>>;
+
+using StepConfigs = FilmConfigs;
 
 template <class List, class... More>
 struct Append;
@@ -52,6 +55,7 @@ struct DtypeOf<f16> {
 };
 
 /// The one way from a function object to a kernel: Head<Config>::run as a __global__ function.
+// Arguments come in constant memory, of which every driver gives 4 KiB.
 template <template <class> class Head, class C>
 __global__ void __launch_bounds__(C::kThreads, C::kShape.min_ctas)
     head_kernel(const __grid_constant__ typename Head<C>::Arguments args) {
@@ -66,6 +70,7 @@ cudaError_t launch_head(ConfigList<Configs...>, Dtype dtype, const LaunchShape& 
   cudaError_t status = cudaErrorNotSupported;
   const auto try_config = [&](auto config) {
     using C = decltype(config);
+    static_assert(sizeof(Arguments) <= 4096, "kernel arguments");
     if (DtypeOf<typename C::T>::value != dtype || C::kTile != shape.tile ||
         C::kAligned != shape.aligned) {
       return;

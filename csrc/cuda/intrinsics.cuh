@@ -104,6 +104,25 @@ __device__ __forceinline__ uint32_t round_to_tf32(uint32_t bits) {
   return rounded;
 }
 
+/// The value of lane `lane ^ mask`, of lane `from`, and of how many lanes the predicate holds; all
+/// 32 lanes take part.
+template <class V>
+__device__ __forceinline__ V warp_exchange(V value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+template <class V>
+__device__ __forceinline__ V warp_broadcast(V value, int from) {
+  return __shfl_sync(0xffffffffu, value, from);
+}
+__device__ __forceinline__ int warp_count(bool predicate) {
+  return __popc(__ballot_sync(0xffffffffu, predicate));
+}
+
+/// Stops the launch with a device-side assertion, also where NDEBUG silences assert().
+__device__ __forceinline__ void require(bool condition, const char* what) {
+  if (!condition) __assert_fail(what, __FILE__, __LINE__, "dgl_ext");
+}
+
 /// Launches on `stream`. A cooperative grid must fit the device, else an error comes back.
 template <class Arguments>
 cudaError_t launch_kernel(void (*kernel)(Arguments), int grid, int block, int shared_bytes,
@@ -162,6 +181,19 @@ inline uint32_t round_to_tf32(uint32_t bits) {
   return nan ? bits : (bits + 0x1000u) & 0xffffe000u;
 }
 
+template <class V>
+V warp_exchange(V value, int mask) {
+  return emulator::shuffle(value, int(threadIdx.x % 32) ^ mask);
+}
+template <class V>
+V warp_broadcast(V value, int from) {
+  return emulator::shuffle(value, from);
+}
+inline int warp_count(bool predicate) { return emulator::count_lanes(predicate); }
+inline void require(bool condition, const char* what) {
+  if (!condition) emulator::fail(std::string("device-side assertion: ") + what);
+}
+
 template <class Arguments>
 cudaError_t launch_kernel(void (*kernel)(Arguments), int grid, int block, int shared_bytes,
                           bool cooperative, Arguments arguments, cudaStream_t) {
@@ -198,6 +230,11 @@ __device__ __forceinline__ T narrow(accumulator_t<T> v) {
     return v;
   }
 }
+
+__device__ __forceinline__ double exponential(double v) { return exp(v); }
+__device__ __forceinline__ float exponential(float v) { return expf(v); }
+__device__ __forceinline__ double logarithm(double v) { return log(v); }
+__device__ __forceinline__ float logarithm(float v) { return logf(v); }
 
 /// kCount neighbours that are loaded or stored at once.
 template <class T, int kCount>

@@ -23,13 +23,22 @@ cudaError_t linear_head_forward(const LinearHeadForward& problem, Precision prec
 cudaError_t linear_head_backward(const LinearHeadBackward& problem, Precision precision,
                                  const LinearBackwardPlan& plan, void* workspace,
                                  cudaStream_t stream);
+cudaError_t linear_head_step(const LinearHeadStep& problem, Precision precision,
+                             const LinearStepPlan& plan, void* workspace, cudaStream_t stream);
 cudaError_t film_head_forward(const FilmHeadForward& problem, Precision precision,
                               const FilmForwardPlan& plan, void* workspace, cudaStream_t stream);
 cudaError_t film_head_backward(const FilmHeadBackward& problem, Precision precision,
                                const FilmBackwardPlan& plan, void* workspace, cudaStream_t stream);
+cudaError_t film_head_step(const FilmHeadStep& problem, Precision precision,
+                           const FilmStepPlan& plan, void* workspace, cudaStream_t stream);
+/// Nothing is read or written where the scale turns out to be 1 and `to` is `from`.
+cudaError_t scale_gradients(const ScaledGradients& problem, const Device& device,
+                            cudaStream_t stream);
 
 /// query_device's share of each head: lowers ctas[tile] to what this head's kernels allow.
 cudaError_t linear_head_occupancy(int (&ctas)[kTileCount]);
+cudaError_t linear_step_occupancy(int (&ctas)[kTileCount]);
 cudaError_t film_head_occupancy(int (&ctas)[kTileCount]);
+cudaError_t film_step_occupancy(int (&ctas)[kTileCount]);
 
 }  // namespace dgl_ext

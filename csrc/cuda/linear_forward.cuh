@@ -31,24 +31,25 @@ struct LinearForward {
 
   static __device__ __forceinline__ void run(const Arguments& args) {
     T* shared = reinterpret_cast<T*>(dynamic_shared_memory());
-    multiply(args, shared);
+    multiply<true>(args, shared, {0, args.problem.head.rows});
     if (args.plan.direct) return;
     grid_sync();
     write_logits(args);
   }
 
- private:
   /// Direct: one item per output tile, all modalities one after the other. Otherwise one item per
   /// tile and split, the modality being the outermost split.
-  static __device__ __forceinline__ void multiply(const Arguments& args, T* shared) {
+  template <bool kMayBeDirect>
+  static __device__ __forceinline__ void multiply(const Arguments& args, T* shared, RowRange rows) {
     const LinearHead& head = args.problem.head;
     const LinearForwardPlan& plan = args.plan;
     const TileGrid& grid = args.grid;
-    const bool direct = plan.direct;
+    const bool direct = kMayBeDirect && plan.direct;
 #pragma unroll 1
     for (int64_t item = blockIdx.x; item < args.items; item += gridDim.x) {
       const int64_t split = item / grid.count, tile_index = item % grid.count;
       const int64_t m0 = grid.row<C>(tile_index), n0 = grid.column<C>(tile_index);
+      if (m0 >= rows.count) continue;  // the last chunk of rows may be short
       int i = 0;
       int64_t first_split = 0;  // of modality i
       while (!direct && split - first_split >= plan.splits[i]) first_split += plan.splits[i++];
@@ -59,9 +60,9 @@ struct LinearForward {
         const int64_t end = direct ? width : smaller(begin + plan.split_depth, width);
         Tile tile;
         tile.clear();
-        tile.accumulate(shared, operand<T>(head.feature[i]), operand<T>(head.weight[i]), m0,
-                        head.rows, n0, head.classes, begin, end);
-        tile.for_each_run(shared, m0, head.rows, n0, head.classes,
+        tile.accumulate(shared, operand<T>(head.feature[i], rows.begin), operand<T>(head.weight[i]),
+                        m0, rows.count, n0, head.classes, begin, end);
+        tile.for_each_run(shared, m0, rows.count, n0, head.classes,
                           [&](int m, int n, Accumulator(&v)[Tile::kRun], int count) {
                             if (direct) {
                               store_direct(args, i, m0 + m, n0 + n, v, count);
@@ -74,12 +75,23 @@ struct LinearForward {
     }
   }
 
+  /// Partial sums of a row, which is counted from the first row of its chunk.
   static __device__ __forceinline__ Accumulator* partial(const Arguments& args, int64_t split,
                                                          int64_t row, int64_t column) {
     return static_cast<Accumulator*>(args.workspace) +
-           (split * args.problem.head.rows + row) * args.plan.padded_classes + column;
+           (split * args.plan.plane_rows + row) * args.plan.padded_classes + column;
   }
 
+  static __device__ __forceinline__ Accumulator fused_bias(const LinearHeadForward& p,
+                                                           int64_t column) {
+    if (p.fused_bias) return bias_at<T>(p.fused_bias, column);
+    Accumulator sum = 0;
+#pragma unroll 1
+    for (int i = 0; i < p.head.modalities; ++i) sum += bias_at<T>(p.branch_bias[i], column);
+    return sum;
+  }
+
+ private:
   /// The fused sum is kept in the workspace between modalities. Every element is written and read
   /// by one thread, so no sync is needed; registers could not hold a second set of accumulators.
   static __device__ __forceinline__ void store_direct(const Arguments& args, int i, int64_t row,
@@ -89,9 +101,11 @@ struct LinearForward {
     Accumulator logits[Tile::kRun], sum[Tile::kRun];
     Accumulator* kept = partial(args, 0, row, column);
     const bool last = i == p.head.modalities - 1;
+    const bool absent = is_absent(p.head.present[i], row);
 #pragma unroll
     for (int e = 0; e < Tile::kRun; ++e) {
       if (e >= count) break;
+      if (absent) v[e] = 0;
       logits[e] = v[e] + bias_at<T>(p.branch_bias[i], column + e);
       sum[e] = i > 0 ? kept[e] + v[e] : v[e];
       if (last) sum[e] += fused_bias(p, column + e);
@@ -104,25 +118,18 @@ struct LinearForward {
     }
   }
 
-  static __device__ __forceinline__ Accumulator fused_bias(const LinearHeadForward& p,
-                                                           int64_t column) {
-    if (p.fused_bias) return bias_at<T>(p.fused_bias, column);
-    Accumulator sum = 0;
-#pragma unroll 1
-    for (int i = 0; i < p.head.modalities; ++i) sum += bias_at<T>(p.branch_bias[i], column);
-    return sum;
-  }
-
   static __device__ __forceinline__ void write_logits(const Arguments& args) {
     const LinearHeadForward& p = args.problem;
-    const int64_t plane = p.head.rows * args.plan.padded_classes;
+    const int64_t plane = args.plan.plane_rows * args.plan.padded_classes;
     for_each_element<C>(p.head.rows, p.head.classes, [&](int64_t row, int64_t column) {
       Accumulator fused = fused_bias(p, column);
       int64_t split = 0;
 #pragma unroll 1
       for (int i = 0; i < p.head.modalities; ++i) {
         const int64_t count = args.plan.splits[i];
-        const Accumulator sum = sum_splits(partial(args, split, row, column), count, plane);
+        const Accumulator sum = is_absent(p.head.present[i], row)
+                                    ? Accumulator(0)
+                                    : sum_splits(partial(args, split, row, column), count, plane);
         fused += sum;
         *address<T>(p.unimodal[i], row, column) =
             narrow<T>(sum + bias_at<T>(p.branch_bias[i], column));

@@ -7,9 +7,17 @@ namespace dgl_ext {
 
 constexpr int kColumnTile = 32;  ///< columns of one bias sum: a warp's width
 
+/// Consecutive rows of the problem: all of them, or the chunk that a step works on.
+struct RowRange {
+  int64_t begin, count;
+};
+
 template <class T>
-__device__ __forceinline__ Operand<T> operand(const ConstMatrix& m) {
-  return {static_cast<const T*>(m.data), m.stride};
+__device__ __forceinline__ Operand<T> operand(const ConstMatrix& m, int64_t first_row = 0) {
+  return {static_cast<const T*>(m.data) + first_row * m.stride, m.stride};
+}
+__device__ __forceinline__ bool is_absent(const uint8_t* present, int64_t row) {
+  return present && present[row] == 0;
 }
 
 /// The row-major matrix of tiles that covers an output. Counted on the host (count_tiles of each
@@ -38,7 +46,7 @@ template <class Accumulator>
 __device__ __forceinline__ Accumulator sum_splits(const Accumulator* p, int64_t count,
                                                   int64_t stride) {
   Accumulator sum = 0;
-#pragma unroll 1
+#pragma unroll 4
   for (int64_t i = 0; i < count; ++i) sum += p[i * stride];
   return sum;
 }
@@ -103,6 +111,14 @@ __device__ __forceinline__ T* address(const Matrix& m, int64_t row, int64_t colu
 template <class T>
 __device__ __forceinline__ accumulator_t<T> bias_at(const void* bias, int64_t column) {
   return bias ? widen(static_cast<const T*>(bias)[column]) : accumulator_t<T>(0);
+}
+/// Adds what is stored at `to` already, where an earlier chunk of rows has left its sum.
+template <class O, class Accumulator, int kCount>
+__device__ __forceinline__ void add_stored(const O* to, Accumulator (&v)[kCount], int count) {
+#pragma unroll
+  for (int e = 0; e < kCount; ++e) {
+    if (e < count) v[e] += widen(to[e]);
+  }
 }
 /// Part of the workspace, `offset` bytes in.
 template <class O>

@@ -22,7 +22,9 @@ cudaError_t query_device(Device* device) {
 
   std::fill(std::begin(device->resident_ctas), std::end(device->resident_ctas), INT_MAX);
   status = linear_head_occupancy(device->resident_ctas);
+  if (status == cudaSuccess) status = linear_step_occupancy(device->resident_ctas);
   if (status == cudaSuccess) status = film_head_occupancy(device->resident_ctas);
+  if (status == cudaSuccess) status = film_step_occupancy(device->resident_ctas);
   return status;
 }
 

@@ -9,10 +9,12 @@
 
 #include "cuda/film_backward.cuh"
 #include "cuda/film_forward.cuh"
+#include "cuda/film_step.cuh"
 #include "cuda/instances.cuh"
 #include "cuda/launch.h"
 #include "cuda/linear_backward.cuh"
 #include "cuda/linear_forward.cuh"
+#include "cuda/linear_step.cuh"
 #include "heads.h"
 #include "machine.h"
 #include "memory.h"
@@ -53,6 +55,12 @@ void pointers_of(const py::dict& d, const char* key, P** out) {
   }
 }
 
+void read_present(const py::dict& d, const uint8_t** present) {
+  if (!d.contains("present")) return;
+  for (const py::handle& item : d["present"]) {
+    *present++ = item.is_none() ? nullptr : reinterpret_cast<uint8_t*>(item.cast<uintptr_t>());
+  }
+}
 void read(const py::dict& d, LinearHead& head) {
   head.rows = d["rows"].cast<int64_t>();
   head.classes = d["classes"].cast<int64_t>();
@@ -61,6 +69,7 @@ void read(const py::dict& d, LinearHead& head) {
   std::copy(widths.begin(), widths.end(), head.width);
   matrices_of(d, "feature", head.feature);
   matrices_of(d, "weight", head.weight);
+  read_present(d, head.present);
 }
 void read(const py::dict& d, Leaks& leaks) {
   if (d.contains("encoder_leak")) leaks.encoder = d["encoder_leak"].cast<double>();
@@ -83,6 +92,28 @@ void read(const py::dict& d, LinearHeadBackward& p) {
   p.grad_fused_bias = reinterpret_cast<void*>(address_of(d, "grad_fused_bias"));
   pointers_of(d, "grad_branch_bias", p.grad_branch_bias);
 }
+void read(const py::dict& d, CrossEntropy& loss) {
+  loss.target = reinterpret_cast<int64_t*>(address_of(d, "target_class"));
+  const auto alpha = d["alpha"].cast<std::vector<double>>();
+  std::copy(alpha.begin(), alpha.end(), loss.alpha);
+  loss.mean = d["mean"].cast<bool>();
+  loss.ignore_index = d["ignore_index"].cast<int64_t>();
+  loss.label_smoothing = d["label_smoothing"].cast<double>();
+  loss.total = reinterpret_cast<void*>(address_of(d, "total"));
+  loss.losses = reinterpret_cast<void*>(address_of(d, "losses"));
+  loss.correct = reinterpret_cast<int64_t*>(address_of(d, "correct"));
+}
+void read(const py::dict& d, LinearHeadStep& p) {
+  read(d, p.head);
+  read(d, p.leaks);
+  read(d, p.loss);
+  p.fused_bias = reinterpret_cast<void*>(address_of(d, "fused_bias"));
+  pointers_of(d, "branch_bias", p.branch_bias);
+  matrices_of(d, "grad_feature", p.grad_feature);
+  matrices_of(d, "grad_weight", p.grad_weight);
+  p.grad_fused_bias = reinterpret_cast<void*>(address_of(d, "grad_fused_bias"));
+  pointers_of(d, "grad_branch_bias", p.grad_branch_bias);
+}
 void read(const py::dict& d, FilmHead& head) {
   head.rows = d["rows"].cast<int64_t>();
   head.condition_width = d["condition_width"].cast<int64_t>();
@@ -94,6 +125,7 @@ void read(const py::dict& d, FilmHead& head) {
   head.out_weight = matrix_of<ConstMatrix>(d, "out_weight");
   head.film_bias = reinterpret_cast<void*>(address_of(d, "film_bias"));
   head.out_bias = reinterpret_cast<void*>(address_of(d, "out_bias"));
+  read_present(d, head.present);
 }
 void read(const py::dict& d, FilmHeadForward& p) {
   read(d, p.head);
@@ -107,6 +139,17 @@ void read(const py::dict& d, FilmHeadBackward& p) {
   p.modulation = matrix_of<ConstMatrix>(d, "modulation");
   p.grad_fused = matrix_of<ConstMatrix>(d, "grad_fused");
   matrices_of(d, "grad_unimodal", p.grad_unimodal);
+  p.grad_condition = matrix_of<Matrix>(d, "grad_condition");
+  p.grad_target = matrix_of<Matrix>(d, "grad_target");
+  p.grad_film_weight = matrix_of<Matrix>(d, "grad_film_weight");
+  p.grad_out_weight = matrix_of<Matrix>(d, "grad_out_weight");
+  p.grad_film_bias = reinterpret_cast<void*>(address_of(d, "grad_film_bias"));
+  p.grad_out_bias = reinterpret_cast<void*>(address_of(d, "grad_out_bias"));
+}
+void read(const py::dict& d, FilmHeadStep& p) {
+  read(d, p.head);
+  read(d, p.leaks);
+  read(d, p.loss);
   p.grad_condition = matrix_of<Matrix>(d, "grad_condition");
   p.grad_target = matrix_of<Matrix>(d, "grad_target");
   p.grad_film_weight = matrix_of<Matrix>(d, "grad_film_weight");
@@ -130,6 +173,26 @@ void bind_head(py::module_& m, const char* name,
         [plan](const py::dict& problem, Precision precision, const Device& device,
                const PlanRequest& request) {
           return plan(read<Problem>(problem), precision, device, request);
+        },
+        py::arg("problem"), py::arg("precision"), py::arg("device"),
+        py::arg("request") = PlanRequest{});
+  m.def(name, [launch](const py::dict& problem, Precision precision, const Plan& plan,
+                       uintptr_t workspace) {
+    return int(launch(read<Problem>(problem), precision, plan, reinterpret_cast<void*>(workspace),
+                      nullptr));
+  });
+}
+
+/// The same for a training step, whose plan also takes the workspace limit.
+template <class Problem, class Plan>
+void bind_step(py::module_& m, const char* name,
+               Plan (*plan)(const Problem&, Precision, const Device&, int64_t, const PlanRequest&),
+               cudaError_t (*launch)(const Problem&, Precision, const Plan&, void*, cudaStream_t)) {
+  m.def((std::string("plan_") + name).c_str(),
+        [plan](const py::dict& problem, Precision precision, const Device& device,
+               const PlanRequest& request) {
+          const auto limit = problem["workspace_limit"].cast<int64_t>();
+          return plan(read<Problem>(problem), precision, device, limit, request);
         },
         py::arg("problem"), py::arg("precision"), py::arg("device"),
         py::arg("request") = PlanRequest{});
@@ -220,7 +283,18 @@ void bind_plans(py::module_& m) {
       .def_readonly("launch", &LinearBackwardPlan::launch)
       .def_readonly("plane_count", &LinearBackwardPlan::plane_count)
       .def_readonly("row_splits", &LinearBackwardPlan::row_splits)
+      .def_readonly("partials", &LinearBackwardPlan::partials)
       .def_readonly("rows_per_split", &LinearBackwardPlan::rows_per_split);
+  py::class_<StepPlan>(m, "StepPlan")
+      .def_readonly("gradients", &StepPlan::gradients)
+      .def_readonly("mixed", &StepPlan::mixed)
+      .def_readonly("chunk_rows", &StepPlan::chunk_rows)
+      .def_readonly("plane_count", &StepPlan::plane_count);
+  py::class_<LinearStepPlan>(m, "LinearStepPlan")
+      .def_readonly("launch", &LinearStepPlan::launch)
+      .def_readonly("step", &LinearStepPlan::step)
+      .def_readonly("forward", &LinearStepPlan::forward)
+      .def_readonly("backward", &LinearStepPlan::backward);
   py::class_<FilmForwardPlan>(m, "FilmForwardPlan")
       .def_readonly("launch", &FilmForwardPlan::launch)
       .def_readonly("film_splits", &FilmForwardPlan::film_splits)
@@ -232,8 +306,14 @@ void bind_plans(py::module_& m) {
       .def_readonly("copy_gradients", &FilmBackwardPlan::copy_gradients)
       .def_readonly("row_splits", &FilmBackwardPlan::row_splits)
       .def_readonly("rows_per_split", &FilmBackwardPlan::rows_per_split)
+      .def_readonly("partials", &FilmBackwardPlan::partials)
       .def_readonly("out_splits", &FilmBackwardPlan::out_splits)
       .def_readonly("out_rows_per_split", &FilmBackwardPlan::out_rows_per_split);
+  py::class_<FilmStepPlan>(m, "FilmStepPlan")
+      .def_readonly("launch", &FilmStepPlan::launch)
+      .def_readonly("step", &FilmStepPlan::step)
+      .def_readonly("forward", &FilmStepPlan::forward)
+      .def_readonly("backward", &FilmStepPlan::backward);
 }
 
 void bind_emulator(py::module_& m) {
@@ -278,8 +358,10 @@ void bind_emulator(py::module_& m) {
     py::dict all;
     add_kernels<LinearForward>(all, "LinearForward", LinearConfigs{});
     add_kernels<LinearBackward>(all, "LinearBackward", LinearConfigs{});
+    add_kernels<LinearStep>(all, "LinearStep", StepConfigs{});
     add_kernels<FilmForward>(all, "FilmForward", FilmConfigs{});
     add_kernels<FilmBackward>(all, "FilmBackward", FilmConfigs{});
+    add_kernels<FilmStep>(all, "FilmStep", StepConfigs{});
     return all;
   });
 }
@@ -293,6 +375,8 @@ PYBIND11_MODULE(emulated_kernels, m) {
   bind_head<LinearHeadForward>(m, "linear_head_forward", plan_linear_forward, linear_head_forward);
   bind_head<LinearHeadBackward>(m, "linear_head_backward", plan_linear_backward,
                                 linear_head_backward);
+  bind_step<LinearHeadStep>(m, "linear_head_step", plan_linear_step, linear_head_step);
   bind_head<FilmHeadForward>(m, "film_head_forward", plan_film_forward, film_head_forward);
   bind_head<FilmHeadBackward>(m, "film_head_backward", plan_film_backward, film_head_backward);
+  bind_step<FilmHeadStep>(m, "film_head_step", plan_film_step, film_head_step);
 }

@@ -58,6 +58,13 @@ class Bounded:
         error = self.error + UNIT_ROUNDOFF[dtype] * 1.01 * (np.abs(self.value) + self.error)
         return Bounded(self.value, error + SUBNORMAL[dtype], self.accumulator)
 
+    def without_rows(self, rows: np.ndarray) -> Bounded:
+        """With exact zeros in `rows`, whatever was there."""
+        value, error = self.value.copy(), np.array(self.error)
+        value[rows] = 0
+        error[rows] = 0
+        return Bounded(value, error, self.accumulator)
+
     @property
     def T(self) -> Bounded:
         return Bounded(self.value.T, self.error.T, self.accumulator)
@@ -84,3 +91,14 @@ def concatenate(parts: list[Bounded], axis: int) -> Bounded:
         np.concatenate([p.error for p in parts], axis),
         parts[0].accumulator,
     )
+
+
+def add(terms: list[Bounded | None]) -> Bounded | None:
+    """Their sum; None stands for nothing, and is the sum of nothing."""
+    terms = [t for t in terms if t is not None]
+    if not terms:
+        return None
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 from emulator.film import OUTPUTS, FilmCase
+from emulator.film_step import FilmStepCase
 from emulator.harness import Layout, Schedule
 from emulator.linear import LinearCase
+from emulator.linear_step import LinearStepCase
+from emulator.losses import LossCase
 
 # Every tile of every dtype; float32 tiles with operands that are not aligned run the one exact,
 # unaligned kernel, whatever was asked for.
@@ -46,6 +51,18 @@ class Draw:
     def layout(self) -> Layout:
         return Layout(self.chance(65), self.below(2) * self.below(20), self.chance(50))
 
+    def absent(self, modalities: int) -> tuple[float, ...]:
+        return tuple([0, 0, 0.3, 1.0][self.below(4)] for _ in range(modalities))
+
+    def loss(self) -> LossCase:
+        return LossCase(
+            alpha=[(1.0, 0.5), (0.0, 2.0), (-1.5, 0.25)][self.below(3)],
+            mean=self.chance(70),
+            label_smoothing=[0.0, 0.0, 0.1, 1.0][self.below(4)],
+            ignored=[0.0, 0.2, 0.5, 1.0][self.below(4)],
+            limit=[1 << 26, 1 << 26, 1, 1 << 14][self.below(4)],
+        )
+
     def schedule(self) -> Schedule:
         return Schedule(
             seed=self.below(1 << 30),
@@ -80,7 +97,15 @@ def linear_case(seed: int, tile: str, dtype: str) -> LinearCase:
         arrives=tuple(draw.chance(80) for _ in range(count + 1)),
         wanted=tuple(draw.chance(85) for _ in range(everything)),
         schedule=draw.schedule(),
+        absent=draw.absent(count) if draw.chance(30) else (),
     )
+
+
+def linear_step_case(seed: int, tile: str, dtype: str) -> LinearStepCase:
+    case, draw = linear_case(seed, tile, dtype), Draw(seed + 1)
+    fields = {f.name: getattr(case, f.name) for f in dataclasses.fields(case)}
+    fields |= {"absent": draw.absent(len(case.widths)), "loss": draw.loss(), "arrives": ()}
+    return LinearStepCase(**fields)
 
 
 def film_case(seed: int, tile: str, dtype: str) -> FilmCase:
@@ -101,4 +126,12 @@ def film_case(seed: int, tile: str, dtype: str) -> FilmCase:
         arrives=tuple(draw.chance(80) for _ in range(3)),
         wanted=tuple(name for name in OUTPUTS if draw.chance(85)),
         schedule=draw.schedule(),
+        absent=draw.absent(2) if draw.chance(30) else (),
     )
+
+
+def film_step_case(seed: int, tile: str, dtype: str) -> FilmStepCase:
+    case, draw = film_case(seed, tile, dtype), Draw(seed + 1)
+    fields = {f.name: getattr(case, f.name) for f in dataclasses.fields(case)}
+    fields |= {"absent": draw.absent(2), "loss": draw.loss(), "arrives": (True,) * 3}
+    return FilmStepCase(**fields)

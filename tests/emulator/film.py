@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-from emulator.bounded import Bounded, concatenate, matmul
+from emulator.bounded import Bounded, add, concatenate, matmul
 from emulator.harness import (
     Layout,
     Memory,
     Poison,
     Schedule,
+    absent_rows,
     check,
     check_untouched,
     launch,
@@ -37,6 +38,7 @@ class FilmCase:
     wanted: tuple[str, ...] = OUTPUTS
     schedule: Schedule = field(default_factory=Schedule)
     poison: tuple[Poison, ...] = ()  # of inputs, by their names in Memory
+    absent: tuple[float, ...] = ()  # of x and y, the share of rows without it; 0: no mask
 
     def __str__(self):
         return (
@@ -60,6 +62,8 @@ class FilmProblem:
         self.memory = memory = Memory(module, case.layout, case.dtype, seed, case.poison)
         self.x = memory.input("condition", (case.rows, case.condition_width))
         self.y = memory.input("target", (case.rows, case.hidden))
+        self.masks = memory.masks(case.absent, [self.x, self.y])
+        self.absent = [absent_rows(mask, case.rows) for mask in self.masks]
         self.film_weight = memory.input(
             "film_weight", (2 * case.hidden, case.condition_width), case.condition_width**-0.5
         )
@@ -73,6 +77,7 @@ class FilmProblem:
             "target": self.y.pair,
             "film_weight": self.film_weight.pair,
             "out_weight": self.out_weight.pair,
+            "present": [None if m is None else m.buffer.address for m in self.masks],
         }
         accumulator = memory.bounded(self.x).accumulator
         self.film_bias = Bounded(np.zeros(2 * case.hidden), 0, accumulator)
@@ -85,6 +90,12 @@ class FilmProblem:
             self.film_bias = memory.bounded(film_bias)[0]
             self.out_bias = memory.bounded(out_bias)[0]
         self.accumulator = accumulator
+
+    def _inputs(self) -> tuple[Bounded, Bounded]:
+        """x and y as they count: zero where they are absent."""
+        both = zip((self.x, self.y), self.absent, strict=True)
+        x, y = (self.memory.bounded(t).without_rows(absent) for t, absent in both)
+        return x, y
 
     def _halves(self, both: Bounded) -> tuple[Bounded, Bounded]:
         hidden = self.case.hidden
@@ -116,17 +127,21 @@ class FilmProblem:
             self.request, races,
         )  # fmt: skip
         self.tf32 = plan.launch.tile.name.startswith("tf32")  # exact where not aligned
-        bounded = memory.bounded
-        both = matmul(bounded(self.x), bounded(self.film_weight).T, self.tf32) + self.film_bias
+        both, logits = self._logits()
         check(modulation, both)
-        gamma, beta = self._halves(both)
-        y = bounded(self.y)
-        for out, hidden in zip(outs, (gamma * y + beta, beta, self._alone(y)), strict=True):
-            hidden = hidden.rounded(case.dtype)
-            logits = matmul(hidden, bounded(self.out_weight).T, self.tf32) + self.out_bias
-            check(out, logits.rounded(case.dtype))
+        for out, z in zip(outs, logits, strict=True):
+            check(out, z.rounded(case.dtype))
         memory.check_surroundings()
         return plan, [*outs, modulation]
+
+    def _logits(self) -> tuple[Bounded, list[Bounded]]:
+        """The modulation and the three sets of logits before they are stored."""
+        x, y = self._inputs()
+        both = matmul(x, self.memory.bounded(self.film_weight).T, self.tf32) + self.film_bias
+        gamma, beta = self._halves(both)
+        weight = self.memory.bounded(self.out_weight).T
+        hidden = [h.rounded(self.case.dtype) for h in (gamma * y + beta, beta, self._alone(y))]
+        return both, [matmul(h, weight, self.tf32) + self.out_bias for h in hidden]
 
     def run_backward(self, races=False):
         case, memory = self.case, self.memory
@@ -142,15 +157,7 @@ class FilmProblem:
             else None
             for k, here in enumerate(case.arrives)
         ]
-        shapes = {
-            "condition": (case.rows, case.condition_width),
-            "target": (case.rows, case.hidden),
-            "film_weight": (2 * case.hidden, case.condition_width),
-            "out_weight": (case.classes, case.hidden),
-            "film_bias": (1, 2 * case.hidden),
-            "out_bias": (1, case.classes),
-        }
-        outs = {name: memory.place("grad_" + name, shape) for name, shape in shapes.items()}
+        outs = self._outputs(case.dtype)
         pairs = [t.pair if t else None for t in incoming]
         problem = self.problem | {
             "encoder_leak": case.encoder_leak,
@@ -180,12 +187,27 @@ class FilmProblem:
         memory.check_surroundings()
         return plan, list(outs.values())
 
+    def _outputs(self, dtype: str):
+        case = self.case
+        shapes = {
+            "condition": (case.rows, case.condition_width),
+            "target": (case.rows, case.hidden),
+            "film_weight": (2 * case.hidden, case.condition_width),
+            "out_weight": (case.classes, case.hidden),
+            "film_bias": (1, 2 * case.hidden),
+            "out_bias": (1, case.classes),
+        }
+        return {
+            name: self.memory.place("grad_" + name, shape, dtype=dtype)
+            for name, shape in shapes.items()
+        }
+
     def _gradients(self, modulation, g) -> dict[str, Bounded | None]:
         """What flows, before the final rounding; None where nothing does."""
         case, bounded, tf32 = self.case, self.memory.bounded, self.tf32
         encoder, head = case.encoder_leak, case.head_leak
         gamma, beta = modulation
-        x, y = bounded(self.x), bounded(self.y)
+        x, y = self._inputs()
         film_weight, out_weight = bounded(self.film_weight), bounded(self.out_weight)
         bias_gamma, _ = self._halves(self.film_bias)
         d = [None if t is None else matmul(t, out_weight, tf32) for t in g]
@@ -211,6 +233,10 @@ class FilmProblem:
             ]
         )
 
+        if condition is not None:
+            condition = condition.without_rows(self.absent[0])
+        if target is not None:
+            target = target.without_rows(self.absent[1])
         halves = [stored([None if d[0] is None else d[0] * y]), stored(leaked[:2])]
         if halves[0] is None and halves[1] is not None:
             halves[0] = self._zeros(y)
@@ -241,13 +267,3 @@ class FilmProblem:
             "film_bias": film_bias,
             "out_bias": add(scaled).sum_rows() if scaled else None,
         }
-
-
-def add(terms: list[Bounded | None]) -> Bounded | None:
-    terms = [t for t in terms if t is not None]
-    if not terms:
-        return None
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total

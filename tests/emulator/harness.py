@@ -17,6 +17,8 @@ STORAGE = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(np.uint16),
     "float16": np.dtype(np.float16),
+    "int64": np.dtype(np.int64),
+    "bool": np.dtype(np.uint8),
 }
 
 
@@ -59,6 +61,14 @@ class Layout:
     aligned: bool = True
     gap: int = 0  # elements between rows, before rounding up
     at_end: bool = True  # the guard page follows the last element, else precedes the first
+
+
+PACKED = Layout(aligned=False)
+
+
+def absent_rows(mask: Tensor | None, rows: int) -> np.ndarray:
+    """Which rows a mask says are not there."""
+    return np.zeros(rows, bool) if mask is None else np.array(mask.elements)[0] == 0
 
 
 class Tensor:
@@ -127,6 +137,19 @@ class Memory:
 
     def input(self, name, shape, scale=1.0, layout=None) -> Tensor:
         return self.place(name, shape, scale * self.random.standard_normal(shape), layout=layout)
+
+    def masks(self, absent: tuple[float, ...], features: list[Tensor]) -> list[Tensor | None]:
+        """Which rows are there, None for all; what the others' features hold becomes NaN."""
+        masks: list[Tensor | None] = []
+        for i, feature in enumerate(features):
+            share = absent[i] if i < len(absent) else 0
+            if not share:
+                masks.append(None)
+                continue
+            present = self.random.random((1, len(feature.elements))) >= share
+            masks.append(self.place(f"present {i}", present.shape, present, "bool", PACKED))
+            feature.elements[~present[0]] = encode(np.array(np.nan), feature.dtype)
+        return masks
 
     def bounded(self, tensor: Tensor) -> Bounded:
         return Bounded(tensor.values, 0.0, "float64" if self.dtype == "float64" else "float32")

@@ -11,6 +11,7 @@ from emulator.harness import (
     Memory,
     Poison,
     Schedule,
+    absent_rows,
     check,
     check_untouched,
     launch,
@@ -35,6 +36,7 @@ class LinearCase:
     wanted: tuple[bool, ...] = ()  # (features..., weights..., bias); empty: all
     schedule: Schedule = field(default_factory=Schedule)
     poison: tuple[Poison, ...] = ()  # of inputs, by their names in Memory
+    absent: tuple[float, ...] = ()  # of each modality, the share of rows without it; 0: no mask
 
     def __str__(self):
         return (
@@ -61,6 +63,8 @@ class LinearProblem:
         self.features = [
             memory.input(f"feature {i}", (case.rows, w)) for i, w in enumerate(case.widths)
         ]
+        self.masks = memory.masks(case.absent, self.features)
+        self.absent = [absent_rows(mask, case.rows) for mask in self.masks]
         self.weights = self._matrices("weight", scale * 3)
         biases = 1 if case.concat else len(case.widths)
         self.biases = (
@@ -74,19 +78,26 @@ class LinearProblem:
             "width": list(case.widths),
             "feature": [t.pair for t in self.features],
             "weight": [t.pair for t in self.weights],
+            "present": [None if m is None else m.buffer.address for m in self.masks],
         }
 
-    def _matrices(self, name, scale=None):
+    def _feature(self, i: int) -> Bounded:
+        """As it counts: zero where it is absent."""
+        return self.memory.bounded(self.features[i]).without_rows(self.absent[i])
+
+    def _matrices(self, name, scale=None, dtype=None):
         """(classes, width) matrices: slices of one for concat, each its own for sum."""
         case = self.case
         if not case.concat:
             shapes = [(case.classes, w) for w in case.widths]
             if scale is None:
-                return [self.memory.place(f"{name} {i}", s) for i, s in enumerate(shapes)]
+                return [
+                    self.memory.place(f"{name} {i}", s, dtype=dtype) for i, s in enumerate(shapes)
+                ]
             return [self.memory.input(f"{name} {i}", s, scale) for i, s in enumerate(shapes)]
         shape = (case.classes, sum(case.widths))
         if scale is None:
-            whole = self.memory.place(name, shape)
+            whole = self.memory.place(name, shape, dtype=dtype)
         else:
             whole = self.memory.input(name, shape, scale)
         return [Slice(whole, begin, width) for begin, width in self._spans()]
@@ -116,8 +127,7 @@ class LinearProblem:
         self.tf32 = plan.launch.tile.name.startswith("tf32")  # exact where not aligned
         bounded = memory.bounded
         partial = [
-            matmul(bounded(h), bounded(w).T, self.tf32)
-            for h, w in zip(self.features, self.weights, strict=True)
+            matmul(self._feature(i), bounded(w).T, self.tf32) for i, w in enumerate(self.weights)
         ]
         biases = [bounded(b) for b in self.biases]
         branch = (biases * len(partial) if case.concat else biases) or [None] * len(partial)
@@ -181,12 +191,11 @@ class LinearProblem:
                 check_untouched(grad_features[i])
             else:
                 weight = memory.bounded(self.weights[i])
-                self._check_product(grad_features[i], to_feature, weight)
+                self._check_product(grad_features[i], to_feature, weight, self.absent[i])
             to_weight = self._mix(g[0], g[i + 1], case.head_leak)
             if to_weight is not None and wanted[count + i]:
                 operand, scale = to_weight
-                feature = memory.bounded(self.features[i])
-                self._check_product(grad_weights[i], (operand.T, scale), feature)
+                self._check_product(grad_weights[i], (operand.T, scale), self._feature(i))
             elif not case.concat:
                 check_untouched(grad_weights[i])
         for i, out in enumerate(grad_biases):
@@ -213,9 +222,12 @@ class LinearProblem:
             return main, 1.0
         return None if other is None else (other, leak)
 
-    def _check_product(self, out, source, operand):
+    def _check_product(self, out, source, operand, absent=None):
         gradient, scale = source
-        check(out, matmul(gradient, operand, self.tf32).scaled(scale).rounded(self.case.dtype))
+        product = matmul(gradient, operand, self.tf32).scaled(scale)
+        if absent is not None:
+            product = product.without_rows(absent)
+        check(out, product.rounded(self.case.dtype))
 
 
 class Slice:

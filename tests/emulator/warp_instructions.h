@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <string>
 
 #include "device_language.h"
 
@@ -34,6 +35,37 @@ inline void ldmatrix_x4(uint32_t (&registers)[4], const void* row, bool transpos
       }
     }
   });
+}
+
+/// __shfl_sync and its kin: every lane gets the value of the lane that it names.
+template <class V>
+V shuffle(V value, int from) {
+  struct Lane {
+    V given, received;
+    int from;
+  } mine{value, {}, from};
+  static char kind;
+  warp_collective(&kind, "shfl.sync", false, &mine, [](void** lanes) {
+    for (int l = 0; l < 32; ++l) {
+      Lane* lane = static_cast<Lane*>(lanes[l]);
+      lane->received = static_cast<Lane*>(lanes[lane->from])->given;
+    }
+  });
+  return mine.received;
+}
+/// __popc(__ballot_sync())
+inline int count_lanes(bool predicate) {
+  struct Lane {
+    bool predicate;
+    int count;
+  } mine{predicate, 0};
+  static char kind;
+  warp_collective(&kind, "vote.sync", false, &mine, [](void** lanes) {
+    int count = 0;
+    for (int l = 0; l < 32; ++l) count += static_cast<Lane*>(lanes[l])->predicate;
+    for (int l = 0; l < 32; ++l) static_cast<Lane*>(lanes[l])->count = count;
+  });
+  return mine.count;
 }
 
 inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }

@@ -1,0 +1,469 @@
+// Gradients of the FiLM head (formulas: FilmHeadBackward in heads.h), in phases of which the
+// backward launch and the training step are made:
+//   prepare   hidden features again from the saved modulation; aligned copies of the gradients
+//   head      d[k] = g_k W_o for the branches k that are needed; grad_out_weight, grad_out_bias
+//   combine   d[k] -> gradients of the modulation, for the parameters and for x; grad_target
+//   film      grad_film_weight, grad_condition, grad_film_bias
+// Where there are many rows, sums over rows go to the workspace in pieces; a fifth phase adds them.
+// In a step the g_k are planes of residuals, scaled in the end, and rows may come in chunks.
+#pragma once
+
+#include "film_forward.cuh"
+
+namespace dgl_ext {
+
+struct FilmBackwardArguments {
+  FilmHeadBackward problem;
+  FilmBackwardPlan plan;
+  void* workspace;
+  TileGrid out_weight{}, branch{}, film_weight{}, condition{};
+  /// Work items of the head phase and of the film phase, by kind: each kind ends where the next
+  /// begins.
+  int64_t out_weight_end = 0, branch_end = 0, head_end = 0;
+  int64_t film_weight_end = 0, condition_end = 0, film_end = 0;
+  int64_t totals_offset = 0;  ///< in a step: where the workspace has the branches' scales
+};
+
+template <class C, bool kStep>
+struct FilmGradients {
+  using T = typename C::T;
+  using Accumulator = typename C::Accumulator;
+  using WeightTile = GemmTile<C, Major::kOuter, Major::kOuter>;   // g^T h: k = rows
+  using FeatureTile = GemmTile<C, Major::kDepth, Major::kOuter>;  // g W
+  using Output = std::conditional_t<kStep && std::is_same_v<T, f16>, float, T>;
+  using Arguments = FilmBackwardArguments;
+  static constexpr int kSharedBytes = WeightTile::kSharedBytes > FeatureTile::kSharedBytes
+                                          ? WeightTile::kSharedBytes
+                                          : FeatureTile::kSharedBytes;
+
+  static void count_tiles(Arguments& args) {
+    const FilmHeadBackward& p = args.problem;
+    args.out_weight = TileGrid::of<C>(p.head.classes, p.head.hidden);
+    args.branch = TileGrid::of<C>(args.plan.plane_rows, p.head.hidden);
+    args.film_weight = TileGrid::of<C>(p.head.hidden, p.head.condition_width);
+    args.condition = TileGrid::of<C>(args.plan.plane_rows, p.head.condition_width);
+    const int64_t splits = args.plan.row_splits;
+    int branches = 0;
+    for (int k = 0; k < 3; ++k) branches += args.plan.need_branch[k];
+    args.out_weight_end = p.grad_out_weight.data ? args.out_weight.count * args.plan.out_splits : 0;
+    args.branch_end = args.out_weight_end + branches * args.branch.count;
+    args.head_end =
+        args.branch_end + (p.grad_out_bias ? ceil_div(p.head.classes, kColumnTile) * splits : 0);
+    args.film_weight_end = p.grad_film_weight.data ? 2 * args.film_weight.count * splits : 0;
+    args.condition_end = args.film_weight_end + (p.grad_condition.data ? args.condition.count : 0);
+    args.film_end = args.condition_end +
+                    (p.grad_film_bias ? 2 * ceil_div(p.head.hidden, kColumnTile) * splits : 0);
+  }
+
+  // ---- workspace
+
+  static __device__ __forceinline__ const ConstMatrix& incoming(const FilmHeadBackward& p,
+                                                                int branch) {
+    return branch == 0 ? p.grad_fused : p.grad_unimodal[branch - 1];
+  }
+  static __device__ __forceinline__ T* gradient_copy(const Arguments& args, int branch,
+                                                     RowRange rows) {
+    return workspace_at<T>(args.workspace, args.plan.gradients_offset) +
+           args.plan.slot[branch] * rows.count * args.plan.padded_classes;
+  }
+  static __device__ __forceinline__ Operand<T> gradient(const Arguments& args, int branch,
+                                                        RowRange rows) {
+    if (kStep || args.plan.copy_gradients) {
+      return {gradient_copy(args, branch, rows), args.plan.padded_classes};
+    }
+    return operand<T>(incoming(args.problem, branch));
+  }
+  /// h, head_leak h_x, head_leak h_y: what grad_out_weight multiplies the gradients with.
+  static __device__ __forceinline__ T* features(const Arguments& args, int branch, RowRange rows) {
+    return workspace_at<T>(args.workspace, args.plan.features_offset) +
+           args.plan.slot[branch] * rows.count * args.plan.padded_hidden;
+  }
+  static __device__ __forceinline__ Accumulator* branch_at(const Arguments& args, int branch,
+                                                           int64_t row, int64_t column) {
+    return workspace_at<Accumulator>(args.workspace, args.plan.branches_offset) +
+           (branch * args.plan.plane_rows + row) * args.plan.padded_hidden + column;
+  }
+  /// d[branch] where it was computed, else 0: nothing arrives from that branch.
+  static __device__ __forceinline__ Accumulator branch_value(const Arguments& args, int branch,
+                                                             int64_t row, int64_t column) {
+    return args.plan.need_branch[branch] ? *branch_at(args, branch, row, column) : Accumulator(0);
+  }
+  /// Gradients of [gamma|beta] as the parameters receive them, in halves of padded_hidden, and as
+  /// x receives them: [gamma|beta] without a gap, or beta alone when the leak is closed.
+  static __device__ __forceinline__ T* for_parameters(const Arguments& args) {
+    return workspace_at<T>(args.workspace, args.plan.parameters_offset);
+  }
+  static __device__ __forceinline__ T* for_encoder(const Arguments& args) {
+    return workspace_at<T>(args.workspace, args.plan.encoder_offset);
+  }
+
+  static __device__ __forceinline__ T* masked_condition(const Arguments& args) {
+    return workspace_at<T>(args.workspace, args.plan.masked.offset);
+  }
+
+  /// What a step multiplies sums of branch k's residuals with. Where a leak is open the planes are
+  /// weighted, and all of them have the fused branch's scale.
+  static __device__ __forceinline__ Accumulator scale_of(const Arguments& args, int k) {
+    if constexpr (!kStep) return 1;
+    if (args.plan.weighted) k = 0;
+    return workspace_at<StepTotals>(args.workspace, args.totals_offset)[k].scale;
+  }
+  /// Writes sums over the rows of a chunk, or adds them to those of the chunks before.
+  template <class O, int kCount>
+  static __device__ __forceinline__ void write_sum(O* to, Accumulator (&v)[kCount], int count,
+                                                   RowRange rows) {
+    if (kStep && rows.begin > 0) add_stored(to, v, count);
+    write_run(to, v, count);
+  }
+  template <int kCount>
+  static __device__ __forceinline__ void multiply_all(Accumulator (&v)[kCount], Accumulator scale) {
+    if constexpr (!kStep) return;
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) v[e] *= scale;
+  }
+
+  static __device__ __forceinline__ Accumulator* out_weight_partial(const Arguments& args,
+                                                                    int64_t split, int64_t row,
+                                                                    int64_t column) {
+    return workspace_at<Accumulator>(args.workspace, args.plan.out_weight_partial_offset) +
+           (split * args.problem.head.classes + row) * args.plan.padded_hidden + column;
+  }
+  static __device__ __forceinline__ Accumulator* film_weight_partial(const Arguments& args,
+                                                                     int64_t split, int64_t row,
+                                                                     int64_t column) {
+    const FilmHead& head = args.problem.head;
+    return workspace_at<Accumulator>(args.workspace, args.plan.film_weight_partial_offset) +
+           (split * 2 * head.hidden + row) * round_up(head.condition_width, 8) + column;
+  }
+  /// Columns: [gamma|beta] of the film bias, then the output's bias.
+  static __device__ __forceinline__ Accumulator* bias_partial(const Arguments& args, int64_t split,
+                                                              int64_t column) {
+    const FilmHead& head = args.problem.head;
+    return workspace_at<Accumulator>(args.workspace, args.plan.bias_partial_offset) +
+           split * (2 * head.hidden + head.classes) + column;
+  }
+
+  // ---- prepare
+
+  static __device__ __forceinline__ void copy_gradients(const Arguments& args, RowRange rows) {
+    const FilmHeadBackward& p = args.problem;
+#pragma unroll 1
+    for (int k = 0; k < 3; ++k) {
+      if (!args.plan.copy_gradients) break;
+      if (!args.plan.need_branch[k] && !args.plan.to_out_weight[k]) continue;
+      const ConstMatrix& from = incoming(p, k);
+      T* to = gradient_copy(args, k, rows);
+      for_each_element<C>(rows.count, p.head.classes, [&](int64_t row, int64_t column) {
+        to[row * args.plan.padded_classes + column] =
+            static_cast<const T*>(from.data)[row * from.stride + column];
+      });
+    }
+  }
+
+  static __device__ __forceinline__ void prepare_features(const Arguments& args, RowRange rows) {
+    const FilmHeadBackward& p = args.problem;
+    if (p.grad_film_weight.data && args.plan.masked.pitch > 0) {
+      const Operand<T> from = operand<T>(p.head.condition, rows.begin);
+      T* to = masked_condition(args);
+      for_each_element<C>(rows.count, p.head.condition_width, [&](int64_t row, int64_t column) {
+        const bool absent = is_absent(p.head.present[0], rows.begin + row);
+        to[row * args.plan.masked.pitch + column] =
+            absent ? narrow<T>(0) : from.data[row * from.stride + column];
+      });
+    }
+    if (!p.grad_out_weight.data || args.plan.features_ready) return;
+    const Accumulator leak = p.leaks.head;
+    const int64_t hidden = p.head.hidden;
+    for_each_element<C>(rows.count, hidden, [&](int64_t row, int64_t column) {
+      const Accumulator gamma = element<Accumulator>(p.modulation, row, column);
+      const Accumulator beta = element<Accumulator>(p.modulation, row, hidden + column);
+      const Accumulator y = film_target<T>(p.head, rows.begin + row, column);
+      const int64_t at = row * args.plan.padded_hidden + column;
+      if (args.plan.to_out_weight[0]) features(args, 0, rows)[at] = narrow<T>(gamma * y + beta);
+      if (args.plan.to_out_weight[1]) features(args, 1, rows)[at] = narrow<T>(leak * beta);
+      if (args.plan.to_out_weight[2]) {
+        features(args, 2, rows)[at] =
+            narrow<T>(leak * (bias_at<T>(p.head.film_bias, column) * y +
+                              bias_at<T>(p.head.film_bias, hidden + column)));
+      }
+    });
+  }
+
+  // ---- head
+
+  static __device__ __forceinline__ void run_head_tiles(const Arguments& args, T* shared,
+                                                        RowRange rows) {
+#pragma unroll 1
+    for (int64_t item = blockIdx.x; item < args.head_end; item += gridDim.x) {
+      if (item < args.out_weight_end) {
+        out_weight_tile(args, shared, item, rows);
+      } else if (item < args.branch_end) {
+        branch_tile(args, shared, item - args.out_weight_end, rows);
+      } else {
+        out_bias_tile(args, shared, item - args.branch_end, rows);
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void out_weight_tile(const Arguments& args, T* shared,
+                                                         int64_t item, RowRange rows) {
+    const FilmHeadBackward& p = args.problem;
+    const int64_t split = item / args.out_weight.count, index = item % args.out_weight.count;
+    const int64_t m0 = args.out_weight.row<C>(index), n0 = args.out_weight.column<C>(index);
+    const int64_t begin = split * args.plan.out_rows_per_split;
+    const int64_t end =
+        smaller(begin + args.plan.out_rows_per_split, args.plan.out_branches * rows.count);
+    int first = 0;  // the branch in slot 0
+    while (!args.plan.to_out_weight[first]) ++first;
+    WeightTile tile;
+    tile.clear();
+    tile.accumulate(shared, gradient(args, first, rows),
+                    {features(args, first, rows), args.plan.padded_hidden}, m0, p.head.classes, n0,
+                    p.head.hidden, begin, end);
+    const Accumulator scale = scale_of(args, 0);
+    tile.for_each_run(
+        shared, m0, p.head.classes, n0, p.head.hidden,
+        [&](int m, int n, Accumulator(&v)[WeightTile::kRun], int count) {
+          multiply_all(v, scale);
+          if (args.plan.out_partials) {
+            write_sum(out_weight_partial(args, split, m0 + m, n0 + n), v, count, rows);
+          } else {
+            write_sum(address<Output>(p.grad_out_weight, m0 + m, n0 + n), v, count, rows);
+          }
+        });
+  }
+
+  static __device__ __forceinline__ void branch_tile(const Arguments& args, T* shared,
+                                                     int64_t index, RowRange rows) {
+    const FilmHead& head = args.problem.head;
+    int k = 0;  // the branch: the needed ones follow each other
+    for (; !args.plan.need_branch[k] || index >= args.branch.count; ++k) {
+      if (args.plan.need_branch[k]) index -= args.branch.count;
+    }
+    const int64_t m0 = args.branch.row<C>(index), n0 = args.branch.column<C>(index);
+    if (m0 >= rows.count) return;  // the last chunk of rows may be short
+    FeatureTile tile;
+    tile.clear();
+    tile.accumulate(shared, gradient(args, k, rows), operand<T>(head.out_weight), m0, rows.count,
+                    n0, head.hidden, 0, head.classes);
+    tile.for_each_run(shared, m0, rows.count, n0, head.hidden,
+                      [&](int m, int n, Accumulator(&v)[FeatureTile::kRun], int count) {
+                        write_run(branch_at(args, k, m0 + m, n0 + n), v, count);
+                      });
+  }
+
+  static __device__ __forceinline__ void out_bias_tile(const Arguments& args, T* shared,
+                                                       int64_t item, RowRange rows) {
+    const FilmHeadBackward& p = args.problem;
+    const int64_t across = ceil_div(p.head.classes, kColumnTile);
+    const int64_t split = item / across, index = item % across;
+    const int64_t begin = split * args.plan.rows_per_split;
+    const Accumulator leak = p.leaks.head;
+    column_sums<C>(
+        shared, begin, smaller(begin + args.plan.rows_per_split, rows.count), p.head.classes, index,
+        [&](int64_t row, int64_t column) {
+          Accumulator v = out_gradient(args, 0, row, column, rows);
+          if (leak != 0) {
+#pragma unroll 1
+            for (int k = 1; k < 3; ++k) v += leak * out_gradient(args, k, row, column, rows);
+          }
+          return v;
+        },
+        [&](int64_t column, Accumulator sum) {
+          Accumulator v[1] = {sum};
+          multiply_all(v, scale_of(args, 0));
+          if (args.plan.partials) {
+            write_sum(bias_partial(args, split, 2 * p.head.hidden + column), v, 1, rows);
+          } else {
+            write_sum(static_cast<Output*>(p.grad_out_bias) + column, v, 1, rows);
+          }
+        });
+  }
+  /// The gradient of branch k's logits, 0 where none comes in.
+  static __device__ __forceinline__ Accumulator out_gradient(const Arguments& args, int k,
+                                                             int64_t row, int64_t column,
+                                                             RowRange rows) {
+    if constexpr (kStep) {
+      return widen(gradient_copy(args, k, rows)[row * args.plan.padded_classes + column]);
+    } else {
+      const ConstMatrix& g = incoming(args.problem, k);
+      return g.data ? element<T>(g, row, column) : Accumulator(0);
+    }
+  }
+
+  // ---- combine
+
+  static __device__ __forceinline__ void combine(const Arguments& args, RowRange rows) {
+    const FilmHeadBackward& p = args.problem;
+    const Accumulator encoder = p.leaks.encoder, head = p.leaks.head;
+    const int64_t pitch = args.plan.padded_hidden;
+    for_each_element<C>(rows.count, p.head.hidden, [&](int64_t row, int64_t column) {
+      const Accumulator fused = branch_value(args, 0, row, column);
+      const Accumulator x_alone = branch_value(args, 1, row, column);
+      const int64_t gamma_at = row * 2 * pitch + column, beta_at = gamma_at + pitch;
+      const Accumulator y = film_target<T>(p.head, rows.begin + row, column);
+      // where nothing flows there is no product: 0 * inf would poison the sum
+      if (p.grad_film_weight.data) {
+        for_parameters(args)[gamma_at] = narrow<T>(args.plan.need_branch[0] ? fused * y : 0);
+        for_parameters(args)[beta_at] = narrow<T>(head != 0 ? fused + head * x_alone : fused);
+      }
+      if (p.grad_condition.data) {
+        T* to = for_encoder(args) + row * args.plan.encoder_pitch + column;
+        if (args.plan.condition_leak) {
+          to[0] = narrow<T>(encoder * fused * y);
+          to[p.head.hidden] = narrow<T>(encoder * fused + x_alone);
+        } else {
+          to[0] = narrow<T>(x_alone);
+        }
+      }
+      if (p.grad_target.data) {
+        Accumulator v = 0;
+        if (args.plan.need_branch[2]) {
+          v = bias_at<T>(p.head.film_bias, column) * *branch_at(args, 2, row, column);
+        }
+        if (encoder != 0 && args.plan.need_branch[0]) {
+          v += encoder * element<Accumulator>(p.modulation, row, column) * fused;
+        }
+        if constexpr (kStep) v *= scale_of(args, 2);
+        if (is_absent(p.head.present[1], rows.begin + row)) v = 0;
+        *address<Output>(p.grad_target, rows.begin + row, column) = narrow<Output>(v);
+      }
+    });
+  }
+
+  // ---- film
+
+  static __device__ __forceinline__ void run_film_tiles(const Arguments& args, T* shared,
+                                                        RowRange rows) {
+#pragma unroll 1
+    for (int64_t item = blockIdx.x; item < args.film_end; item += gridDim.x) {
+      if (item < args.film_weight_end) {
+        film_weight_tile(args, shared, item, rows);
+      } else if (item < args.condition_end) {
+        condition_tile(args, shared, item - args.film_weight_end, rows);
+      } else {
+        film_bias_tile(args, shared, item - args.condition_end, rows);
+      }
+    }
+  }
+
+  /// Half 0: the rows of W_f that make gamma; half 1: those that make beta.
+  static __device__ __forceinline__ void film_weight_tile(const Arguments& args, T* shared,
+                                                          int64_t item, RowRange rows) {
+    const FilmHeadBackward& p = args.problem;
+    const int64_t index = item % args.film_weight.count;
+    const int64_t half = item / args.film_weight.count % 2;
+    const int64_t split = item / args.film_weight.count / 2;
+    const int64_t begin = split * args.plan.rows_per_split;
+    const int64_t end = smaller(begin + args.plan.rows_per_split, rows.count);
+    const int64_t m0 = args.film_weight.row<C>(index), n0 = args.film_weight.column<C>(index);
+    const Operand<T> gradient{for_parameters(args) + half * args.plan.padded_hidden,
+                              2 * args.plan.padded_hidden};
+    const Operand<T> condition = args.plan.masked.pitch > 0
+                                     ? Operand<T>{masked_condition(args), args.plan.masked.pitch}
+                                     : operand<T>(p.head.condition, rows.begin);
+    WeightTile tile;
+    tile.clear();
+    tile.accumulate(shared, gradient, condition, m0, p.head.hidden, n0, p.head.condition_width,
+                    begin, end);
+    const Accumulator scale = scale_of(args, 0);
+    tile.for_each_run(shared, m0, p.head.hidden, n0, p.head.condition_width,
+                      [&](int m, int n, Accumulator(&v)[WeightTile::kRun], int count) {
+                        const int64_t row = half * p.head.hidden + m0 + m;
+                        multiply_all(v, scale);
+                        if (args.plan.partials) {
+                          write_sum(film_weight_partial(args, split, row, n0 + n), v, count, rows);
+                        } else {
+                          write_sum(address<Output>(p.grad_film_weight, row, n0 + n), v, count,
+                                    rows);
+                        }
+                      });
+  }
+
+  static __device__ __forceinline__ void condition_tile(const Arguments& args, T* shared,
+                                                        int64_t index, RowRange rows) {
+    const FilmHeadBackward& p = args.problem;
+    const int64_t m0 = args.condition.row<C>(index), n0 = args.condition.column<C>(index);
+    if (m0 >= rows.count) return;
+    const int64_t first_half = args.plan.condition_leak ? 0 : 1;
+    Operand<T> weight = operand<T>(p.head.film_weight);
+    weight.data += first_half * p.head.hidden * weight.stride;
+    FeatureTile tile;
+    tile.clear();
+    tile.accumulate(shared, {for_encoder(args), args.plan.encoder_pitch}, weight, m0, rows.count,
+                    n0, p.head.condition_width, 0, (2 - first_half) * p.head.hidden);
+    const Accumulator scale = scale_of(args, 1);
+    tile.for_each_run(shared, m0, rows.count, n0, p.head.condition_width,
+                      [&](int m, int n, Accumulator(&v)[FeatureTile::kRun], int count) {
+                        const int64_t row = rows.begin + m0 + m;
+                        const bool absent = is_absent(p.head.present[0], row);
+#pragma unroll
+                        for (int e = 0; e < FeatureTile::kRun; ++e) {
+                          v[e] = absent ? Accumulator(0) : kStep ? v[e] * scale : v[e];
+                        }
+                        write_run(address<Output>(p.grad_condition, row, n0 + n), v, count);
+                      });
+  }
+
+  static __device__ __forceinline__ void film_bias_tile(const Arguments& args, T* shared,
+                                                        int64_t item, RowRange rows) {
+    const FilmHeadBackward& p = args.problem;
+    const int64_t across = ceil_div(p.head.hidden, kColumnTile);
+    const int64_t index = item % across, half = item / across % 2, split = item / across / 2;
+    const int64_t begin = split * args.plan.rows_per_split;
+    const Accumulator leak = p.leaks.head;
+    const bool to_gamma = args.plan.need_branch[0] || (leak != 0 && args.plan.need_branch[2]);
+    column_sums<C>(
+        shared, begin, smaller(begin + args.plan.rows_per_split, rows.count), p.head.hidden, index,
+        [&](int64_t row, int64_t column) {
+          Accumulator v = branch_value(args, 0, row, column);
+          if (leak != 0) {
+            v += leak * branch_value(args, 2, row, column);
+            if (half == 1) v += leak * branch_value(args, 1, row, column);
+          }
+          if (half == 1) return v;
+          return to_gamma ? v * film_target<T>(p.head, rows.begin + row, column) : Accumulator(0);
+        },
+        [&](int64_t column, Accumulator sum) {
+          const int64_t at = half * p.head.hidden + column;
+          Accumulator v[1] = {sum};
+          multiply_all(v, scale_of(args, 0));
+          if (args.plan.partials) {
+            write_sum(bias_partial(args, split, at), v, 1, rows);
+          } else {
+            write_sum(static_cast<Output*>(p.grad_film_bias) + at, v, 1, rows);
+          }
+        });
+  }
+
+  // ---- add
+
+  static __device__ __forceinline__ void add_row_splits(const Arguments& args) {
+    const FilmHeadBackward& p = args.problem;
+    const int64_t hidden = p.head.hidden, classes = p.head.classes;
+    if (p.grad_out_weight.data && args.plan.out_partials) {
+      for_each_element<C>(classes, hidden, [&](int64_t row, int64_t column) {
+        *address<Output>(p.grad_out_weight, row, column) =
+            narrow<Output>(sum_splits(out_weight_partial(args, 0, row, column),
+                                      args.plan.out_splits, classes * args.plan.padded_hidden));
+      });
+    }
+    if (!args.plan.partials) return;
+    if (p.grad_film_weight.data) {
+      const int64_t plane = 2 * hidden * round_up(p.head.condition_width, 8);
+      for_each_element<C>(2 * hidden, p.head.condition_width, [&](int64_t row, int64_t column) {
+        *address<Output>(p.grad_film_weight, row, column) = narrow<Output>(
+            sum_splits(film_weight_partial(args, 0, row, column), args.plan.row_splits, plane));
+      });
+    }
+    const int64_t biases = 2 * hidden + classes;
+    for_each_element<C>(1, biases, [&](int64_t, int64_t column) {
+      void* const bias = column < 2 * hidden ? p.grad_film_bias : p.grad_out_bias;
+      if (!bias) return;
+      static_cast<Output*>(bias)[column < 2 * hidden ? column : column - 2 * hidden] =
+          narrow<Output>(sum_splits(bias_partial(args, 0, column), args.plan.row_splits, biases));
+    });
+  }
+};
+
+}  // namespace dgl_ext

@@ -1,0 +1,35 @@
+#include "film_step.cuh"
+#include "instances.cuh"
+#include "launch.h"
+
+namespace dgl_ext {
+
+cudaError_t film_head_step(const FilmHeadStep& problem, Precision precision,
+                           const FilmStepPlan& plan, void* workspace, cudaStream_t stream) {
+  FilmHeadForward forward;
+  forward.head = problem.head;
+  forward.modulation = {static_cast<char*>(workspace) + plan.modulation_offset,
+                        2 * problem.head.hidden};
+  FilmHeadBackward backward;
+  backward.head = problem.head;
+  backward.leaks = problem.leaks;
+  backward.modulation = {forward.modulation.data, forward.modulation.stride};
+  backward.grad_condition = problem.grad_condition;
+  backward.grad_target = problem.grad_target;
+  backward.grad_film_weight = problem.grad_film_weight;
+  backward.grad_out_weight = problem.grad_out_weight;
+  backward.grad_film_bias = problem.grad_film_bias;
+  backward.grad_out_bias = problem.grad_out_bias;
+  FilmStepArguments arguments{{forward, plan.forward, workspace},
+                              {backward, plan.backward, workspace},
+                              problem.loss,
+                              plan.step};
+  arguments.backward.totals_offset = plan.step.totals_offset;
+  return launch_head<FilmStep>(StepConfigs{}, precision.dtype, plan.launch, arguments, stream);
+}
+
+cudaError_t film_step_occupancy(int (&ctas)[kTileCount]) {
+  return lower_occupancy<FilmStep>(StepConfigs{}, ctas);
+}
+
+}  // namespace dgl_ext

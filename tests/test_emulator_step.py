@@ -1,0 +1,247 @@
+"""Training steps on emulated CUDA against float64, element by element."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from emulator import harness
+from emulator.draw import TILES, linear_step_case
+from emulator.harness import Layout, Poison, Schedule
+from emulator.linear_step import LinearStepCase, LinearStepProblem
+from emulator.losses import LossCase
+
+pytestmark = pytest.mark.emulator
+
+ODD = Layout(aligned=False, gap=1)
+TINY = LossCase(limit=1)  # chunks of one tile of rows
+RANDOM_CASES = 8  # per head and tile
+RACE_CASES = 2
+STEP_TILES = [t for t in TILES if t[0] != "half_xlarge"]
+
+tiles = pytest.mark.parametrize(("tile", "dtype"), STEP_TILES, ids=lambda value: value)
+layouts = pytest.mark.parametrize("layout", [Layout(), ODD], ids=["aligned", "odd"])
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    module = harness.load("emulated_kernels")
+    if module is None:
+        pytest.skip("the emulator is not built (cmake -S tests/emulator -B build/cpp)")
+    return module
+
+
+def run(module, case, races=False):
+    return LinearStepProblem(module, case).run_step(races)
+
+
+@tiles
+@pytest.mark.parametrize("seed", range(RANDOM_CASES))
+def test_linear_random(kernels, tile, dtype, seed):
+    run(kernels, linear_step_case(5000 + seed, tile, dtype))
+
+
+@tiles
+@pytest.mark.parametrize("seed", range(RACE_CASES))
+def test_linear_has_no_race(kernels, tile, dtype, seed):
+    case = linear_step_case(6000 + seed, tile, dtype)
+    run(kernels, replace(case, wanted=()), races=True)
+    assert kernels.statistics()["accesses"] > 0
+
+
+@tiles
+def test_linear_runs_on_the_tile_that_was_asked_for(kernels, tile, dtype):
+    plan, _ = run(kernels, LinearStepCase(widths=(72, 48), tile=tile, dtype=dtype))
+    assert plan.launch.tile.name == tile
+    assert plan.launch.aligned == (dtype != "float64")
+    key = getattr(kernels.Dtype, dtype), plan.launch.tile, plan.launch.aligned
+    size, _ = kernels.kernels()["LinearStep"][key]
+    assert kernels.statistics()["shared_bytes"] == size
+
+
+@layouts
+@pytest.mark.parametrize(
+    ("rows", "widths", "classes"),
+    [
+        (0, (24, 16), 11),
+        (1, (1,), 1),
+        (1, (1, 1), 1),
+        (33, (31, 17, 5), 3),
+        (256, (64, 8), 34),
+        (13, (3, 9, 1, 2, 7, 5, 4, 6), 2),
+        (40, (3, 9, 1, 2), 5),
+        (31, (512, 509), 6),
+        (129, (130, 16), 131),
+        (37, (24, 0), 5),
+    ],
+)
+def test_linear_sizes(kernels, rows, widths, classes, layout):
+    for concat in (True, False):
+        case = LinearStepCase(
+            rows, widths, classes, layout=layout, concat=concat, encoder_leak=0.5, head_leak=0.5
+        )
+        run(kernels, case)
+        run(kernels, replace(case, encoder_leak=0.0, head_leak=0.0, loss=TINY))
+
+
+@pytest.mark.parametrize("concat", [True, False], ids=["concat", "sum"])
+@pytest.mark.parametrize("leaks", [(0, 0), (1, 1), (0.25, 0), (0, 0.25)])
+@pytest.mark.parametrize("mean", [True, False], ids=["mean", "total"])
+def test_leaks_with_absent_rows(kernels, concat, leaks, mean):
+    """The means of the branches have divisors of their own."""
+    encoder, head = leaks
+    case = LinearStepCase(
+        70, (72, 48, 24), 11, concat=concat, encoder_leak=encoder, head_leak=head,
+        absent=(0.3, 0.0, 1.0), loss=LossCase(alpha=(1.0, -0.5, 2.0), mean=mean, ignored=0.2),
+    )  # fmt: skip
+    run(kernels, case)
+    run(kernels, replace(case, loss=replace(case.loss, limit=1)))
+
+
+@pytest.mark.parametrize("wanted", range(5))
+@pytest.mark.parametrize("leak", [0.0, 0.5])
+def test_linear_computes_only_what_is_wanted(kernels, wanted, leak):
+    case = LinearStepCase(
+        widths=(72, 48), concat=False, wanted=tuple(i == wanted for i in range(5)),
+        encoder_leak=leak, head_leak=leak, absent=(0.3, 0.3),
+    )  # fmt: skip
+    plan, _ = run(kernels, case)
+    assert plan.step.gradients
+
+
+@pytest.mark.parametrize("loss", [LossCase(), TINY], ids=["whole", "chunked"])
+def test_evaluation_computes_losses_only(kernels, loss):
+    case = LinearStepCase(rows=100, wanted=(False,) * 5, head_leak=0.5, loss=loss)
+    plan, _ = run(kernels, case)
+    assert not plan.step.gradients
+    assert plan.step.plane_count == 0
+
+
+@pytest.mark.parametrize("classes", [1, 11])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("ignored", [0.0, 0.3, 1.0])
+def test_losses(kernels, classes, smoothing, ignored):
+    """All ignored: a mean is NaN, a sum 0, and every gradient 0."""
+    for mean in (True, False):
+        loss = LossCase(mean=mean, label_smoothing=smoothing, ignored=ignored)
+        _, tensors = run(kernels, LinearStepCase(40, (16, 24), classes, loss=loss))
+        total, losses, correct, *grads = tensors
+        if ignored == 1:
+            assert np.isnan(losses.values).all() if mean else not losses.values.any()
+            assert np.isnan(total.values).all() == mean
+            assert not correct.elements.any()
+            assert not any(g.values.any() for g in grads)
+
+
+def test_a_modality_that_no_counted_row_has_costs_nothing(kernels):
+    case = LinearStepCase(widths=(72, 48), absent=(0.0, 1.0), encoder_leak=0.5)
+    _, (_, losses, correct, *_) = run(kernels, case)
+    assert losses.values[0, 2] == 0
+    assert correct.elements[0, 2] == 0
+
+
+@pytest.mark.parametrize("value", [1.0, np.nan, np.inf])
+def test_the_first_of_equal_maxima_is_the_prediction(kernels, value):
+    """Features of zero leave the bias: equal maxima, or NaN, which counts as the largest."""
+    case = LinearStepCase(rows=70, widths=(16,), classes=70)
+    problem = LinearStepProblem(kernels, case)
+    problem.features[0].elements[...] = 0
+    bias = problem.biases[0]
+    bias.elements[...] = 0
+    bias.elements[0, [37, 40, 69]] = value
+    targets = problem.losses.target
+    targets.elements[0, : len(targets.elements[0])] = np.arange(70)
+    _, tensors = problem.run_step()
+    assert tensors[2].elements.tolist() == [[1, 1]]
+    targets.elements[0, 37] = 36
+    _, tensors = problem.run_step()
+    assert tensors[2].elements.tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_bias_of_minus_infinity_masks_a_class(kernels, smoothing):
+    case = LinearStepCase(
+        40, (16, 24), 40, loss=LossCase(label_smoothing=smoothing),
+        poison=(Poison("bias 0", 0, 35, -np.inf),),
+    )  # fmt: skip
+    problem = LinearStepProblem(kernels, case)
+    targets = problem.losses.target.elements
+    targets[targets == 35] = 3
+    _, (total, *_) = problem.run_step()
+    assert np.isfinite(total.values).all() == (smoothing == 0)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
+def test_poison_stays_in_its_row(kernels, value):
+    for absent in ((), (0.3, 0.3)):
+        case = LinearStepCase(
+            37, (72, 48), 11, poison=(Poison("feature 1", 36, 44, value),), absent=absent
+        )
+        _, (total, _, _, *grads) = run(kernels, case)
+        assert not np.isfinite(total.values).all()
+        for grad in grads[:2]:
+            assert np.isfinite(grad.values[:36]).all()
+
+
+@pytest.mark.parametrize("target", [11, -1, 1 << 40])
+def test_a_target_out_of_range_is_a_device_side_assertion(kernels, target):
+    problem = LinearStepProblem(kernels, LinearStepCase())
+    problem.losses.target.elements[0, 20] = target
+    with pytest.raises(kernels.EmulatorError, match="device-side assertion: target"):
+        problem.run_step()
+
+
+@tiles
+def test_chunks_are_what_the_whole_is(kernels, tile, dtype):
+    """To rounding; and what a chunk leaves is added to, however many row splits there are."""
+    large = "large" in tile
+    case = LinearStepCase(
+        300 if large else 100, (72, 48), 11, tile=tile, dtype=dtype, head_leak=0.5,
+        absent=(0.3, 0.0), loss=LossCase(ignored=0.2),
+    )  # fmt: skip
+    whole, _ = run(kernels, case)
+    assert whole.step.chunk_rows == case.rows
+    for splits in (0, 2):
+        chunked, _ = run(kernels, replace(case, splits=splits, loss=replace(case.loss, limit=1)))
+        assert chunked.step.chunk_rows == (128 if large else 32)
+        splits_rows = chunked.backward.row_splits > 1
+        assert chunked.backward.partials == (dtype == "bfloat16" or splits_rows)
+
+
+def test_the_workspace_limit_holds(kernels):
+    previous = None
+    for limit in (1 << 26, 200_000, 100_000, 50_000):
+        case = LinearStepCase(500, (72, 48), 40, loss=LossCase(limit=limit))
+        plan, _ = run(kernels, case)
+        assert plan.launch.workspace_bytes <= limit + 4096  # sums per CTA
+        assert previous is None or plan.step.chunk_rows < previous
+        previous = plan.step.chunk_rows
+
+
+def test_long_thin_weight_gradients_split_the_rows(kernels):
+    case = LinearStepCase(
+        rows=3000, widths=(24, 16), classes=3, schedule=Schedule(multiprocessors=24)
+    )
+    plan, _ = run(kernels, case)
+    assert plan.backward.row_splits > 1
+
+
+@pytest.mark.parametrize(("tile", "dtype"), [t for t in STEP_TILES if "large" not in t[0]])
+def test_same_bits_on_every_schedule(kernels, tile, dtype):
+    case = LinearStepCase(
+        70, (136, 40), 43, tile=tile, dtype=dtype, splits=3, head_leak=0.5, absent=(0.2, 0.2)
+    )
+    for loss in (LossCase(ignored=0.1), LossCase(ignored=0.1, limit=1)):
+        bits = []
+        for seed in range(4):
+            schedule = Schedule(
+                seed=seed,
+                policy=kernels.policies[seed % 4],
+                delivery=kernels.deliveries[seed % 3],
+                multiprocessors=4,
+            )
+            _, tensors = run(kernels, replace(case, schedule=schedule, loss=loss))
+            bits.append([np.array(t.stored).tobytes() for t in tensors])
+        assert all(b == bits[0] for b in bits)
