@@ -317,3 +317,12 @@ def test_a_range_of_rows_depends_on_no_other(core, draw, fma):
     np.testing.assert_array_equal(cut[2:5], losses[2:5])
     np.testing.assert_array_equal(values[[0, 1, 5, 6]], logits[[0, 1, 5, 6]])
     assert np.isnan(cut[[0, 1, 5, 6]]).all()
+
+
+def test_a_nan_stays_one_whatever_its_payload(modules, fma):
+    logits = np.zeros((1, 11), dtype=np.float32)
+    logits[0, 3] = np.array([0x7FC00001], dtype=np.uint32).view(np.float32)[0]
+    losses, residuals, correct = cross_entropy(modules.float32, logits, np.array([3]), fma)
+    assert np.isnan(losses).all()
+    assert np.isnan(residuals).all()
+    assert correct == 1
