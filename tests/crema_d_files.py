@@ -35,9 +35,7 @@ def tone(emotion: int, noise: random.Random, seconds: float = 0.4, rate: int = 1
 def write_frame(path: Path, emotion: int, noise: random.Random) -> None:
     """A plain image whose brightness tells the emotion, with noise."""
     level = 40 * emotion
-    pixels = bytes(
-        min(255, level + noise.randrange(40)) for _ in range(3 * SIZE[0] * SIZE[1])
-    )
+    pixels = bytes(min(255, level + noise.randrange(40)) for _ in range(3 * SIZE[0] * SIZE[1]))
     Image.frombytes("RGB", SIZE, pixels).save(path)
 
 
