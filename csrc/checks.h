@@ -46,6 +46,14 @@ inline const char* dtype_name(ScalarType dtype) {
       return "bfloat16";
     case ScalarType::Half:
       return "float16";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Bool:
+      return "bool";
     default:
       return "an unsupported dtype";
   }
@@ -73,23 +81,30 @@ class Checks {
     if (got != expected) fail(argument, "shape " + to_string(expected), to_string(got));
   }
 
-  // `like` is features[0], which must be a floating-point tensor on the op's device itself. Other
-  // layouts than strided need no check: the dispatcher has no kernel for them.
-  void like(const std::string& argument, const Tensor& tensor, const Tensor& like) const {
+  // `like` is the first tensor of the op, which `name` names.
+  void device(const std::string& argument, const Tensor& tensor, const Tensor& like,
+              const std::string& name = "features[0]") const {
     if (on_cuda_ ? !tensor.is_cuda() : !tensor.is_cpu()) {
       fail(argument, on_cuda_ ? "a CUDA tensor" : "a CPU tensor", "a tensor on another device");
     }
     if (on_cuda_ && tensor.get_device_index() != like.get_device_index()) {
-      fail(argument, "device cuda:" + std::to_string(like.get_device_index()) + " as features[0]",
+      fail(argument, "device cuda:" + std::to_string(like.get_device_index()) + " as " + name,
            "cuda:" + std::to_string(tensor.get_device_index()));
     }
+  }
+
+  // The first tensor must be a floating-point tensor on the op's device itself. Other layouts than
+  // strided need no check: the dispatcher has no kernel for them.
+  void like(const std::string& argument, const Tensor& tensor, const Tensor& like,
+            const std::string& name = "features[0]") const {
+    device(argument, tensor, like, name);
     const ScalarType dtype = tensor.scalar_type();
     if (dtype != ScalarType::Double && dtype != ScalarType::Float &&
         dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) {
       fail(argument, "float64, float32, bfloat16 or float16", dtype_name(dtype));
     }
     if (dtype != like.scalar_type()) {
-      fail(argument, std::string(dtype_name(like.scalar_type())) + " as features[0]",
+      fail(argument, std::string(dtype_name(like.scalar_type())) + " as " + name,
            dtype_name(dtype));
     }
   }
@@ -148,6 +163,43 @@ class Checks {
       like(indexed("grad_outputs", i), *grads[i], like_tensor);
       shape(indexed("grad_outputs", i), *grads[i], leading);
     }
+  }
+
+  // Of one int64 or bool per row: `target` and the masks.
+  void per_row(const std::string& argument, const Tensor& tensor, ScalarType dtype,
+               const Shape& leading, const Tensor& like_tensor) const {
+    device(argument, tensor, like_tensor);
+    if (tensor.scalar_type() != dtype) {
+      fail(argument, dtype_name(dtype), dtype_name(tensor.scalar_type()));
+    }
+    shape(argument, tensor, leading);
+  }
+
+  // What a step takes besides a head: class indices, masks (none at all, or one entry per modality)
+  // and the loss's numbers.
+  void step(const Tensor& target, const OptionalTensors& present, const std::vector<double>& alpha,
+            double label_smoothing, int64_t workspace_limit, size_t modalities,
+            const Shape& leading, const Tensor& like_tensor) const {
+    per_row("target", target, ScalarType::Long, leading, like_tensor);
+    if (!present.empty()) length("present", present.size(), modalities);
+    for (size_t i = 0; i < present.size(); ++i) {
+      if (!present[i]) continue;
+      per_row(indexed("present", i), *present[i], ScalarType::Bool, leading, like_tensor);
+    }
+    length("alpha", alpha.size(), modalities);
+    if (!(label_smoothing >= 0 && label_smoothing <= 1)) {
+      fail("label_smoothing", "a number in [0, 1]", std::to_string(label_smoothing));
+    }
+    if (workspace_limit < 1) {
+      fail("workspace_limit", "at least 1 byte", std::to_string(workspace_limit));
+    }
+  }
+
+  void needs(const std::vector<bool>& features, const std::vector<bool>& weights,
+             const std::vector<bool>& biases, size_t modalities, size_t parameters) const {
+    length("needs_features", features.size(), modalities);
+    length("needs_weights", weights.size(), parameters);
+    length("needs_biases", biases.size(), parameters);
   }
 
   static std::string indexed(const char* argument, size_t i) {

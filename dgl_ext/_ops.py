@@ -8,13 +8,14 @@ default is to return, with a warning at most, a result whose gradient is silentl
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import composed
+from . import composed, composed_step
 
 
 class Path(enum.IntEnum):
@@ -213,11 +214,21 @@ def register() -> torch.library.Library:
     for name, fake in FAKE_KERNELS.items():
         _register(name, fake, library)
     for name in _HEAD_OPS:
-        kernel = getattr(composed, name, None)
-        if kernel is None:
-            continue
+        module = composed_step if name.endswith("_step") else composed
+        kernel = _without_autocast(getattr(module, name))
         library.impl(f"{name}_composed", kernel, "CompositeExplicitAutograd")
     return library
+
+
+def _without_autocast(kernel: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """What comes here has been cast; autocast would cast the sums' dtype back."""
+
+    @functools.wraps(kernel)
+    def call_kernel(*args: Any) -> list[Tensor]:
+        with torch._C._DisableAutocast():
+            return kernel(*args)
+
+    return call_kernel
 
 
 def _tf32_allowed() -> bool:

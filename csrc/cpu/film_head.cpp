@@ -5,65 +5,17 @@
 // Forward stacks [h; h_x; h_y] and multiplies by W_o once. In backward, d is the gradient of h:
 // d = g W_o, d_x = g_x W_o, d_y = g_y W_o, each computed only where something needs it.
 
+#include "cpu/film_head.h"
+
 #include <torch/csrc/stable/library.h>
 
-#include <numeric>
-
-#include "cpu/matrix.h"
-
-namespace dgl_ext {
+namespace dgl_ext::cpu {
 namespace {
-
-enum Branch : int64_t { kFused, kOfX, kOfY };
-constexpr int64_t kBranches = 3;
-
-struct FilmHead {
-  Shape leading;
-  int64_t rows;
-  int64_t hidden;
-  int64_t classes;
-  ScalarType storage;  // of the arguments
-  ScalarType compute;
-  MatrixView x;
-  MatrixView y;
-  MatrixView film_weight;  // (2H, D_x)
-  MatrixView out_weight;   // (C, H)
-};
-
-FilmHead parse(const Checks& checks, const std::vector<Tensor>& features,
-               const std::vector<Tensor>& weights) {
-  Shape leading = checks.features(features, 2, 2);
-  const int64_t rows =
-      std::accumulate(leading.begin(), leading.end(), int64_t{1}, std::multiplies<int64_t>());
-  checks.length("weights", weights.size(), 2);
-  const MatrixView x = MatrixView::from_rows(to_compute(features[0]));
-  const MatrixView y = MatrixView::from_rows(to_compute(features[1]));
-  for (size_t i = 0; i < weights.size(); ++i) {
-    checks.like(Checks::indexed("weights", i), weights[i], features[0]);
-  }
-  if (weights[1].dim() != 2) {
-    checks.fail("weights[1]", "shape (C, H)", to_string(shape_of(weights[1])));
-  }
-  const int64_t classes = weights[1].size(0);
-  checks.shape("weights[0]", weights[0], {2 * y.cols, x.cols});
-  checks.shape("weights[1]", weights[1], {classes, y.cols});
-  const ScalarType storage = features[0].scalar_type();
-  return FilmHead{std::move(leading),
-                  rows,
-                  y.cols,
-                  classes,
-                  storage,
-                  compute_dtype(storage),
-                  x,
-                  y,
-                  MatrixView::from_rows(to_compute(weights[0])),
-                  MatrixView::from_rows(to_compute(weights[1]))};
-}
 
 std::vector<Tensor> forward(std::vector<Tensor> features, std::vector<Tensor> weights,
                             OptionalTensors biases, bool /* allow_tf32 */, bool /* kernel_only */) {
   const Checks checks("film_head_forward");
-  const FilmHead head = parse(checks, features, weights);
+  const FilmHead head = parse_film_head(checks, features, weights);
   checks.biases(biases, weights, features[0]);
   const Tensor film_bias = bias_or_zeros(biases[0], 2 * head.hidden, head.compute);
   const Tensor out_bias = bias_or_zeros(biases[1], head.classes, head.compute);
@@ -265,12 +217,10 @@ std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> f
                              std::vector<bool> needs_biases, double encoder_leak, double head_leak,
                              bool /* allow_tf32 */, bool /* kernel_only */) {
   const Checks checks("film_head_backward");
-  const FilmHead head = parse(checks, features, weights);
+  const FilmHead head = parse_film_head(checks, features, weights);
   checks.biases(biases, weights, features[0]);
   checks.grad_outputs(grad_outputs, kBranches, head.leading, head.classes, features[0]);
-  checks.length("needs_features", needs_features.size(), 2);
-  checks.length("needs_weights", needs_weights.size(), 2);
-  checks.length("needs_biases", needs_biases.size(), 2);
+  checks.needs(needs_features, needs_weights, needs_biases, 2, 2);
   Shape film_shape = head.leading;
   film_shape.push_back(2 * head.hidden);
   checks.shape("film", film, film_shape);
@@ -299,4 +249,4 @@ STABLE_TORCH_LIBRARY_IMPL(dgl_ext, CPU, m) {
   m.impl("film_head_backward", TORCH_BOX(&backward));
 }
 
-}  // namespace dgl_ext
+}  // namespace dgl_ext::cpu

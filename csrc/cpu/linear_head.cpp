@@ -5,71 +5,17 @@
 // weight, or a weight of its own) and in whose bias a modality's logits get (the shared one, or its
 // own); the fused logits are the sum of the same products either way.
 
+#include "cpu/linear_head.h"
+
 #include <torch/csrc/stable/library.h>
 
-#include <numeric>
-
-#include "cpu/matrix.h"
-
-namespace dgl_ext {
+namespace dgl_ext::cpu {
 namespace {
-
-struct LinearHead {
-  Shape leading;
-  int64_t rows;
-  int64_t classes;
-  ScalarType storage;  // of the arguments
-  ScalarType compute;
-  bool shared;  // one weight and one bias for all modalities
-  std::vector<MatrixView> features;
-  std::vector<MatrixView> weights;  // per modality: (C, D_i)
-
-  int64_t modalities() const { return static_cast<int64_t>(features.size()); }
-};
-
-LinearHead parse(const Checks& checks, const std::vector<Tensor>& features,
-                 const std::vector<Tensor>& weights) {
-  LinearHead head;
-  head.leading = checks.features(features, 1, kMaxModalities);
-  head.rows = std::accumulate(head.leading.begin(), head.leading.end(), int64_t{1},
-                              std::multiplies<int64_t>());
-  head.storage = features[0].scalar_type();
-  head.compute = compute_dtype(head.storage);
-  head.shared = weights.size() == 1;
-  for (const Tensor& feature : features) {
-    head.features.push_back(MatrixView::from_rows(to_compute(feature)));
-  }
-  if (!head.shared) checks.length("weights", weights.size(), features.size());
-  if (weights[0].dim() != 2) {
-    checks.fail("weights[0]", "shape (C, D)", to_string(shape_of(weights[0])));
-  }
-  head.classes = weights[0].size(0);
-  int64_t width = 0;
-  for (const MatrixView& feature : head.features) width += feature.cols;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const std::string name = Checks::indexed("weights", i);
-    checks.like(name, weights[i], features[0]);
-    checks.shape(name, weights[i], {head.classes, head.shared ? width : head.features[i].cols});
-  }
-  if (head.shared) {
-    const MatrixView weight = MatrixView::from_rows(to_compute(weights[0]));
-    int64_t begin = 0;
-    for (const MatrixView& feature : head.features) {
-      head.weights.push_back(weight.columns(begin, feature.cols));
-      begin += feature.cols;
-    }
-  } else {
-    for (const Tensor& weight : weights) {
-      head.weights.push_back(MatrixView::from_rows(to_compute(weight)));
-    }
-  }
-  return head;
-}
 
 std::vector<Tensor> forward(std::vector<Tensor> features, std::vector<Tensor> weights,
                             OptionalTensors biases, bool /* allow_tf32 */, bool /* kernel_only */) {
   const Checks checks("linear_head_forward");
-  const LinearHead head = parse(checks, features, weights);
+  const LinearHead head = parse_linear_head(checks, features, weights);
   checks.biases(biases, weights, features[0]);
 
   Shape shape = head.leading;
@@ -115,11 +61,9 @@ std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> f
                              double encoder_leak, double head_leak, bool /* allow_tf32 */,
                              bool /* kernel_only */) {
   const Checks checks("linear_head_backward");
-  const LinearHead head = parse(checks, features, weights);
+  const LinearHead head = parse_linear_head(checks, features, weights);
   checks.grad_outputs(grad_outputs, features.size() + 1, head.leading, head.classes, features[0]);
-  checks.length("needs_features", needs_features.size(), features.size());
-  checks.length("needs_weights", needs_weights.size(), weights.size());
-  checks.length("needs_biases", needs_biases.size(), weights.size());
+  checks.needs(needs_features, needs_weights, needs_biases, features.size(), weights.size());
 
   std::vector<std::optional<MatrixView>> grads;  // of the logits, fused first
   for (const auto& grad : grad_outputs) {
@@ -177,4 +121,4 @@ STABLE_TORCH_LIBRARY_IMPL(dgl_ext, CPU, m) {
   m.impl("linear_head_backward", TORCH_BOX(&backward));
 }
 
-}  // namespace dgl_ext
+}  // namespace dgl_ext::cpu

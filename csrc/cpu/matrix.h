@@ -1,4 +1,6 @@
-// Tensors as matrices, and library GEMMs on views of them through torch's dispatcher.
+// Tensors as matrices, and library GEMMs on views of them through torch's C shims, which call the
+// kernel without the dispatcher (quicker) and take the scalars of addmm (the stable ABI's
+// dispatcher call does not).
 //
 // Heads on the CPU compute in float64 or float32 only: float16 and bfloat16 are converted at the
 // op's border (`to_compute`, `to_storage`), so that sums over modalities and rows are never rounded
@@ -6,6 +8,7 @@
 
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/shim_utils.h>
@@ -78,6 +81,17 @@ class MatrixView {
     return MatrixView(tensor, 0, rows, cols, *row_stride, strides[dims - 1]);
   }
 
+  // A row-major matrix on memory that the caller keeps alive.
+  template <typename T>
+  static MatrixView from_memory(T* data, int64_t rows, int64_t cols, ScalarType dtype) {
+    const std::array<int64_t, 2> sizes{rows, cols};
+    const std::array<int64_t, 2> strides{cols, 1};
+    return MatrixView(
+        torch::stable::from_blob(data, sizes, strides,
+                                 torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype),
+        0, rows, cols, std::max<int64_t>(1, cols), 1);
+  }
+
   MatrixView transposed() const {
     return MatrixView(tensor_, offset_, cols, rows, col_stride_, row_stride_);
   }
@@ -143,11 +157,15 @@ constexpr int64_t kFewOutputs = 64;
 // out = a b, by the library
 inline void gemm(const MatrixView& a, const MatrixView& b, const MatrixView& out) {
   if (out.rows == 0 || out.cols == 0) return;
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a.view()),
-                                    torch::stable::detail::from(b.view()),
-                                    torch::stable::detail::from(out.view())};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // the result is ours to release
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.view().get(), a.view().get(), b.view().get()));
+}
+
+// out += a b, by the library
+inline void gemm_add(const MatrixView& a, const MatrixView& b, const MatrixView& out) {
+  if (out.rows == 0 || out.cols == 0) return;
+  const Tensor sum = out.view();
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(sum.get(), sum.get(), a.view().get(),
+                                                  b.view().get(), /*beta=*/1, /*alpha=*/1));
 }
 
 // Rows or columns in ranges over torch's threads, none so small that starting it costs more.
@@ -187,11 +205,17 @@ inline void multiply(const MatrixView& a, const MatrixView& b, const MatrixView&
   });
 }
 
+constexpr int64_t kFewLogits = 32768;
+
+// Whether multiply_weight may use a scratch matrix of the size of its result.
+inline bool may_flip(int64_t rows, int64_t outputs) {
+  return outputs <= kFewOutputs || rows * outputs <= kFewLogits;
+}
+
 // x w^T for a weight of `w.rows` outputs. `out`, which is row-major, may be returned, or a scratch
 // matrix with the rows along the other axis: with few outputs, or few logits, the library is 1.1 to
 // 1.5 times faster that way round, and the pass over the logits that follows reads either.
 inline MatrixView multiply_weight(const MatrixView& x, const MatrixView& w, const MatrixView& out) {
-  constexpr int64_t kFewLogits = 32768;
   if (is_small(x.rows, w.rows, x.cols) && w.rows <= kFewOutputs && x.has_contiguous_rows() &&
       w.has_contiguous_rows()) {
     dispatch_dtype(out.dtype(), [&](auto type) {
@@ -203,7 +227,7 @@ inline MatrixView multiply_weight(const MatrixView& x, const MatrixView& w, cons
     });
     return out;
   }
-  if (w.rows > kFewOutputs && x.rows * w.rows > kFewLogits) {
+  if (!may_flip(x.rows, w.rows)) {
     gemm(x, w.transposed(), out);
     return out;
   }

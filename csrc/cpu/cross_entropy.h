@@ -1,0 +1,226 @@
+// The cross-entropy of rows of logits, which become the gradient of the logits in place. Free of
+// torch, like row_passes.h; vectors and the choice of the processor as in small_gemm.h.
+//
+// A row is read three times while it is in cache: for its maximum, for the exponentials and their
+// sum, and for the residuals. Sums over classes run in T over short blocks and in double over the
+// blocks, so that many classes lose no bits. A row's result depends on nothing but the row.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "cpu/small_gemm.h"
+
+namespace dgl_ext {
+
+// What the loss of a range of rows depends on besides the logits. Row pointers start at row 0.
+template <typename T>
+struct LossRows {
+  const int64_t* target;
+  int64_t ignore_index;
+  const bool* present;  // null: every row is there
+  double label_smoothing;
+  double scale;   // of the residuals
+  bool residual;  // whether the logits become residuals
+  double* losses;
+};
+
+namespace cross_entropy {
+
+using small_gemm::Lanes;
+using small_gemm::load;
+
+// exp(x) for x <= 0 or NaN, within one ulp where the processor has FMA; 0 where a float32 would be
+// subnormal. By reference, since passing vectors by value depends on what the caller is compiled
+// for.
+DGL_EXT_INLINE void exponential(Lanes<float>::Vector& x) {
+  using Vector = Lanes<float>::Vector;
+  typedef uint32_t Bits __attribute__((vector_size(32)));
+  // x = n log(2) + r. Adding 1.5 * 2^23 rounds to an integer, which the low bits then hold.
+  constexpr float kRound = 12582912.0f;
+  const Vector rounded = x * 0x1.715476p+0f + kRound;
+  const Vector n = rounded - kRound;
+  // log(2) in two parts; n times the first is exact.
+  const Vector r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
+  // exp(r) = 1 + r + r^2 q(r), q fitted to the least relative error of exp over |r| <= log(2) / 2
+  Vector q = 0x1.6a1a72p-10f * r + 0x1.123fc6p-7f;
+  q = q * r + 0x1.555916p-5f;
+  q = q * r + 0x1.55548ap-3f;
+  q = q * r + 0x1.fffffcp-2f;
+  const Vector p = (q * r * r + r) + 1.0f;
+  const Vector scaled = (Vector)((Bits)p + ((Bits)rounded << 23));
+  const Vector result = x < -87.33f ? Vector{} : scaled;
+  x = x == x ? result : x;
+}
+
+DGL_EXT_INLINE void exponential(Lanes<double>::Vector& x) {
+  for (int64_t lane = 0; lane < Lanes<double>::kCount; ++lane) x[lane] = std::exp(x[lane]);
+}
+
+// `count` values, and -inf in the lanes behind them, which no maximum and no sum sees.
+template <typename T>
+DGL_EXT_INLINE void load_part(typename Lanes<T>::Vector& vector, const T* data, int64_t count) {
+  vector = typename Lanes<T>::Vector{} - std::numeric_limits<T>::infinity();
+  std::memcpy(&vector, data, count * sizeof(T));
+}
+
+// The largest value that is not NaN (-inf if there is none), and whether there is a NaN.
+template <typename T>
+DGL_EXT_INLINE T maximum(const T* row, int64_t classes, bool& has_nan) {
+  using Vector = typename Lanes<T>::Vector;
+  constexpr int64_t kLanes = Lanes<T>::kCount;
+  constexpr int64_t kChains = 4;
+  Vector most[kChains];
+  auto unordered = Vector{} != Vector{};
+  for (Vector& chain : most) chain = Vector{} - std::numeric_limits<T>::infinity();
+  int64_t c = 0;
+  for (; c + kChains * kLanes <= classes; c += kChains * kLanes) {
+    for (int64_t k = 0; k < kChains; ++k) {
+      Vector values;
+      load<T>(values, row + c + k * kLanes);
+      most[k] = values > most[k] ? values : most[k];
+      unordered |= values != values;
+    }
+  }
+  for (; c < classes; c += kLanes) {
+    Vector values;
+    load_part<T>(values, row + c, std::min(kLanes, classes - c));
+    most[0] = values > most[0] ? values : most[0];
+    unordered |= values != values;
+  }
+  T result = -std::numeric_limits<T>::infinity();
+  has_nan = false;
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    for (const Vector& chain : most) result = std::max(result, chain[lane]);
+    has_nan |= unordered[lane] != 0;
+  }
+  return result;
+}
+
+// Whether the first of the largest values, as torch.argmax takes it, is the target's.
+template <typename T>
+DGL_EXT_INLINE bool is_top(const T* row, int64_t target, T most, bool has_nan) {
+  if (has_nan) {
+    for (int64_t c = 0; c < target; ++c) {
+      if (row[c] != row[c]) return false;
+    }
+    return row[target] != row[target];
+  }
+  if (row[target] != most) return false;
+  bool earlier = false;
+  for (int64_t c = 0; c < target; ++c) earlier |= row[c] == most;
+  return !earlier;
+}
+
+// sum_c exp(row[c] - most); the exponentials replace the row where `keep`.
+template <typename T>
+DGL_EXT_INLINE double exponentials(T* row, int64_t classes, T most, bool keep) {
+  using Vector = typename Lanes<T>::Vector;
+  constexpr int64_t kLanes = Lanes<T>::kCount;
+  constexpr int64_t kBlock = 64 * kLanes;
+  double sum = 0;
+  for (int64_t begin = 0; begin < classes; begin += kBlock) {
+    const int64_t end = std::min(classes, begin + kBlock);
+    Vector sums{};
+    int64_t c = begin;
+    for (; c + kLanes <= end; c += kLanes) {
+      Vector values;
+      load<T>(values, row + c);
+      values -= most;
+      exponential(values);
+      sums += values;
+      if (keep) std::memcpy(row + c, &values, sizeof(values));
+    }
+    if (c < end) {
+      Vector values;
+      load_part<T>(values, row + c, end - c);
+      values -= most;
+      exponential(values);
+      sums += values;
+      if (keep) std::memcpy(row + c, &values, (end - c) * sizeof(T));
+    }
+    for (int64_t lane = 0; lane < kLanes; ++lane) sum += sums[lane];
+  }
+  return sum;
+}
+
+// sum_c (row[c] - most)
+template <typename T>
+DGL_EXT_INLINE double shifted_sum(const T* row, int64_t classes, T most) {
+  constexpr int64_t kChains = 8;
+  double sums[kChains] = {};
+  int64_t c = 0;
+  for (; c + kChains <= classes; c += kChains) {
+    for (int64_t k = 0; k < kChains; ++k) sums[k] += row[c + k] - most;
+  }
+  double sum = 0;
+  for (; c < classes; ++c) sum += row[c] - most;
+  for (const double chain : sums) sum += chain;
+  return sum;
+}
+
+// Returns how many of the rows that count have their target on top.
+template <typename T>
+DGL_EXT_INLINE int64_t rows(int64_t row_begin, int64_t row_end, int64_t classes,
+                            const LossRows<T>& rows, T* logits) {
+  using Vector = typename Lanes<T>::Vector;
+  constexpr int64_t kLanes = Lanes<T>::kCount;
+  const double smoothing = rows.label_smoothing;
+  int64_t correct = 0;
+  for (int64_t r = row_begin; r < row_end; ++r) {
+    T* row = logits + r * classes;
+    const int64_t target = rows.target[r];
+    if (target == rows.ignore_index || (rows.present != nullptr && !rows.present[r])) {
+      rows.losses[r] = 0;
+      if (rows.residual) std::fill(row, row + classes, T(0));
+      continue;
+    }
+    bool has_nan;
+    const T most = maximum<T>(row, classes, has_nan);
+    correct += is_top<T>(row, target, most, has_nan);
+    const double at_target = static_cast<double>(row[target]) - static_cast<double>(most);
+    // A masked class (-inf) must not meet a smoothing of zero.
+    const double spread = smoothing != 0 ? shifted_sum<T>(row, classes, most) / classes : 0;
+    const double sum = exponentials<T>(row, classes, most, rows.residual);
+    const double log_sum = std::log(sum);
+    double loss = log_sum - at_target;
+    if (smoothing != 0) loss = (1 - smoothing) * loss + smoothing * (log_sum - spread);
+    rows.losses[r] = loss;
+    if (!rows.residual) continue;
+    const T factor = static_cast<T>(rows.scale / sum);
+    const T less = static_cast<T>(rows.scale * smoothing / classes);
+    int64_t c = 0;
+    for (; c + kLanes <= classes; c += kLanes) {
+      Vector values;
+      load<T>(values, row + c);
+      values = values * factor - less;
+      std::memcpy(row + c, &values, sizeof(values));
+    }
+    for (; c < classes; ++c) row[c] = row[c] * factor - less;
+    row[target] -= static_cast<T>(rows.scale * (1 - smoothing));
+  }
+  return correct;
+}
+
+template <typename T>
+DGL_EXT_TARGET_FMA int64_t rows_fma(int64_t row_begin, int64_t row_end, int64_t classes,
+                                    const LossRows<T>& loss, T* logits) {
+  return rows<T>(row_begin, row_end, classes, loss, logits);
+}
+
+}  // namespace cross_entropy
+
+// The losses of a range of rows of row-major logits, and the logits' residuals in their place:
+// scale * (softmax - smoothed target), zero in rows that do not count. Returns how many of the rows
+// that count have their target on top. Targets that count must be in [0, classes).
+template <typename T>
+int64_t cross_entropy_rows(int64_t row_begin, int64_t row_end, int64_t classes,
+                           const LossRows<T>& loss, T* logits) {
+  auto* body = small_gemm::has_fma() ? cross_entropy::rows_fma<T> : cross_entropy::rows<T>;
+  return body(row_begin, row_end, classes, loss, logits);
+}
+
+}  // namespace dgl_ext

@@ -1,0 +1,298 @@
+// The training step of the FiLM head on the CPU: logits, losses and every gradient in one op. The
+// three branches (fused, x alone, y alone) are stacked along the rows, so that W_o takes part in
+// one product forward, one for the hidden rows' gradients and, where the head's leak is open, one
+// for its own gradient.
+//
+// Hidden rows and logits of all rows are there at a time where they fit the workspace; else rows
+// run in chunks, and the head's gradients are summed over the chunks.
+
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/film_head.h"
+#include "cpu/step.h"
+
+namespace dgl_ext::cpu {
+namespace {
+
+template <typename T>
+class FilmStep {
+ public:
+  FilmStep(const FilmHead& head, const OptionalTensors& biases, const Needs& needs,
+           StepLosses& losses, double encoder_leak, double head_leak, int64_t workspace_limit)
+      : head_(head),
+        needs_(needs),
+        losses_(losses),
+        encoder_leak_(encoder_leak),
+        head_leak_(head_leak),
+        film_bias_(bias_or_zeros(biases[0], 2 * head.hidden, head.compute)),
+        out_bias_(bias_or_zeros(biases[1], head.classes, head.compute)),
+        x_(select_present<T>(head.x, losses.present(0))),
+        y_(select_present<T>(head.y, losses.present(1))),
+        film_bias_totals_(needs.biases[0] ? 2 * head.hidden : 0, 0.0),
+        out_bias_totals_(needs.biases[1] ? head.classes : 0, 0.0) {
+    const bool trains_head = needs.head();
+    trains_film_ = needs.weights[0] || needs.biases[0];
+    residual_ = {trains_head || (encoder_leak != 0 && Needs::any(needs.features)),
+                 needs.features[0] || (head_leak != 0 && trains_head),
+                 needs.features[1] || (head_leak != 0 && trains_head)};
+    // [gamma | beta] and two of its gradients' planes; hidden rows and their gradients; logits, and
+    // as much again where the product is put into a matrix of its own.
+    const int64_t most = 6 * head.hidden + 2 * kBranches * (head.hidden + head.classes);
+    chunk_ = chunk_rows(head.rows, most * static_cast<int64_t>(sizeof(T)), workspace_limit);
+    film_ = plane(chunk_, 2 * head.hidden);
+    hidden_ = plane(kBranches * chunk_, head.hidden);
+    logits_ = plane(kBranches * chunk_, head.classes);
+    if (Needs::any(needs.features) || trains_film_) {
+      hidden_grads_ = plane(kBranches * chunk_, head.hidden);
+      film_grad_ = plane(2 * chunk_, 2 * head.hidden);
+    }
+  }
+
+  // In the compute dtype, in the order of the results.
+  std::vector<Tensor> run(const std::vector<Tensor>& features, const std::vector<Tensor>& weights) {
+    std::vector<Tensor> grads;
+    const auto add = [&](bool needed, const Tensor& like) -> std::optional<MatrixView> {
+      if (!needed) return std::nullopt;
+      grads.push_back(empty_cpu(shape_of(like), head_.compute));
+      return MatrixView::from_rows(grads.back());
+    };
+    grad_x_ = add(needs_.features[0], features[0]);
+    grad_y_ = add(needs_.features[1], features[1]);
+    grad_film_weight_ = add(needs_.weights[0], weights[0]);
+    grad_out_weight_ = add(needs_.weights[1], weights[1]);
+    for_chunks(head_.rows, chunk_, [&](int64_t begin, int64_t rows) { run_chunk(begin, rows); });
+    for (const auto* totals : {&film_bias_totals_, &out_bias_totals_}) {
+      if (!needs_.biases[totals == &out_bias_totals_]) continue;
+      grads.push_back(empty_cpu({static_cast<int64_t>(totals->size())}, head_.compute));
+      std::copy(totals->begin(), totals->end(), static_cast<T*>(grads.back().data_ptr()));
+    }
+    return grads;
+  }
+
+ private:
+  using Plane = std::unique_ptr<T[]>;
+
+  static Plane plane(int64_t rows, int64_t cols) { return Plane(new T[rows * cols]); }
+
+  MatrixView matrix(T* data, int64_t rows, int64_t cols) const {
+    return MatrixView::from_memory(data, rows, cols, head_.compute);
+  }
+  // The part of one branch in a stack of all three.
+  T* part(const Plane& stack, int64_t branch, int64_t cols) const {
+    return stack.get() + branch * rows_ * cols;
+  }
+  const T* hidden_grad(int64_t branch) const { return part(hidden_grads_, branch, head_.hidden); }
+  const T* film_bias() const { return static_cast<const T*>(film_bias_.data_ptr()); }
+
+  void run_chunk(int64_t first_row, int64_t rows) {
+    rows_ = rows;
+    first_row_ = first_row;
+    losses_.start_chunk(first_row, rows);
+    const MatrixView y = y_.row_block(first_row, rows);
+    make_hidden(y.strided<T>());
+    make_residuals();
+    losses_.finish_chunk();
+    if (hidden_grads_) {
+      make_hidden_grads();
+      if (grad_x_) make_grad_x(y.strided<T>());
+      if (grad_y_) make_grad_y();
+      if (trains_film_) add_film_grads(y.strided<T>());
+    }
+    if (needs_.weights[1] || needs_.biases[1]) add_out_grads();
+  }
+
+  void make_hidden(const Strided<T>& y) {
+    const int64_t hidden = head_.hidden;
+    const MatrixView film = matrix(film_.get(), rows_, 2 * hidden);
+    multiply(x_.row_block(first_row_, rows_), head_.film_weight.transposed(), film);
+    const FilmHidden<T> out{part(hidden_, kFused, hidden), part(hidden_, kOfX, hidden),
+                            part(hidden_, kOfY, hidden)};
+    parallel_ranges(rows_, 6 * hidden, [&](int64_t begin, int64_t end) {
+      add_bias<T>(begin, end, 2 * hidden, film.strided<T>(), film_bias(), film_.get());
+      film_hidden<T>(begin, end, hidden, film_.get(), y, film_bias(), out);
+    });
+  }
+
+  // The logits of all branches, and their residuals in their place.
+  void make_residuals() {
+    const int64_t classes = head_.classes;
+    const MatrixView partial =
+        multiply_weight(matrix(hidden_.get(), kBranches * rows_, head_.hidden), head_.out_weight,
+                        matrix(logits_.get(), kBranches * rows_, classes));
+    const T* bias = static_cast<const T*>(out_bias_.data_ptr());
+    parallel_ranges(rows_, 4 * kBranches * classes, [&](int64_t begin, int64_t end) {
+      for (int64_t branch = 0; branch < kBranches; ++branch) {
+        const auto in = partial.row_block(branch * rows_, rows_).template strided<T>();
+        T* logits = part(logits_, branch, classes);
+        for (int64_t r = begin; r < end; ++r) {
+          add_bias<T>(r, r + 1, classes, in, bias, logits);
+          losses_.add_rows<T>(r, r + 1, classes, branch, residual_[branch], logits);
+        }
+      }
+    });
+  }
+
+  // grad W_o of every branch that has residuals; neighbours in one product.
+  void make_hidden_grads() {
+    for (int64_t first = 0; first < kBranches;) {
+      int64_t last = first;
+      while (last < kBranches && residual_[last]) ++last;
+      if (last > first) {
+        multiply(
+            matrix(part(logits_, first, head_.classes), (last - first) * rows_, head_.classes),
+            head_.out_weight,
+            matrix(part(hidden_grads_, first, head_.hidden), (last - first) * rows_, head_.hidden));
+      }
+      first = last + 1;
+    }
+  }
+
+  // [s d y | s d + s_x d_x], see row_passes.h
+  MatrixView film_plane(int64_t k, const Strided<T>& y, const T* d, double scale, const T* d_x,
+                        double scale_x) {
+    T* out = part(film_grad_, k, 2 * head_.hidden);
+    parallel_ranges(rows_, 2 * head_.hidden, [&](int64_t begin, int64_t end) {
+      film_grad<T>(begin, end, head_.hidden, d, static_cast<T>(scale), d_x, static_cast<T>(scale_x),
+                   y, out);
+    });
+    return matrix(out, rows_, 2 * head_.hidden);
+  }
+
+  void clear_absent_rows(int64_t modality, const MatrixView& grad) const {
+    const bool* present = losses_.present(modality);
+    if (present != nullptr) clear_absent<T>(0, rows_, present + first_row_, grad);
+  }
+
+  // d_x W_beta, and encoder_leak of what the fused branch sends to x
+  void make_grad_x(const Strided<T>& y) {
+    const MatrixView out = grad_x_->row_block(first_row_, rows_);
+    if (encoder_leak_ != 0) {
+      multiply(film_plane(0, y, hidden_grad(kFused), encoder_leak_, hidden_grad(kOfX), 1),
+               head_.film_weight, out);
+    } else {
+      multiply(matrix(part(hidden_grads_, kOfX, head_.hidden), rows_, head_.hidden),
+               head_.film_weight.row_block(head_.hidden, head_.hidden), out);
+    }
+    clear_absent_rows(0, out);
+  }
+
+  // b_gamma d_y, and encoder_leak of gamma d
+  void make_grad_y() {
+    const MatrixView out = grad_y_->row_block(first_row_, rows_);
+    const T* d = encoder_leak_ != 0 ? hidden_grad(kFused) : nullptr;
+    parallel_ranges(rows_, head_.hidden, [&](int64_t begin, int64_t end) {
+      film_grad_target<T>(begin, end, head_.hidden, d, static_cast<T>(encoder_leak_), film_.get(),
+                          hidden_grad(kOfY), film_bias(), out.data<T>());
+    });
+    clear_absent_rows(1, out);
+  }
+
+  // Of W_f and b_f: from the fused branch and, through the leak, x alone; the bias also y alone.
+  void add_film_grads(const Strided<T>& y) {
+    const bool leaks = head_leak_ != 0;
+    const MatrixView plane =
+        film_plane(0, y, hidden_grad(kFused), 1, leaks ? hidden_grad(kOfX) : nullptr, head_leak_);
+    if (grad_film_weight_) {
+      add_weight_grad(plane, x_.row_block(first_row_, rows_), *grad_film_weight_);
+    }
+    if (!needs_.biases[0]) return;
+    std::vector<Term<T>> terms{{plane.strided<T>(), T(1)}};
+    if (leaks) {
+      const MatrixView plane_y = film_plane(1, y, hidden_grad(kOfY), 1, nullptr, 0);
+      terms.push_back({plane_y.strided<T>(), static_cast<T>(head_leak_)});
+    }
+    add_sums(terms, rows_, film_bias_totals_);
+  }
+
+  // Of W_o and b_o: from the fused branch and, through the leak, the stack of all three. Nothing
+  // reads the residuals after this, so the leak scales them in place.
+  void add_out_grads() {
+    const int64_t classes = head_.classes;
+    const int64_t rows = head_leak_ != 0 ? kBranches * rows_ : rows_;
+    if (head_leak_ != 0) {
+      T* unimodal = part(logits_, kOfX, classes);
+      const T leak = static_cast<T>(head_leak_);
+      parallel_ranges(2 * rows_, classes, [&](int64_t begin, int64_t end) {
+        for (int64_t k = begin * classes; k < end * classes; ++k) unimodal[k] *= leak;
+      });
+    }
+    const MatrixView residual = matrix(logits_.get(), rows, classes);
+    if (grad_out_weight_) {
+      add_weight_grad(residual, matrix(hidden_.get(), rows, head_.hidden), *grad_out_weight_);
+    }
+    if (needs_.biases[1]) add_sums({{residual.strided<T>(), T(1)}}, rows, out_bias_totals_);
+  }
+
+  void add_weight_grad(const MatrixView& residual, const MatrixView& inputs,
+                       const MatrixView& out) const {
+    if (first_row_ == 0) {
+      multiply(residual.transposed(), inputs, out);
+    } else {
+      gemm_add(residual.transposed(), inputs, out);
+    }
+  }
+
+  static void add_sums(const std::vector<Term<T>>& terms, int64_t rows,
+                       std::vector<double>& totals) {
+    parallel_ranges(static_cast<int64_t>(totals.size()), rows, [&](int64_t begin, int64_t end) {
+      add_column_sums<T>(begin, end, rows, terms.data(), terms.size(), totals.data());
+    });
+  }
+
+  const FilmHead& head_;
+  const Needs& needs_;
+  StepLosses& losses_;
+  double encoder_leak_;
+  double head_leak_;
+  Tensor film_bias_;
+  Tensor out_bias_;
+  MatrixView x_;  // absent rows are zero
+  MatrixView y_;
+  std::vector<double> film_bias_totals_;
+  std::vector<double> out_bias_totals_;
+  bool trains_film_;
+  std::array<bool, kBranches> residual_;
+  int64_t chunk_;
+  Plane film_;  // [gamma | beta]
+  Plane hidden_;
+  Plane logits_;
+  Plane hidden_grads_;
+  Plane film_grad_;
+  std::optional<MatrixView> grad_x_;
+  std::optional<MatrixView> grad_y_;
+  std::optional<MatrixView> grad_film_weight_;
+  std::optional<MatrixView> grad_out_weight_;
+  int64_t rows_ = 0;  // of the chunk
+  int64_t first_row_ = 0;
+};
+
+std::vector<Tensor> step(std::vector<Tensor> features, std::vector<Tensor> weights,
+                         OptionalTensors biases, Tensor target, OptionalTensors present,
+                         std::vector<double> alpha, bool mean, int64_t ignore_index,
+                         double label_smoothing, std::vector<bool> needs_features,
+                         std::vector<bool> needs_weights, std::vector<bool> needs_biases,
+                         double encoder_leak, double head_leak, int64_t workspace_limit,
+                         bool /* allow_tf32 */, bool /* kernel_only */) {
+  const Checks checks("film_head_step");
+  const FilmHead head = parse_film_head(checks, features, weights);
+  checks.biases(biases, weights, features[0]);
+  checks.step(target, present, alpha, label_smoothing, workspace_limit, features.size(),
+              head.leading, features[0]);
+  checks.needs(needs_features, needs_weights, needs_biases, features.size(), weights.size());
+  const Needs needs{std::move(needs_features), std::move(needs_weights), std::move(needs_biases)};
+  StepLosses losses(checks, head.rows, head.classes, target, present,
+                    {alpha, mean, ignore_index, label_smoothing});
+  std::vector<Tensor> grads;
+  dispatch_dtype(head.compute, [&](auto type) {
+    FilmStep<decltype(type)> step(head, biases, needs, losses, encoder_leak, head_leak,
+                                  workspace_limit);
+    grads = step.run(features, weights);
+  });
+  return with_gradients(losses.results(head.compute), std::move(grads), head.storage);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(dgl_ext, CPU, m) { m.impl("film_head_step", TORCH_BOX(&step)); }
+
+}  // namespace dgl_ext::cpu

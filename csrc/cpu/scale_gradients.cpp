@@ -1,0 +1,101 @@
+// A step's gradients times the gradient of its total, on the CPU. The product is taken in float32
+// (float64 for float64 gradients) and rounded once.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "cpu/matrix.h"
+
+namespace dgl_ext::cpu {
+namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+// Calls f with a value of the C++ type of a gradient's dtype.
+template <typename F>
+void dispatch_gradient(ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{});
+    default:
+      return f(Half{});
+  }
+}
+
+template <typename From, typename To>
+void scale_into(const Tensor& from, double scale, const Tensor& to) {
+  using Compute = std::conditional_t<std::is_same_v<From, double>, double, float>;
+  const From* in = static_cast<const From*>(from.data_ptr());
+  To* out = static_cast<To*>(to.data_ptr());
+  const Compute factor = static_cast<Compute>(scale);
+  parallel_ranges(from.numel(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      out[k] = static_cast<To>(static_cast<Compute>(in[k]) * factor);
+    }
+  });
+}
+
+double check(const Checks& checks, const std::vector<Tensor>& grads, const Tensor& scale) {
+  for (size_t i = 0; i < grads.size(); ++i) {
+    checks.like(Checks::indexed("grads", i), grads[i], grads[0], "grads[0]");
+  }
+  const ScalarType dtype =
+      grads.empty() ? ScalarType::Float : compute_dtype(grads[0].scalar_type());
+  checks.saved("scale", scale, grads.empty() ? scale : grads[0], dtype);
+  checks.shape("scale", scale, {});
+  return dtype == ScalarType::Double ? *static_cast<const double*>(scale.data_ptr())
+                                     : *static_cast<const float*>(scale.data_ptr());
+}
+
+void scale_in_place(std::vector<Tensor> grads, Tensor scale) {
+  const Checks checks("scale_gradients_");
+  const double factor = check(checks, grads, scale);
+  if (factor == 1) return;
+  for (Tensor& grad : grads) {
+    const bool whole = grad.is_contiguous();
+    const Tensor values = whole ? grad : torch::stable::contiguous(grad);
+    dispatch_gradient(grad.scalar_type(), [&](auto type) {
+      using T = decltype(type);
+      scale_into<T, T>(values, factor, values);
+    });
+    if (!whole) torch::stable::copy_(grad, values);
+  }
+}
+
+std::vector<Tensor> scale_copies(std::vector<Tensor> grads, Tensor scale, bool to_float16) {
+  const Checks checks("scale_gradients");
+  const double factor = check(checks, grads, scale);
+  std::vector<Tensor> results;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const Tensor values = torch::stable::contiguous(grads[i]);
+    const ScalarType dtype = values.scalar_type();
+    if (to_float16 && dtype != ScalarType::Float) {
+      checks.fail(Checks::indexed("grads", i), "float32 to round to float16", dtype_name(dtype));
+    }
+    results.push_back(empty_cpu(shape_of(values), to_float16 ? ScalarType::Half : dtype));
+    if (to_float16) {
+      scale_into<float, Half>(values, factor, results.back());
+      continue;
+    }
+    dispatch_gradient(dtype, [&](auto type) {
+      using T = decltype(type);
+      scale_into<T, T>(values, factor, results.back());
+    });
+  }
+  return results;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(dgl_ext, CPU, m) {
+  m.impl("scale_gradients_", TORCH_BOX(&scale_in_place));
+  m.impl("scale_gradients", TORCH_BOX(&scale_copies));
+}
+
+}  // namespace dgl_ext::cpu

@@ -1,0 +1,228 @@
+// What the steps of all heads share on the CPU: the target and its masks, the losses, and how many
+// rows the workspace holds.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cpu/cross_entropy.h"
+#include "cpu/matrix.h"
+
+namespace dgl_ext::cpu {
+
+// The data of a tensor of one element per row. `held` keeps it alive.
+template <typename T>
+const T* flat_data(const Tensor& tensor, std::vector<Tensor>& held) {
+  held.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
+  return static_cast<const T*>(held.back().data_ptr());
+}
+
+// Gradients of float16 problems stay in float32: they have yet to meet the incoming gradient.
+inline ScalarType gradient_dtype(ScalarType storage) {
+  return storage == ScalarType::Half ? ScalarType::Float : storage;
+}
+
+// How many rows at a time keep within the workspace; equal chunks, at least one row.
+inline int64_t chunk_rows(int64_t rows, int64_t bytes_each, int64_t workspace_limit) {
+  const int64_t most = std::max<int64_t>(1, workspace_limit / std::max<int64_t>(1, bytes_each));
+  if (rows <= most) return rows;
+  const int64_t chunks = (rows + most - 1) / most;
+  return (rows + chunks - 1) / chunks;
+}
+
+// Calls f(first row, number of rows) for every chunk, and once if there are no rows.
+template <typename F>
+void for_chunks(int64_t rows, int64_t chunk, const F& f) {
+  int64_t begin = 0;
+  do {
+    f(begin, std::min(chunk, rows - begin));
+    begin += chunk;
+  } while (begin < rows);
+}
+
+// Which gradients a step is asked for.
+struct Needs {
+  std::vector<bool> features;
+  std::vector<bool> weights;
+  std::vector<bool> biases;
+
+  static bool any(const std::vector<bool>& of) {
+    return std::find(of.begin(), of.end(), true) != of.end();
+  }
+  bool head() const { return any(weights) || any(biases); }
+};
+
+struct LossOptions {
+  const std::vector<double>& alpha;
+  bool mean;
+  int64_t ignore_index;
+  double label_smoothing;
+};
+
+// The losses of one step: the fused branch first, then one per modality. Everything that a residual
+// is scaled with is known before the first logit: the constructor reads the whole target.
+class StepLosses {
+ public:
+  StepLosses(const Checks& checks, int64_t rows, int64_t classes, const Tensor& target,
+             const OptionalTensors& present, const LossOptions& options)
+      : options_(options),
+        modalities_(static_cast<int64_t>(options.alpha.size())),
+        target_(flat_data<int64_t>(target, held_)),
+        present_(modalities_, nullptr),
+        counts_(modalities_ + 1, 0),
+        sums_(modalities_ + 1, 0.0),
+        correct_(modalities_ + 1) {
+    count(checks, rows, classes);
+    for (size_t i = 0; i < present.size(); ++i) {
+      if (present[i]) count_present(i, rows, flat_data<bool>(*present[i], held_));
+    }
+  }
+
+  int64_t branches() const { return modalities_ + 1; }
+  // Null where no row lacks the modality.
+  const bool* present(int64_t modality) const { return present_[modality]; }
+
+  // Room for the row losses of the largest chunk.
+  void start_chunk(int64_t first_row, int64_t rows) {
+    first_row_ = first_row;
+    row_losses_.resize(branches() * rows);
+  }
+
+  // A range of rows of the chunk: the loss, and the residuals in place of the logits.
+  template <typename T>
+  void add_rows(int64_t begin, int64_t end, int64_t classes, int64_t branch, bool residual,
+                T* logits) {
+    const bool* mask = branch > 0 ? present_[branch - 1] : nullptr;
+    const int64_t chunk = static_cast<int64_t>(row_losses_.size()) / branches();
+    const LossRows<T> rows{target_ + first_row_,
+                           options_.ignore_index,
+                           mask != nullptr ? mask + first_row_ : nullptr,
+                           options_.label_smoothing,
+                           scale(branch),
+                           residual,
+                           row_losses_.data() + branch * chunk};
+    correct_[branch].fetch_add(cross_entropy_rows<T>(begin, end, classes, rows, logits),
+                               std::memory_order_relaxed);
+  }
+
+  // Sums over rows are taken in row order, however rows were spread over threads and chunks.
+  void finish_chunk() {
+    const int64_t chunk = static_cast<int64_t>(row_losses_.size()) / branches();
+    for (int64_t branch = 0; branch < branches(); ++branch) {
+      const double* losses = row_losses_.data() + branch * chunk;
+      for (int64_t r = 0; r < chunk; ++r) sums_[branch] += losses[r];
+    }
+  }
+
+  // total, losses, correct
+  std::vector<Tensor> results(ScalarType dtype) const {
+    std::vector<Tensor> results{empty_cpu({}, dtype), empty_cpu({branches()}, dtype),
+                                empty_cpu({branches()}, ScalarType::Long)};
+    int64_t* correct = static_cast<int64_t*>(results[2].data_ptr());
+    dispatch_dtype(dtype, [&](auto type) {
+      using T = decltype(type);
+      double total = 0;
+      for (int64_t branch = 0; branch < branches(); ++branch) {
+        const double value = loss(branch);
+        total += branch == 0 ? value : options_.alpha[branch - 1] * value;
+        static_cast<T*>(results[1].data_ptr())[branch] = static_cast<T>(value);
+        correct[branch] = correct_[branch].load(std::memory_order_relaxed);
+      }
+      *static_cast<T*>(results[0].data_ptr()) = static_cast<T>(total);
+    });
+    return results;
+  }
+
+ private:
+  void count(const Checks& checks, int64_t rows, int64_t classes) {
+    int64_t counted = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t value = target_[r];
+      if (value == options_.ignore_index) continue;
+      if (value < 0 || value >= classes) {
+        checks.fail("target",
+                    "class indices in [0, " + std::to_string(classes) + ") or ignore_index " +
+                        std::to_string(options_.ignore_index),
+                    std::to_string(value));
+      }
+      ++counted;
+    }
+    std::fill(counts_.begin(), counts_.end(), counted);
+  }
+
+  void count_present(int64_t modality, int64_t rows, const bool* present) {
+    if (std::all_of(present, present + rows, [](bool there) { return there; })) return;
+    present_[modality] = present;
+    int64_t counted = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      counted += present[r] && target_[r] != options_.ignore_index;
+    }
+    counts_[modality + 1] = counted;
+  }
+
+  double scale(int64_t branch) const {
+    const double weight = branch == 0 ? 1 : options_.alpha[branch - 1];
+    return options_.mean ? weight / counts_[branch] : weight;
+  }
+
+  double loss(int64_t branch) const {
+    if (!options_.mean) return sums_[branch];
+    if (counts_[0] == 0) return std::numeric_limits<double>::quiet_NaN();  // as PyTorch has it
+    return counts_[branch] == 0 ? 0 : sums_[branch] / counts_[branch];
+  }
+
+  LossOptions options_;
+  int64_t modalities_;
+  std::vector<Tensor> held_;
+  const int64_t* target_;
+  std::vector<const bool*> present_;
+  std::vector<int64_t> counts_;  // rows that count
+  std::vector<double> sums_;
+  std::vector<std::atomic<int64_t>> correct_;
+  std::vector<double> row_losses_;
+  int64_t first_row_ = 0;
+};
+
+// A step's results: the losses', then the gradients in the dtype they have.
+inline std::vector<Tensor> with_gradients(std::vector<Tensor> results, std::vector<Tensor> grads,
+                                          ScalarType storage) {
+  for (Tensor& grad : grads) results.push_back(to_dtype(grad, gradient_dtype(storage)));
+  return results;
+}
+
+// A copy of a feature in which absent rows are zero, whatever is stored there; the feature itself
+// where no row is absent.
+template <typename T>
+MatrixView select_present(const MatrixView& feature, const bool* present) {
+  if (present == nullptr) return feature;
+  const MatrixView out = empty_matrix(feature.rows, feature.cols, feature.dtype());
+  const Strided<T> from = feature.strided<T>();
+  T* to = out.data<T>();
+  parallel_ranges(feature.rows, feature.cols, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const T* row = from.row(r);
+      T* out_row = to + r * feature.cols;
+      for (int64_t c = 0; c < feature.cols; ++c) {
+        out_row[c] = present[r] ? row[c * from.col_stride] : T(0);
+      }
+    }
+  });
+  return out;
+}
+
+// Zeros in the absent ones of a range of rows.
+template <typename T>
+void clear_absent(int64_t begin, int64_t end, const bool* present, const MatrixView& rows) {
+  if (present == nullptr) return;
+  for (int64_t r = begin; r < end; ++r) {
+    if (!present[r]) std::fill_n(rows.data<T>() + r * rows.row_stride(), rows.cols, T(0));
+  }
+}
+
+}  // namespace dgl_ext::cpu
