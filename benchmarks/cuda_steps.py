@@ -26,19 +26,19 @@ class Captured:
     """A step as a graph: each call replays it. Keeps the memory that the replays write."""
 
     replay: Callable[[], object]
-    logits: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
     gradients: dict[str, Tensor | None]
 
     def __call__(self) -> None:
         self.replay()
 
     def results(self) -> tuple[tuple[Tensor, ...], dict[str, Tensor | None]]:
-        """Replay once and return logits and gradients; what the replay does not write is NaN."""
-        for tensor in (*self.logits, *self.gradients.values()):
+        """Replay once and return outputs and gradients; what the replay does not write is NaN."""
+        for tensor in (*self.outputs, *self.gradients.values()):
             if tensor is not None:
                 tensor.fill_(torch.nan)
         self.replay()
-        return self.logits, self.gradients
+        return self.outputs, self.gradients
 
 
 class Gpu:
@@ -73,10 +73,10 @@ class Gpu:
                 for leaf in leaves.values():
                     leaf.grad = None
                 gc.collect()
-                graph, logits = self._capture(step, side)
+                graph, outputs = self._capture(step, side)
             cuda.current_stream(self._device).wait_stream(side)
         gradients = {name: leaf.grad for name, leaf in leaves.items()}
-        return Captured(graph.replay, logits, gradients)
+        return Captured(graph.replay, outputs, gradients)
 
     def _capture(self, step: providers.Step, side: Any) -> tuple[Any, tuple[Tensor, ...]]:
         graph = self._cuda.CUDAGraph()
@@ -85,7 +85,7 @@ class Gpu:
             with self._cuda.graph(graph, stream=side):
                 try:
                     # Detached: what is kept must not keep the step's autograd graph alive.
-                    logits = tuple(z.detach() for z in step())
+                    outputs = tuple(output.detach() for output in step())
                 except Exception as error:
                     failure = error
                     raise
@@ -93,7 +93,7 @@ class Gpu:
             # A broken capture fails again at its end; the first failure tells more.
             reason = providers.reason(failure or error)
             raise providers.Unavailable(f"no CUDA graph of it can be captured: {reason}") from error
-        return graph, logits
+        return graph, outputs
 
     def launches(self, step: providers.Step) -> int:
         """Count the kernels of one step; copies and fills by the driver are not kernels.

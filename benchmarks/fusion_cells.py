@@ -1,4 +1,4 @@
-"""Checks and times every provider, in every mode, on one problem of the fusion benchmark."""
+"""Checks and times every provider, in every execution, on one problem of the fusion benchmark."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import cuda_steps
 import harness
+import problems
 import providers
 import torch
 
@@ -23,8 +24,9 @@ Built = Callable[[], tuple[Step, Results]]
 
 @dataclass(frozen=True)
 class Cell:
-    """One problem in the table."""
+    """One problem in the table, and what a step on it hands out (`providers.OUTPUTS`)."""
 
+    mode: str
     fusion: str
     size: tuple[int, int, int]  # batch, width, classes
     device: torch.device
@@ -33,15 +35,15 @@ class Cell:
     def __str__(self) -> str:
         return f"{self.fusion} {'x'.join(str(n) for n in self.size)}"
 
-    def problem(self) -> providers.Problem:
-        return providers.make_problem(self.fusion, *self.size, self.device, self.dtype)
+    def problem(self) -> problems.Problem:
+        return problems.make_problem(self.fusion, *self.size, self.device, self.dtype)
 
 
 class Candidate(NamedTuple):
     """What is timed: a provider's step, called from Python or replayed as a CUDA graph."""
 
     provider: str
-    mode: str
+    execution: str
 
 
 @dataclass
@@ -50,7 +52,7 @@ class Timing:
 
     Attributes:
         names: the providers to time.
-        modes: the modes to time each in; GRAPH is for CUDA only.
+        executions: how to run each, EAGER or GRAPH (CUDA only).
         excluded: status and note of those that are not timed: "left out" (this torch or machine
             lacks something), "wrong" (its results differ) or "failed" (it raised).
         times: microseconds a step of the others, one value per round.
@@ -58,14 +60,14 @@ class Timing:
     """
 
     names: Sequence[str]
-    modes: Sequence[str] = (EAGER,)
+    executions: Sequence[str] = (EAGER,)
     excluded: dict[Candidate, tuple[str, str]] = field(default_factory=dict)
     times: dict[Candidate, list[float]] = field(default_factory=dict)
     launches: dict[Candidate, int | str] = field(default_factory=dict)
 
     def wanted(self, name: str) -> list[Candidate]:
         """The provider's candidates that nothing speaks against."""
-        candidates = [Candidate(name, mode) for mode in self.modes]
+        candidates = [Candidate(name, execution) for execution in self.executions]
         return [candidate for candidate in candidates if candidate not in self.excluded]
 
     def exclude(self, candidate: Candidate, status: str, note: str) -> None:
@@ -85,9 +87,9 @@ def measure(
 ) -> None:
     """Check the candidates, then time those that are right, adding to `timing` and `load`.
 
-    All candidates take turns, whatever their mode. `gpu` captures the steps of mode GRAPH.
+    All candidates take turns, however they are executed. `gpu` captures the steps for GRAPH.
     """
-    steps = _right_steps(cell, timing, gpu)
+    steps = right_steps(cell, timing, gpu)
     if not steps:
         return
     with load or harness.ForeignLoad():
@@ -103,7 +105,7 @@ def count_launches(cell: Cell, timing: Timing, gpu: cuda_steps.Gpu) -> None:
 
     Not to be mixed with timing: once started, a profiler can slow down all that comes later.
     """
-    for candidate, step in _right_steps(cell, timing, gpu).items():
+    for candidate, step in right_steps(cell, timing, gpu).items():
         try:
             timing.launches[candidate] = gpu.launches(step)
         except Exception as error:  # times stand without a count
@@ -111,15 +113,16 @@ def count_launches(cell: Cell, timing: Timing, gpu: cuda_steps.Gpu) -> None:
             timing.launches[candidate] = str(error) if unavailable else providers.reason(error)
 
 
-def _right_steps(cell: Cell, timing: Timing, gpu: cuda_steps.Gpu | None) -> dict[Candidate, Step]:
+def right_steps(cell: Cell, timing: Timing, gpu: cuda_steps.Gpu | None) -> dict[Candidate, Step]:
     """Build all steps that are wanted; exclude from `timing` those that are not right."""
-    if gpu is None and GRAPH in timing.modes:
-        raise ValueError(f"gpu: expected one to capture mode {GRAPH!r} with, got None")
-    truth = snapshot(cell.problem(), providers.PROVIDERS["reference"])[1]
+    if gpu is None and GRAPH in timing.executions:
+        raise ValueError(f"gpu: expected one to capture for {GRAPH!r} with, got None")
+    available = providers.PROVIDERS[cell.mode]
+    truth = snapshot(cell.mode, "reference", cell.problem().as_float64())[1]
     steps: dict[Candidate, Step] = {}
 
     def check(candidates: Sequence[Candidate], build: Built) -> Step | None:
-        everything = providers.PROVIDERS[candidates[0].provider].decoupled
+        everything = available[candidates[0].provider].decoupled
         try:
             step, results = build()
             wrong = difference(results, truth, cell.dtype, everything=everything)
@@ -139,35 +142,37 @@ def _right_steps(cell: Cell, timing: Timing, gpu: cuda_steps.Gpu | None) -> dict
         if not wanted:
             continue
         problem = cell.problem()
-        step = check(wanted, partial(snapshot, problem, providers.PROVIDERS[name]))
+        step = check(wanted, partial(snapshot, cell.mode, name, problem))
         if step is None:
             continue
         for candidate in wanted:
-            if candidate.mode == GRAPH:
-                replay = check([candidate], partial(_capture, gpu, problem, step))
+            if candidate.execution == GRAPH:
+                replay = check([candidate], partial(_capture, cell.mode, gpu, problem, step))
                 steps |= {} if replay is None else {candidate: replay}
             else:
                 steps[candidate] = step
     return steps
 
 
-def snapshot(problem: providers.Problem, provider: providers.Provider) -> tuple[Step, Results]:
+def snapshot(mode: str, provider: str, problem: problems.Problem) -> tuple[Step, Results]:
     """Build a provider's step, run it once, and copy all that it computed, by name."""
-    step = provider.build(problem)
-    logits = step()
-    return step, _copies(logits, {name: leaf.grad for name, leaf in problem.leaves().items()})
+    step = providers.PROVIDERS[mode][provider].build(problem)
+    outputs = step()
+    gradients = {name: leaf.grad for name, leaf in problem.leaves().items()}
+    return step, _copies(mode, outputs, gradients)
 
 
 def _capture(
-    gpu: cuda_steps.Gpu, problem: providers.Problem, step: providers.Step
+    mode: str, gpu: cuda_steps.Gpu, problem: problems.Problem, step: providers.Step
 ) -> tuple[Step, Results]:
     """Capture a step, replay it once, and copy all that the replay computed, by name."""
     captured = gpu.capture(step, problem.leaves())
-    return captured, _copies(*captured.results())
+    return captured, _copies(mode, *captured.results())
 
 
-def _copies(logits: Sequence[torch.Tensor], gradients: Results) -> Results:
-    results: Results = {f"logits[{i}]": z.detach().clone() for i, z in enumerate(logits)}
+def _copies(mode: str, outputs: Sequence[torch.Tensor], gradients: Results) -> Results:
+    kind = providers.OUTPUTS[mode]
+    results: Results = {f"{kind}[{i}]": value.detach().clone() for i, value in enumerate(outputs)}
     for name, gradient in gradients.items():
         results[f"{name}.grad"] = None if gradient is None else gradient.clone()
     return results
@@ -180,15 +185,21 @@ def difference(
     *,
     everything: bool,
 ) -> str:
-    """Say where results differ from the reference; empty if they do not.
+    """Say where results differ from the reference in float64; empty if they do not.
 
     The measure is the L2 norm of the difference relative to the reference's. The limit is a
     rounding error with room for other orders of summation: 100 units of the dtype's epsilon, 4 in
     16 bits, where rounding the stored results outweighs the sums (those are taken in float32).
+
+    Args:
+        results: what is to be judged.
+        truth: what the reference computed.
+        dtype: that of the step which is judged.
+        everything: whether all must agree, or only the first output, that of the fused branch.
     """
     epsilon = torch.finfo(dtype).eps
     limit = (4 if torch.finfo(dtype).bits == 16 else 100) * epsilon
-    for name in truth if everything else ("logits[0]",):
+    for name in truth if everything else list(truth)[:1]:
         got, expected = results.get(name), truth[name]
         if got is None or expected is None:
             return f"{name} is missing"
@@ -204,7 +215,7 @@ def difference(
 def rows(cell: Cell, timing: Timing, ceiling: harness.Ceiling) -> list[Row]:
     """One table row per candidate; only those with status "ok" have figures."""
     result = []
-    for candidate in (Candidate(name, mode) for mode in timing.modes for name in timing.names):
+    for candidate in (Candidate(name, way) for way in timing.executions for name in timing.names):
         status, note = timing.excluded.get(candidate, ("ok", ""))
         launches = timing.launches.get(candidate)
         if isinstance(launches, str):
@@ -223,7 +234,7 @@ def _figures(
     times: dict[Candidate, list[float]],
     ceiling: harness.Ceiling,
 ) -> Row:
-    """The numbers of one row: time, ratio to every provider timed in the same mode, rates."""
+    """The numbers of one row: time, ratio to every provider executed alike, rates."""
     mine = times[candidate]
     step = harness.spread(mine)
     figures: Row = {
@@ -233,14 +244,17 @@ def _figures(
         "rounds": len(mine),
     }
     for other, baseline in times.items():
-        if other.mode == candidate.mode:
+        if other.execution == candidate.execution:
             ratio = harness.paired_ratio(mine, baseline)
             figures[f"ratio_to_{other.provider}"] = ratio.median
             figures[f"ratio_to_{other.provider}_p20"] = ratio.p20
             figures[f"ratio_to_{other.provider}_p80"] = ratio.p80
-    decoupled = providers.PROVIDERS[candidate.provider].decoupled
-    flops, nbytes = providers.least_work(
-        cell.fusion, *cell.size, cell.dtype.itemsize, decoupled=decoupled
+    flops, nbytes = problems.least_work(
+        cell.fusion,
+        *cell.size,
+        cell.dtype.itemsize,
+        decoupled=providers.PROVIDERS[cell.mode][candidate.provider].decoupled,
+        logits=cell.mode == providers.LOGITS,
     )
     seconds = step.median / 1e6
     compute_bound = flops / ceiling.flops_per_second > nbytes / ceiling.bytes_per_second
@@ -253,15 +267,15 @@ def _figures(
     return figures
 
 
-def columns() -> list[str]:
+def columns(mode: str) -> list[str]:
     """The columns of a row, in order."""
     ratios = [
         f"ratio_to_{name}{suffix}"
-        for name in providers.PROVIDERS
+        for name in providers.PROVIDERS[mode]
         for suffix in ("", "_p20", "_p80")
     ]
     return [
-        *("fusion", *SIZE_COLUMNS, "provider", "mode", "status", "note"),
+        *("fusion", *SIZE_COLUMNS, "provider", "execution", "status", "note"),
         *("median_us", "p20_us", "p80_us", "rounds", "launches", *ratios),
         *("gflops_per_s", "gbytes_per_s", "bound", "share_of_ceiling"),
     ]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import report
 from rich.console import Console
 from rich.table import Table
 
@@ -13,17 +14,10 @@ matplotlib.use("Agg")  # files only: no display is needed
 from matplotlib import pyplot
 
 SUBJECT = "dgl_ext"
-MODES = {"eager": "eager", "graph": "CUDA graph"}
+EXECUTIONS = {"eager": "eager", "graph": "CUDA graph"}
 UNSTEADY = 1.5
-BUSY = 0.05
-COLORS = {
-    "joint": "#555555",
-    "two_pass": "#d55e00",
-    "reference": "#0072b2",
-    "compiled": "#cc79a7",
-    "composed": "#e69f00",
-    "dgl_ext": "#009e73",
-}
+SHORT_NAMES = {"linear_cross_entropy": "linear_ce"}  # for a table of 80 columns
+SPREAD_OF_MARKERS = 0.75  # of the distance of two sizes in the plot
 
 Row = dict[str, Any]
 
@@ -36,49 +30,45 @@ def _cell(row: Row) -> str:
     return f"{row['fusion']} {_size(row)}"
 
 
-def _mode(row: Row) -> str:
-    return row.get("mode", "eager")  # documents from before there were modes lack it
+def _execution(row: Row) -> str:
+    return row.get("execution", "eager")  # documents from before there were others lack it
 
 
-def _modes(rows: list[Row]) -> list[str]:
-    return list(dict.fromkeys(_mode(row) for row in rows))
+def _executions(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(_execution(row) for row in rows))
 
 
-def _by_mode(rows: list[Row]) -> list[tuple[str, list[Row]]]:
-    """The rows of each mode, with the mode's name; that is empty where all is eager."""
-    modes = _modes(rows)
-    plain = modes == ["eager"]
+def _by_execution(rows: list[Row]) -> list[tuple[str, list[Row]]]:
+    """The rows of each execution, with its name; that is empty where all is eager."""
+    executions = _executions(rows)
+    plain = executions == ["eager"]
     return [
-        ("" if plain else MODES[mode], [row for row in rows if _mode(row) == mode])
-        for mode in modes
+        ("" if plain else EXECUTIONS[way], [row for row in rows if _execution(row) == way])
+        for way in executions
     ]
 
 
 def print_results(console: Console, document: dict[str, Any]) -> None:
-    """Print the conditions, one table per fusion and mode, and the summary."""
+    """Print the conditions, one table per fusion and execution, and the summary."""
     for line in _conditions(document):
         console.print(line, markup=False, highlight=False)
     rows = document["rows"]
     for fusion in dict.fromkeys(row["fusion"] for row in rows):
-        for mode, here in _by_mode([row for row in rows if row["fusion"] == fusion]):
-            console.print(_table(f"{fusion}, {mode}" if mode else fusion, here))
+        for way, here in _by_execution([row for row in rows if row["fusion"] == fusion]):
+            console.print(_table(f"{fusion}, {way}" if way else fusion, here))
     for sentence in document["summary"]:
         console.print(f"* {sentence}", markup=False, highlight=False)
 
 
 def _conditions(document: dict[str, Any]) -> list[str]:
-    env, ceiling = document["environment"], document["ceiling"]
+    ceiling = document["ceiling"]
     return [
-        f"{_machine(env)}; {document['dtype']}; torch {env['torch']}, dgl_ext {env['dgl_ext']}, "
-        f"commit {env['git_sha']}, {env['date']}",
+        f"one step: {document['step']}",
+        report.conditions(document),
         f"measured ceiling: {ceiling['flops_per_second'] / 1e9:,.0f} GFLOP/s (matrix product), "
         f"{ceiling['bytes_per_second'] / 1e9:,.1f} GB/s (copy)",
         f"times and ratios: {document['statistic']}",
     ]
-
-
-def _machine(env: dict[str, Any]) -> str:
-    return env["gpu"] or f"{env['cpu']}, threads: {env['threads']}"
 
 
 def _table(title: str, rows: list[Row]) -> Table:
@@ -86,7 +76,7 @@ def _table(title: str, rows: list[Row]) -> Table:
     counted = any(row.get("launches") is not None for row in rows)
     table = Table(title=f"\n{title}", title_justify="left", box=None, padding=(0, 1, 0, 0))
     table.add_column("B x D x C", no_wrap=True)
-    names = ("us", "p20-p80", "/joint", "/two_pass", "rate", "ceiling")
+    names = ("us", "p20-p80", "/joint", "/2-pass", "rate", "ceiling")
     for name in (*names, "kernels") if counted else names:
         table.add_column(name, justify="right", no_wrap=True)
     size = None
@@ -94,7 +84,7 @@ def _table(title: str, rows: list[Row]) -> Table:
         if size != _size(row):
             size = _size(row)
             table.add_row(size, style="bold")
-        name = f"  {row['provider']}"
+        name = f"  {SHORT_NAMES.get(row['provider'], row['provider'])}"
         if row["status"] != "ok":
             table.add_row(name, "-", row["status"])
             continue
@@ -139,9 +129,9 @@ def describe(
 ) -> list[str]:
     """Say in words what the rows show about one provider, slow cells included."""
     sentences = []
-    for mode, here in _by_mode(rows):
+    for way, here in _by_execution(rows):
         timed = [row for row in here if row["provider"] == subject and row["status"] == "ok"]
-        where = f" ({mode})" if mode else ""
+        where = f" ({way})" if way else ""
         for other in dict.fromkeys(row["provider"] for row in here):
             pairs = [row for row in timed if f"ratio_to_{other}" in row]
             if other != subject and pairs:
@@ -175,19 +165,19 @@ def _not_timed(rows: list[Row]) -> list[str]:
     cells: dict[tuple[str, str, str], dict[str, list[str]]] = {}
     for row in rows:
         if row["status"] != "ok":
-            modes = cells.setdefault((row["provider"], row["status"], row["note"]), {})
-            modes.setdefault(_mode(row), []).append(_cell(row))
+            ways = cells.setdefault((row["provider"], row["status"], row["note"]), {})
+            ways.setdefault(_execution(row), []).append(_cell(row))
     total = len({_cell(row) for row in rows})
     verbs = {"left out": "was left out", "wrong": "is wrong", "failed": "failed"}
     sentences = []
-    for (provider, status, note), modes in cells.items():
-        places = {MODES[mode]: where for mode, where in modes.items()}
-        first = next(iter(modes.values()))
-        if len(modes) == len(_modes(rows)) and all(where == first for where in modes.values()):
-            places = {"": first}  # no matter in which mode
-        for mode, where in places.items():
+    for (provider, status, note), ways in cells.items():
+        places = {EXECUTIONS[way]: where for way, where in ways.items()}
+        first = next(iter(ways.values()))
+        if len(ways) == len(_executions(rows)) and all(where == first for where in ways.values()):
+            places = {"": first}  # however executed
+        for way, where in places.items():
             sentences.append(
-                f"{provider}{f' ({mode})' if mode else ''} {verbs[status]} at "
+                f"{provider}{f' ({way})' if way else ''} {verbs[status]} at "
                 f"{'every cell' if len(where) == total else ', '.join(where)}: {note}"
             )
     return sentences
@@ -219,28 +209,24 @@ def _noise(rows: list[Row], foreign_load: float | None) -> list[str]:
             f"Unsteady: in {len(unsteady)} of {len(timed)} rows p80 is more than {UNSTEADY} times "
             "p20; there the times are too long and the ratios uncertain."
         )
-    if foreign_load is not None and foreign_load > BUSY:
-        sentences.append(
-            f"Busy: other processes took {foreign_load:.0%} of the CPUs while this was timed."
-        )
-    return sentences
+    return sentences + report.busy(foreign_load)
 
 
 def plot(path: Path, document: dict[str, Any]) -> None:
     """Draw each provider's time relative to joint (or its time, where joint was not timed)."""
     fusions = list(dict.fromkeys(row["fusion"] for row in document["rows"]))
-    modes = _by_mode(document["rows"])
+    executions = _by_execution(document["rows"])
     names = list(dict.fromkeys(r["provider"] for r in document["rows"] if r["status"] == "ok"))
     figure, axes = pyplot.subplots(
-        len(modes),
+        len(executions),
         len(fusions),
-        figsize=(1 + 4.5 * len(fusions), 5 * len(modes)),
+        figsize=(1 + 4.5 * len(fusions), 5 * len(executions)),
         sharey="row",
         squeeze=False,
     )
-    for row_of_axes, (mode, rows) in zip(axes, modes, strict=True):
-        _plot_mode(
-            row_of_axes, mode, [row for row in rows if row["status"] == "ok"], fusions, names
+    for row_of_axes, (way, rows) in zip(axes, executions, strict=True):
+        _plot_execution(
+            row_of_axes, way, [row for row in rows if row["status"] == "ok"], fusions, names
         )
     by_name: dict[str, Any] = {}
     for axis in axes.flat:
@@ -257,18 +243,21 @@ def plot(path: Path, document: dict[str, Any]) -> None:
     figure.text(
         0.5,
         0.01,
-        f"One training step by B x D x C, lower is better; median and p20 to p80 over rounds. "
-        f"{_machine(env)}, {document['dtype']}, torch {env['torch']}, {env['date'][:10]}",
+        f"One training step ({document['step']}) by B x D x C, lower is better; median and p20 to "
+        f"p80 over rounds.\n{report.machine(env)}, {document['dtype']}, torch {env['torch']}, "
+        f"{env['date'][:10]}",
         ha="center",
         fontsize=8,
     )
-    figure.tight_layout(rect=(0, 0.04 / len(modes), 1, 1 - 0.06 / len(modes)))
+    figure.tight_layout(rect=(0, 0.06 / len(executions), 1, 1 - 0.06 / len(executions)))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
 
-def _plot_mode(axes: Any, mode: str, rows: list[Row], fusions: list[str], names: list[str]) -> None:
-    """Draw the rows of one mode, one axis per fusion."""
+def _plot_execution(
+    axes: Any, execution: str, rows: list[Row], fusions: list[str], names: list[str]
+) -> None:
+    """Draw the rows of one execution, one axis per fusion."""
     relative = all("ratio_to_joint" in row for row in rows)
     key = "ratio_to_joint" if relative else "median_us"
     low_key, high_key = (f"{key}_p20", f"{key}_p80") if relative else ("p20_us", "p80_us")
@@ -277,7 +266,7 @@ def _plot_mode(axes: Any, mode: str, rows: list[Row], fusions: list[str], names:
         sizes = list(dict.fromkeys(_size(row) for row in here))
         for index, name in enumerate(names):
             mine = [row for row in here if row["provider"] == name]
-            shift = (index - (len(names) - 1) / 2) * 0.14
+            shift = (index - (len(names) - 1) / 2) * SPREAD_OF_MARKERS / len(names)
             axis.errorbar(
                 [sizes.index(_size(row)) + shift for row in mine],
                 [row[key] for row in mine],
@@ -288,14 +277,14 @@ def _plot_mode(axes: Any, mode: str, rows: list[Row], fusions: list[str], names:
                 fmt="o",
                 markersize=5,
                 capsize=2,
-                color=COLORS.get(name),
+                color=report.COLORS.get(name),
                 label=name,
             )
-        axis.set_title(f"{fusion}, {mode}" if mode else fusion)
+        axis.set_title(f"{fusion}, {execution}" if execution else fusion)
         axis.set_xticks(range(len(sizes)), sizes, rotation=35, ha="right", fontsize=8)
         axis.grid(axis="y", alpha=0.3)
         if relative:
-            axis.axhline(1, color=COLORS["joint"], linewidth=0.8)
+            axis.axhline(1, color=report.COLORS["joint"], linewidth=0.8)
         else:
             axis.set_yscale("log")
     if relative:

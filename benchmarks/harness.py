@@ -121,6 +121,24 @@ def time_alternating(
     return rounds
 
 
+def time_alone(
+    step: Step, device: torch.device, seconds: float, *, min_steps: int = 1
+) -> list[float]:
+    """Time one warm step again and again, without rivals.
+
+    For steps so large that each has a process of its own.
+
+    Returns:
+        Microseconds of each step.
+    """
+    run_block = _CudaBlock(device) if device.type == "cuda" else _cpu_block
+    times: list[float] = []
+    start = time.perf_counter()
+    while len(times) < min_steps or time.perf_counter() - start < seconds:
+        times.append(run_block(step, 1) * 1e6)
+    return times
+
+
 def _steps_per_block(run_block: Callable[[Step, int], float], step: Step) -> int:
     """Warm a step up and choose how many of it make a block."""
     once = run_block(step, 1)
@@ -165,7 +183,10 @@ class _CudaBlock:
 
 
 class ForeignLoad:
-    """A context manager that adds up how much of the CPUs other processes took meanwhile."""
+    """A context manager that adds up how much of the CPUs other processes took meanwhile.
+
+    Child processes that have ended count as this one.
+    """
 
     def __init__(self) -> None:
         self._foreign = 0.0
@@ -195,7 +216,9 @@ class ForeignLoad:
         user, nice, system, idle, iowait, irq, softirq, steal = map(int, line.split()[1:9])
         busy = user + nice + system + irq + softirq + steal
         ticks = os.sysconf("SC_CLK_TCK")
-        return time.process_time(), busy / ticks, (busy + idle + iowait) / ticks
+        children = os.times()
+        own = time.process_time() + children.children_user + children.children_system
+        return own, busy / ticks, (busy + idle + iowait) / ticks
 
 
 @dataclass(frozen=True)

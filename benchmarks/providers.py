@@ -3,153 +3,73 @@
 A step takes leaf features and head parameters whose gradients are None, runs forward, loss and
 backward, and leaves every gradient in `.grad`. All but `joint` are disentangled gradient learning:
 three cross-entropies (fused and one per modality, alpha 1) and the gradients that the method asks
-for. To add a provider: write a function `Problem -> step` and put it into `PROVIDERS`.
+for.
+
+There are two modes. In "step" a step returns its losses, and nothing says that logits exist. In
+"logits" it returns the logits, as a training loop needs them for a loss of its own. To add a
+provider: write a function `Problem -> step` and put it into `PROVIDERS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from problems import Problem, make_problem, plain_head
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dgl_ext
 
-FUSIONS = ("concat", "sum", "film")
+STEP, LOGITS = "step", "logits"
 
-# Runs one training step and returns its logits, fused first.
+# What a step of a mode returns, fused first.
+OUTPUTS = {STEP: "losses", LOGITS: "logits"}
+
+# Runs one training step and returns its losses or its logits.
 Step = Callable[[], tuple[Tensor, ...]]
+
+# Features, weight, bias, target -> the loss to differentiate, and what the step returns.
+Forward = Callable[[Any, Any, Any, Tensor], tuple[Tensor, tuple[Tensor, ...]]]
 
 
 class Unavailable(Exception):
     """This torch or this machine lacks what a provider needs; the text says what."""
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Leaf tensors of one head and one batch: B rows, width D in both modalities, C classes."""
-
-    fusion: str
-    features: tuple[Tensor, Tensor]  # (B, D) each
-    weight: Tensor | tuple[Tensor, Tensor]
-    bias: Tensor | tuple[Tensor, Tensor]
-    target: Tensor  # (B,)
-
-    def head(self) -> dict[str, Tensor]:
-        """The head's parameters by name."""
-        named = {}
-        for name, value in (("weight", self.weight), ("bias", self.bias)):
-            parts = value if isinstance(value, tuple) else (value,)
-            named.update({f"{name}[{i}]": part for i, part in enumerate(parts)})
-        return named
-
-    def leaves(self) -> dict[str, Tensor]:
-        """Everything that receives a gradient, by name."""
-        return {f"features[{i}]": h for i, h in enumerate(self.features)} | self.head()
-
-
-def make_problem(
-    fusion: str, rows: int, width: int, classes: int, device: torch.device, dtype: torch.dtype
-) -> Problem:
-    """Draw random features and targets, and a head of the scale that `nn.Linear` starts with."""
-    random = torch.Generator().manual_seed(0)
-
-    def leaf(*shape: int, scale: float = 1.0) -> Tensor:
-        value = torch.randn(*shape, generator=random) * scale
-        return value.to(device, dtype).requires_grad_()
-
-    small = width**-0.5
-    features = (leaf(rows, width), leaf(rows, width))
-    target = torch.randint(classes, (rows,), generator=random).to(device)
-    weight: Tensor | tuple[Tensor, Tensor]
-    bias: Tensor | tuple[Tensor, Tensor]
-    if fusion == "concat":
-        weight, bias = leaf(classes, 2 * width, scale=small), leaf(classes, scale=small)
-    elif fusion == "sum":
-        weight = (leaf(classes, width, scale=small), leaf(classes, width, scale=small))
-        bias = (leaf(classes, scale=small), leaf(classes, scale=small))
-    elif fusion == "film":
-        weight = (leaf(2 * width, width, scale=small), leaf(classes, width, scale=small))
-        bias = (leaf(2 * width), leaf(classes, scale=small))
-    else:
-        raise ValueError(f"fusion: expected one of {', '.join(FUSIONS)}, got {fusion!r}")
-    return Problem(fusion, features, weight, bias, target)
-
-
-def least_work(
-    fusion: str, rows: int, width: int, classes: int, itemsize: int, *, decoupled: bool
-) -> tuple[int, int]:
-    """The arithmetic and memory traffic that no implementation of a step can avoid.
-
-    The same for every provider that does the same job, so that a rate computed from it falls when
-    a provider does more than it has to.
-
-    Returns:
-        Floating-point operations of the matrix products; bytes, inputs read once and logits and
-        gradients written once.
-    """
-    out_product = rows * width * classes  # multiply-adds
-    film_product = rows * width * 2 * width
-    if fusion != "film":
-        # z_i is a part of z, so the unimodal logits cost no product of their own.
-        products = 6 * out_product
-        parameters = 2 * width * classes + classes * (2 if fusion == "sum" else 1)
-    else:
-        # Decoupled: three branches through the output layer, the conditioner's gradient only
-        # through beta. Joint: forward, weight and feature gradient of both layers.
-        products = (
-            7 * out_product + 2 * film_product + film_product // 2
-            if decoupled
-            else 3 * out_product + 3 * film_product
-        )
-        parameters = 2 * width * (width + 1) + classes * (width + 1)
-    logits = rows * classes * (3 if decoupled else 1)
-    elements = 2 * (2 * rows * width + parameters) + logits
-    return 2 * products, itemsize * elements + 8 * rows
-
-
-def _plain_head(fusion: str) -> Callable[..., Tensor]:
-    """The head as a joint model has it: (x, y, weight, bias) -> logits."""
-
-    def concat(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.linear(torch.cat((x, y), dim=-1), weight, bias)
-
-    def sum_(x: Tensor, y: Tensor, weight: tuple[Tensor, ...], bias: tuple[Tensor, ...]) -> Tensor:
-        return F.linear(x, weight[0], bias[0]) + F.linear(y, weight[1], bias[1])
-
-    def film(x: Tensor, y: Tensor, weight: tuple[Tensor, ...], bias: tuple[Tensor, ...]) -> Tensor:
-        gamma, beta = F.linear(x, weight[0], bias[0]).chunk(2, dim=-1)
-        return F.linear(gamma * y + beta, weight[1], bias[1])
-
-    return {"concat": concat, "sum": sum_, "film": film}[fusion]
-
-
-def _joint(problem: Problem) -> Step:
+def _joint(mode: str, problem: Problem) -> Step:
     """Plain joint training: one head, one loss. No DGL; the cost to be measured against."""
-    head, leaves = _plain_head(problem.fusion), tuple(problem.leaves().values())
+    head, leaves = plain_head(problem.fusion), tuple(problem.leaves().values())
+    inputs = (*problem.features, problem.weight, problem.bias)
 
-    def step() -> tuple[Tensor, ...]:
+    def with_loss() -> tuple[Tensor, ...]:
         _clear(leaves)
-        logits = head(*problem.features, problem.weight, problem.bias)
+        # In one expression, so that the logits are not kept longer than autograd needs them.
+        loss = F.cross_entropy(head(*inputs), problem.target)
+        loss.backward()
+        return (loss,)
+
+    def with_logits() -> tuple[Tensor, ...]:
+        _clear(leaves)
+        logits = head(*inputs)
         F.cross_entropy(logits, problem.target).backward()
         return (logits,)
 
-    return step
+    return with_loss if mode == STEP else with_logits
 
 
-def _two_pass(problem: Problem) -> Step:
+def _two_pass(mode: str, problem: Problem) -> Step:
     """The published recipe: two backward passes, the head's gradients cleared in between.
 
     The unimodal logits come from the same head with the other modality's features zero-filled.
     For sum the absent modality's layer is left out instead: zeros through it would add its bias,
     which neither the method nor the published code has in these logits.
     """
-    head, leaves = _plain_head(problem.fusion), tuple(problem.leaves().values())
+    head, leaves = plain_head(problem.fusion), tuple(problem.leaves().values())
     head_parameters = tuple(problem.head().values())
     (x, y), weight, bias, target = problem.features, problem.weight, problem.bias, problem.target
 
@@ -164,30 +84,31 @@ def _two_pass(problem: Problem) -> Step:
         _clear(leaves)
         fused = head(x.detach(), y.detach(), weight, bias)
         logits_x, logits_y = unimodal_logits()
-        unimodal_loss = F.cross_entropy(logits_x, target) + F.cross_entropy(logits_y, target)
+        loss_x, loss_y = F.cross_entropy(logits_x, target), F.cross_entropy(logits_y, target)
+        unimodal_loss = loss_x + loss_y
         fused_loss = F.cross_entropy(fused, target)
         unimodal_loss.backward(retain_graph=True)
         _clear(head_parameters)
         fused_loss.backward()
-        return fused, logits_x, logits_y
+        return (fused_loss, loss_x, loss_y) if mode == STEP else (fused, logits_x, logits_y)
 
     return step
 
 
-def _reference(problem: Problem) -> Step:
+def _reference(mode: str, problem: Problem) -> Step:
     """One backward pass, in plain PyTorch operations."""
-    return _one_pass(problem, partial(_forward, dgl_ext.reference.fused_decouple, problem.fusion))
+    return _one_pass(problem, _forward(mode, problem, dgl_ext.reference))
 
 
-def _compiled(problem: Problem) -> Step:
+def _compiled(mode: str, problem: Problem) -> Step:
     """The reference's head and losses under torch.compile; compiled here, before any timing."""
     torch.compiler.reset()  # else the shapes of earlier problems use up the recompile limit
-    decoupled = partial(_forward, dgl_ext.reference.fused_decouple, problem.fusion)
+    reference = _forward(mode, problem, dgl_ext.reference)
 
-    def forward(*tensors: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
-        loss, logits = decoupled(*tensors)
-        # Detached, or the compiled backward would take in a gradient for every logit as well.
-        return loss, tuple(z.detach() for z in logits)
+    def forward(*inputs: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+        loss, outputs = reference(*inputs)
+        # Detached, or the compiled backward would take in a gradient for every one as well.
+        return loss, tuple(output.detach() for output in outputs)
 
     step = _one_pass(problem, torch.compile(forward, dynamic=False))
     try:
@@ -197,62 +118,154 @@ def _compiled(problem: Problem) -> Step:
     return step
 
 
-def _composed(problem: Problem) -> Step:
+def _linear_cross_entropy(problem: Problem) -> Step:
+    """Three calls of torch's own linear_cross_entropy, in chunks; detach cuts as the method asks.
+
+    The size of the chunks is the one that torch thinks best.
+    """
+    if not hasattr(F, "linear_cross_entropy") or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        raise Unavailable(f"torch {torch.__version__} has no linear_cross_entropy in chunks")
+    loss_of = partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
+    branches = {"concat": _concat_branches, "sum": _sum_branches, "film": _film_branches}
+    branches_of = branches[problem.fusion]
+
+    def forward(
+        features: Any, weight: Any, bias: Any, target: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        losses = tuple(
+            loss_of(hidden, w, target, linear_bias=b)
+            for hidden, w, b in branches_of(*features, weight, bias)
+        )
+        return reduce(torch.add, losses), losses
+
+    return _one_pass(problem, forward)
+
+
+Branches = tuple[tuple[Tensor, Tensor, Tensor], ...]  # hidden rows, weight, bias; fused first
+
+
+def _concat_branches(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Branches:
+    fixed, fixed_bias = weight.detach(), bias.detach()
+    width = x.shape[-1]
+    return (
+        (torch.cat((x.detach(), y.detach()), dim=-1), weight, bias),
+        (x, fixed[:, :width], fixed_bias),
+        (y, fixed[:, width:], fixed_bias),
+    )
+
+
+def _sum_branches(x: Tensor, y: Tensor, weight: Any, bias: Any) -> Branches:
+    joined = torch.cat((x.detach(), y.detach()), dim=-1)
+    return (
+        (joined, torch.cat(weight, dim=1), bias[0] + bias[1]),
+        *((h, w.detach(), b.detach()) for h, w, b in zip((x, y), weight, bias, strict=True)),
+    )
+
+
+def _film_branches(x: Tensor, y: Tensor, weight: Any, bias: Any) -> Branches:
+    (film_weight, out_weight), (film_bias, out_bias) = weight, bias
+    gamma, beta = F.linear(x.detach(), film_weight, film_bias).chunk(2, dim=-1)
+    b_gamma, b_beta = film_bias.detach().chunk(2)
+    only_x = F.linear(x, film_weight.detach()[len(b_gamma) :], b_beta)
+    fixed = out_weight.detach(), out_bias.detach()
+    return (
+        (gamma * y.detach() + beta, out_weight, out_bias),
+        (only_x, *fixed),
+        (b_gamma * y + b_beta, *fixed),
+    )
+
+
+def _composed(mode: str, problem: Problem) -> Step:
     """This package's backend "composed": library GEMMs on views of the weight, no kernels."""
     if not dgl_ext._extension.available():
         raise Unavailable(f"the C++ extension is not loaded: {dgl_ext._extension.error()}")
-    decouple = partial(dgl_ext.fused_decouple, backend="composed")
-    return _one_pass(problem, partial(_forward, decouple, problem.fusion))
+    return _one_pass(problem, _forward(mode, problem, dgl_ext, backend="composed"))
 
 
-def _dgl_ext(problem: Problem) -> Step:
+def _dgl_ext(mode: str, problem: Problem) -> Step:
     """This package: on the CPU with the backend that it chooses itself, on CUDA with "cuda"."""
-    backend = "auto"
-    if _device_type(problem) == "cuda":
+    return _own(problem, lambda backend: _forward(mode, problem, dgl_ext, backend=backend))
+
+
+def _dgl_ext_logits(problem: Problem) -> Step:
+    """This package's head with logits, and `F.cross_entropy` on those of each branch."""
+
+    def forward(backend: str) -> Forward:
+        decouple = partial(dgl_ext.fused_decouple, backend=backend)
+        return _head_then_losses(STEP, decouple, problem.fusion)
+
+    return _own(problem, forward)
+
+
+def _own(problem: Problem, forward_of: Callable[[str], Forward]) -> Step:
+    """A step by this package's own kernels; raises `Unavailable` if others would run."""
+    backend, device_type = "auto", _device_type(problem)
+    if device_type == "cuda":
         if not dgl_ext._extension.available("cuda"):
             raise Unavailable(
                 f"the CUDA extension is not loaded: {dgl_ext._extension.error('cuda')}: "
                 "see python -m dgl_ext"
             )
         backend = "cuda"  # "auto" may choose library GEMMs or the reference
-    decouple = partial(dgl_ext.fused_decouple, backend=backend)
-    step = _one_pass(problem, partial(_forward, decouple, problem.fusion))
+    forward = forward_of(backend)
+    # A small problem tells what runs, since that does not depend on the size.
+    like = problem.features[0]
+    small = make_problem(problem.fusion, 2, 3, 4, like.device, like.dtype)
     with _OperatorNames() as seen:
-        step()
+        _one_pass(small, forward)()
     if not any(name.startswith("dgl_ext::") for name in seen.names):
         raise Unavailable(
-            f"backend={backend!r} chose the reference for {_device_type(problem)} "
-            f"{problem.features[0].dtype}: see python -m dgl_ext"
+            f"backend={backend!r} chose the reference for {device_type} {like.dtype}: "
+            "see python -m dgl_ext"
         )
-    return step
+    return _one_pass(problem, forward)
 
 
 def _device_type(problem: Problem) -> str:
     return problem.features[0].device.type
 
 
-def _one_pass(problem: Problem, forward: Callable[..., tuple[Tensor, tuple[Tensor, ...]]]) -> Step:
+def _one_pass(problem: Problem, forward: Forward) -> Step:
     leaves = tuple(problem.leaves().values())
     inputs = (problem.features, problem.weight, problem.bias, problem.target)
 
     def step() -> tuple[Tensor, ...]:
         _clear(leaves)
-        loss, logits = forward(*inputs)
+        loss, outputs = forward(*inputs)
         loss.backward()
-        return logits
+        return outputs
 
     return step
 
 
-def _forward(
-    decouple: Callable[..., Any], fusion: str, features: Any, weight: Any, bias: Any, target: Tensor
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The head and three cross-entropies: (loss, logits)."""
-    out = decouple(features, weight, bias, fusion=fusion)
-    loss = F.cross_entropy(out.fused, target)
-    for logits in out.unimodal:
-        loss = loss + F.cross_entropy(logits, target)
-    return loss, (out.fused, *out.unimodal)
+def _forward(mode: str, problem: Problem, source: Any, **options: str) -> Forward:
+    """What `source`, dgl_ext or its reference, offers for a mode."""
+    fusion = problem.fusion
+    if mode == STEP:
+        cross_entropy = partial(source.fused_decouple_cross_entropy, fusion=fusion, **options)
+
+        def forward(
+            features: Any, weight: Any, bias: Any, target: Tensor
+        ) -> tuple[Tensor, tuple[Tensor, ...]]:
+            loss = cross_entropy(features, weight, target, bias=bias)
+            return loss.total, (loss.fused, *loss.unimodal)
+
+        return forward
+    return _head_then_losses(mode, partial(source.fused_decouple, **options), fusion)
+
+
+def _head_then_losses(mode: str, decouple: Callable[..., Any], fusion: str) -> Forward:
+    """The head, then a cross-entropy per branch."""
+
+    def forward(
+        features: Any, weight: Any, bias: Any, target: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        out = decouple(features, weight, bias, fusion=fusion)
+        logits = (out.fused, *out.unimodal)
+        losses = tuple(F.cross_entropy(z, target) for z in logits)
+        return reduce(torch.add, losses), losses if mode == STEP else logits
+
+    return forward
 
 
 def _clear(tensors: tuple[Tensor, ...]) -> None:
@@ -287,11 +300,18 @@ class Provider:
     decoupled: bool = True
 
 
-PROVIDERS: dict[str, Provider] = {
-    "joint": Provider(_joint, decoupled=False),
-    "two_pass": Provider(_two_pass),
-    "reference": Provider(_reference),
-    "compiled": Provider(_compiled),
-    "composed": Provider(_composed),
-    "dgl_ext": Provider(_dgl_ext),
-}
+def _providers(mode: str) -> dict[str, Provider]:
+    """By name, in the order of the tables."""
+    return {
+        "joint": Provider(partial(_joint, mode), decoupled=False),
+        "two_pass": Provider(partial(_two_pass, mode)),
+        "reference": Provider(partial(_reference, mode)),
+        "compiled": Provider(partial(_compiled, mode)),
+        **({"linear_cross_entropy": Provider(_linear_cross_entropy)} if mode == STEP else {}),
+        "composed": Provider(partial(_composed, mode)),
+        **({"dgl_ext_logits": Provider(_dgl_ext_logits)} if mode == STEP else {}),
+        "dgl_ext": Provider(partial(_dgl_ext, mode)),
+    }
+
+
+PROVIDERS = {mode: _providers(mode) for mode in OUTPUTS}

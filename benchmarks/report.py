@@ -1,4 +1,4 @@
-"""Progress, terminal output and result files, shared by the benchmarks."""
+"""Progress, terminal output, result files and colours, shared by the benchmarks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 PLAIN_WIDTH = 120
+BUSY = 0.05
+COLORS = {
+    "joint": "#555555",
+    "two_pass": "#d55e00",
+    "reference": "#0072b2",
+    "compiled": "#cc79a7",
+    "linear_cross_entropy": "#56b4e9",
+    "composed": "#e69f00",
+    "dgl_ext_logits": "#85d0b4",
+    "dgl_ext": "#009e73",
+}
 
 
 def make_console() -> Console:
@@ -58,6 +69,34 @@ class CellProgress:
         start = self._done
         self._done += 1
         return lambda share: self._bar.update(self._task, completed=start + share)
+
+
+def conditions(document: dict[str, Any]) -> str:
+    """Machine, dtype, versions, commit and date of a run, in one line."""
+    env = document["environment"]
+    return (
+        f"{machine(env)}; {document['dtype']}; torch {env['torch']}, dgl_ext {env['dgl_ext']}, "
+        f"commit {env['git_sha']}, {env['date']}"
+    )
+
+
+def machine(env: dict[str, Any]) -> str:
+    """The GPU, or the CPU and its threads."""
+    return env["gpu"] or f"{env['cpu']}, threads: {env['threads']}"
+
+
+def busy(foreign_load: float | None) -> list[str]:
+    """A warning, if the machine was not ours alone."""
+    if foreign_load is None or foreign_load <= BUSY:
+        return []
+    return [f"Busy: other processes took {foreign_load:.0%} of the CPUs while this was timed."]
+
+
+def result_paths(out: Path, benchmark: str, document: dict[str, Any], *, smoke: bool) -> list[Path]:
+    """Where JSON, CSV and plot of a run go: named by benchmark, device and dtype."""
+    kind = document["device"].partition(":")[0]
+    stem = f"bench_{benchmark}_{kind}_{document['dtype']}" + ("_smoke" if smoke else "")
+    return [out / f"{stem}.{ending}" for ending in ("json", "csv", "png")]
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:

@@ -247,10 +247,10 @@ def check_bench(dtype: str, options: argparse.Namespace) -> Part:
     name, folder = f"bench_{dtype}", options.out / "bench"
     command = [sys.executable, str(ROOT / "benchmarks" / "bench_fusion.py"), "--device", "cuda"]
     command += ["--dtype", dtype, "--out", str(folder), *shlex.split(options.bench_arguments)]
-    for old in folder.glob(f"bench_fusion_cuda_{dtype}*"):
+    for old in folder.glob(f"bench_fusion_*_cuda_{dtype}*"):
         old.unlink()
     outcome = run_command(command, options.out / f"{name}.log", options.timeout_bench)
-    results = sorted(map(str, folder.glob(f"bench_fusion_cuda_{dtype}*")))
+    results = sorted(map(str, folder.glob(f"bench_fusion_*_cuda_{dtype}*")))
     problem = "" if results else "no results were written"
     return judge(name, outcome, problem, {"command": command, "results": results})
 

@@ -96,8 +96,8 @@ def test_a_whole_step_is_captured_after_a_warm_up_on_a_side_stream():
     body = ["begin on side", "step on side", "end on side"]
     assert cuda.log == ["side waits on main", *steps, *body, "main waits on main"]
     # Nothing keeps the autograd graph of the captured step, whose nodes are bound to its stream.
-    assert captured.logits[0].grad_fn is None
-    torch.testing.assert_close(captured.logits[0], leaf.detach() * 2)
+    assert captured.outputs[0].grad_fn is None
+    torch.testing.assert_close(captured.outputs[0], leaf.detach() * 2)
     assert captured.gradients["leaf"] is leaf.grad
     captured()
     assert cuda.log[-1] == "replay on main"
@@ -205,18 +205,18 @@ class FakeGpu:
 
     def capture(self, step, leaves):
         self.captures += 1
-        logits = tuple(z.detach() for z in step())
+        outputs = tuple(output.detach() for output in step())
         gradients = {name: leaf.grad for name, leaf in leaves.items()}
 
         def replay():
             fresh = step()
-            for old, new in zip(logits, fresh, strict=True):
+            for old, new in zip(outputs, fresh, strict=True):
                 old.copy_(new.detach())
             for name, leaf in leaves.items():
                 if name != self.spoil:
                     gradients[name].copy_(leaf.grad)
 
-        return cuda_steps.Captured(replay, logits, gradients)
+        return cuda_steps.Captured(replay, outputs, gradients)
 
     def launches(self, step):
         step()
@@ -225,15 +225,15 @@ class FakeGpu:
         return self.count
 
 
-def measured(names, gpu, modes=BOTH, passes=1):
-    timing = fusion_cells.Timing(names, modes)
+def measured(names, gpu, executions=BOTH, passes=1):
+    timing = fusion_cells.Timing(names, executions)
     for _ in range(passes):
         fusion_cells.measure(plain.cell(), timing, 1e-9, min_rounds=2, gpu=gpu)
     fusion_cells.count_launches(plain.cell(), timing, gpu)
     return fusion_cells.rows(plain.cell(), timing, plain.CEILING)
 
 
-def test_both_modes_take_turns_and_ratios_stay_within_a_mode(monkeypatch):
+def test_eager_and_graphs_take_turns_and_ratios_stay_within_each(monkeypatch):
     calls = []
     microseconds = {
         ("joint", "eager"): [10.0],
@@ -250,21 +250,24 @@ def test_both_modes_take_turns_and_ratios_stay_within_a_mode(monkeypatch):
     rows = measured(["joint", "reference"], FakeGpu())
     assert len(calls) == 1
     assert sorted(calls[0]) == sorted(microseconds)
-    assert [(row["mode"], row["provider"]) for row in rows] == [
+    assert [(row["execution"], row["provider"]) for row in rows] == [
         *(("eager", "joint"), ("eager", "reference")),
         *(("graph", "joint"), ("graph", "reference")),
     ]
     assert [row["ratio_to_joint"] for row in rows] == [1, 3, 1, 2.5]
     assert [row["median_us"] for row in rows] == [10, 30, 2, 5]
     assert [row["launches"] for row in rows] == [7] * 4
-    assert set(rows[3]) <= set(fusion_cells.columns())
+    assert set(rows[3]) <= set(fusion_cells.columns("logits"))
 
 
 def test_graphs_alone_are_still_checked_eagerly_first(monkeypatch):
     gpu = FakeGpu()
-    monkeypatch.setitem(providers.PROVIDERS, "broken", plain.broken("scaled gradients"))
-    rows = measured(["joint", "broken"], gpu, modes=("graph",), passes=2)
-    assert [(row["mode"], row["status"]) for row in rows] == [("graph", "ok"), ("graph", "wrong")]
+    monkeypatch.setitem(providers.PROVIDERS["logits"], "broken", plain.broken("scaled gradients"))
+    rows = measured(["joint", "broken"], gpu, executions=("graph",), passes=2)
+    assert [(row["execution"], row["status"]) for row in rows] == [
+        ("graph", "ok"),
+        ("graph", "wrong"),
+    ]
     assert gpu.captures == 3  # joint's, in two passes and for the count
     assert rows[0]["rounds"] == 4
 
@@ -308,7 +311,7 @@ def test_times_stand_without_a_count_of_kernels(error, note):
 
 def test_graphs_need_a_gpu():
     timing = fusion_cells.Timing(["joint"], BOTH)
-    with pytest.raises(ValueError, match="gpu: expected one to capture mode 'graph' with"):
+    with pytest.raises(ValueError, match="gpu: expected one to capture for 'graph' with"):
         fusion_cells.measure(plain.cell(), timing, 1e-9)
 
 
@@ -316,7 +319,9 @@ def test_defaults_by_device(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     out = ["--out", str(tmp_path)]
     cpu = bench_fusion._parse(["--device", "cpu", *out])
-    assert (cpu.graphs, len(cpu.sizes)) == ("eager", 6)
+    assert (cpu.graphs, len(cpu.sizes), cpu.modes) == ("eager", 6, ["step"])
+    assert bench_fusion._parse(["--smoke", *out]).modes == ["step", "logits"]
+    assert bench_fusion._parse(["--smoke", "--mode", "logits", *out]).modes == ["logits"]
     assert bench_fusion._parse(["--device", "cpu", "--graphs", "eager", *out]).graphs == "eager"
     cuda = bench_fusion._parse(["--device", "cuda", *out])
     assert cuda.graphs == "both"
@@ -328,10 +333,11 @@ def test_defaults_by_device(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """What a run in both modes prints and writes, on a device that is faked."""
+    """What a run with graphs prints and writes, on a device that is faked."""
     out, text = tmp_path_factory.mktemp("results"), io.StringIO()
     flags = ["--smoke", "--device", "cpu", "--fusion", "concat,film", "--sizes", "5x8x3"]
-    options = bench_fusion._parse([*flags, "--providers", "joint,two_pass", "--out", str(out)])
+    flags += ["--mode", "step", "--providers", "joint,two_pass", "--out", str(out)]
+    options = bench_fusion._parse(flags)
     options.graphs = "both"
     console = Console(file=text, width=120)
     with pytest.MonkeyPatch.context() as patch:
@@ -342,29 +348,29 @@ def written(tmp_path_factory):
     return text.getvalue(), out
 
 
-def test_files_hold_both_modes(written):
-    stem = written[1] / "bench_fusion_cpu_float32_smoke"
+def test_files_hold_eager_and_graphs(written):
+    stem = written[1] / "bench_fusion_step_cpu_float32_smoke"
     with stem.with_suffix(".csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     expected = [
-        (fusion, mode, name)
+        (fusion, way, name)
         for fusion in ("concat", "film")
-        for mode in BOTH
+        for way in BOTH
         for name in ("joint", "two_pass")
     ]
-    assert [(row["fusion"], row["mode"], row["provider"]) for row in rows] == expected
+    assert [(row["fusion"], row["execution"], row["provider"]) for row in rows] == expected
     for row in rows:
         assert row["status"] == "ok"
         assert row["launches"] == "12"
         assert 0 < float(row["ratio_to_joint"]) < math.inf
     document = json.loads(stem.with_suffix(".json").read_text())
-    assert document["modes"] == ["eager", "graph"]
-    assert [row["mode"] for row in document["rows"]] == [mode for _, mode, _ in expected]
+    assert document["executions"] == ["eager", "graph"]
+    assert [row["execution"] for row in document["rows"]] == [way for _, way, _ in expected]
     assert document["rows"][0]["launches"] == 12
     assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_tables_of_both_modes(written):
+def test_tables_of_eager_and_graphs(written):
     lines = written[0].splitlines()
     assert "counting kernels ..." in lines
     titles = [line.strip() for line in lines if line.startswith(("concat", "film"))]
@@ -374,18 +380,18 @@ def test_tables_of_both_modes(written):
     assert "* Kernels a step: joint 12, two_pass 12." in lines
 
 
-def two_modes(provider, ratios, **more):
-    """A row per mode, with its ratio to joint."""
+def both_ways(provider, ratios, **more):
+    """A row per execution, with its ratio to joint."""
     return [
         plain.summary_row("sum", provider, ratio, ratio - 0.02, ratio + 0.02)
-        | {"mode": mode, **more}
-        for mode, ratio in zip(BOTH, ratios, strict=True)
+        | {"execution": way, **more}
+        for way, ratio in zip(BOTH, ratios, strict=True)
     ]
 
 
-def test_summary_of_both_modes():
-    rows = two_modes("joint", (1, 1), launches=9)
-    rows += two_modes("dgl_ext", (0.8, 1.1), launches=13)
+def test_summary_of_eager_and_graphs():
+    rows = both_ways("joint", (1, 1), launches=9)
+    rows += both_ways("dgl_ext", (0.8, 1.1), launches=13)
     rows[3]["launches"] = 11
     eager, graph, kernels = fusion_report.describe(rows)
     assert eager.startswith("Against joint (eager), dgl_ext takes 0.80 (sum 64x512x6) to 0.80")
@@ -395,9 +401,9 @@ def test_summary_of_both_modes():
     assert kernels == "Kernels a step: joint 9, dgl_ext 11 to 13."
 
 
-def test_one_reason_in_both_modes_is_one_sentence():
-    rows = two_modes("joint", (1, 1))
-    rows += two_modes("dgl_ext", (1, 1), status="left out", note="no nvcc")
+def test_one_reason_for_eager_and_graphs_is_one_sentence():
+    rows = both_ways("joint", (1, 1))
+    rows += both_ways("dgl_ext", (1, 1), status="left out", note="no nvcc")
     assert fusion_report.describe(rows) == [
         "dgl_ext was not timed (eager).",
         "dgl_ext was not timed (CUDA graph).",
@@ -405,8 +411,8 @@ def test_one_reason_in_both_modes_is_one_sentence():
     ]
 
 
-def test_committed_results_without_modes_still_read_the_same(tmp_path):
-    document = json.loads((RESULTS / "bench_fusion_cpu_float32.json").read_text())
+def test_committed_results_without_executions_still_read_the_same(tmp_path):
+    document = json.loads((RESULTS / "bench_fusion_logits_cpu_float32.json").read_text())
     found = fusion_report.describe(document["rows"], foreign_load=document["foreign_load"])
     assert found == document["summary"]
     text = io.StringIO()
@@ -421,7 +427,7 @@ def test_table_with_kernels_fits_80_columns():
     figures = {"median_us": 12345.6, "p20_us": 12000.1, "p80_us": 13000.4, "launches": 123}
     figures |= {"gflops_per_s": 812345.6, "share_of_ceiling": 0.987, "bound": "compute"}
     size = {"batch": 4096, "width": 2048, "classes": 1000, "ratio_to_two_pass": 10.04}
-    rows = two_modes("reference", (10.04, 10.04), **figures, **size)
+    rows = both_ways("reference", (10.04, 10.04), **figures, **size)
     text = io.StringIO()
     Console(file=text, width=80).print(fusion_report._table("film, eager", rows))
     line = next(line for line in text.getvalue().splitlines() if "reference" in line)
@@ -439,24 +445,36 @@ def cuda_problem():
     return types.SimpleNamespace(features=features, fusion="concat")
 
 
-def test_dgl_ext_is_left_out_on_cuda_without_its_cuda_extension(monkeypatch):
+OWN = [("logits", "dgl_ext"), ("step", "dgl_ext"), ("step", "dgl_ext_logits")]
+
+
+@pytest.mark.parametrize(("mode", "name"), OWN)
+def test_dgl_ext_is_left_out_on_cuda_without_its_cuda_extension(monkeypatch, mode, name):
     monkeypatch.setitem(dgl_ext._extension._errors, "cuda", ImportError("libcudart is missing"))
     with pytest.raises(providers.Unavailable, match="CUDA extension is not loaded: libcudart is"):
-        providers.PROVIDERS["dgl_ext"].build(cuda_problem())
+        providers.PROVIDERS[mode][name].build(cuda_problem())
 
 
-def test_dgl_ext_on_cuda_names_its_backend(monkeypatch):
+@pytest.mark.parametrize(("mode", "name"), OWN)
+def test_dgl_ext_on_cuda_names_its_backend(monkeypatch, mode, name):
     monkeypatch.setitem(dgl_ext._extension._errors, "cuda", None)
     problem, backends = plain.cell().problem(), []
 
-    def decouple(*args, backend, **kwargs):
-        backends.append(backend)
-        return dgl_ext.reference.fused_decouple(*args, **kwargs)
+    def referring(function):
+        def call(*args, backend, **kwargs):
+            backends.append(backend)
+            return function(*args, **kwargs)
 
-    monkeypatch.setattr(dgl_ext, "fused_decouple", decouple)
+        return call
+
+    reference = dgl_ext.reference
+    monkeypatch.setattr(dgl_ext, "fused_decouple", referring(reference.fused_decouple))
+    step = referring(reference.fused_decouple_cross_entropy)
+    monkeypatch.setattr(dgl_ext, "fused_decouple_cross_entropy", step)
+    build = providers.PROVIDERS[mode][name].build
     with pytest.raises(providers.Unavailable, match="backend='auto' chose the reference for cpu"):
-        providers.PROVIDERS["dgl_ext"].build(problem)
+        build(problem)
     monkeypatch.setattr(providers, "_device_type", lambda problem: "cuda")
     with pytest.raises(providers.Unavailable, match="backend='cuda' chose the reference"):
-        providers.PROVIDERS["dgl_ext"].build(problem)
+        build(problem)
     assert backends == ["auto", "cuda"]

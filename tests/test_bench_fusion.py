@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import gc
 import io
 import json
 import math
@@ -12,7 +11,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -29,26 +27,28 @@ import bench_fusion  # noqa: E402
 import fusion_cells  # noqa: E402
 import fusion_report  # noqa: E402
 import harness  # noqa: E402
+import problems  # noqa: E402
 import providers  # noqa: E402
 
 CPU = torch.device("cpu")
 CEILING = harness.Ceiling(flops_per_second=1e11, bytes_per_second=1e10)
 SIZE = (5, 8, 3)
+MODES = ("step", "logits")
 
 
-def cell(fusion="concat", dtype=torch.float32):
-    return fusion_cells.Cell(fusion, SIZE, CPU, dtype)
+def cell(fusion="concat", dtype=torch.float32, mode="logits"):
+    return fusion_cells.Cell(mode, fusion, SIZE, CPU, dtype)
 
 
-def measured_rows(names):
-    timing = fusion_cells.Timing(names)
-    fusion_cells.measure(cell(), timing, 0.01)
-    return fusion_cells.rows(cell(), timing, CEILING)
+def measured_rows(names, mode="logits"):
+    timing, here = fusion_cells.Timing(names), cell(mode=mode)
+    fusion_cells.measure(here, timing, 0.01)
+    return fusion_cells.rows(here, timing, CEILING)
 
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """One `--smoke` run as a user starts it, from another folder."""
+    """One `--smoke` run as a user starts it, from another folder: text and paths less endings."""
     folder = tmp_path_factory.mktemp("smoke")
     command = [sys.executable, str(BENCHMARKS / "bench_fusion.py"), "--smoke", "--device", "cpu"]
     done = subprocess.run(
@@ -60,18 +60,22 @@ def smoke(tmp_path_factory):
         timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, folder / "results"
+    stems = {mode: folder / "results" / f"bench_fusion_{mode}_cpu_float32_smoke" for mode in MODES}
+    return done.stdout, stems
 
 
-def test_smoke_csv(smoke):
-    with (smoke[1] / "bench_fusion_cpu_float32_smoke.csv").open(newline="") as file:
+@pytest.mark.parametrize("mode", MODES)
+def test_smoke_csv(smoke, mode):
+    with smoke[1][mode].with_suffix(".csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["fusion"], row["provider"]) for row in rows] == [
-        (fusion, name) for fusion in providers.FUSIONS for name in providers.PROVIDERS
+        (fusion, name) for fusion in problems.FUSIONS for name in providers.PROVIDERS[mode]
     ]
     must_run = {"joint", "two_pass", "reference"}
     if dgl_ext._extension.available():
-        must_run.add("dgl_ext")
+        must_run |= {"composed", "dgl_ext", "dgl_ext_logits"}
+    if hasattr(torch.nn.functional, "linear_cross_entropy"):
+        must_run.add("linear_cross_entropy")
     for row in rows:
         assert row["status"] == "ok" if row["provider"] in must_run else row["status"]
         if row["status"] != "ok":
@@ -80,7 +84,7 @@ def test_smoke_csv(smoke):
             continue
         assert 0 < float(row["p20_us"]) <= float(row["median_us"]) <= float(row["p80_us"])
         assert int(row["rounds"]) >= harness.MIN_ROUNDS
-        assert (row["mode"], row["launches"]) == ("eager", "")
+        assert (row["execution"], row["launches"]) == ("eager", "")
         assert float(row[f"ratio_to_{row['provider']}"]) == 1
         for column in ("ratio_to_joint", "ratio_to_two_pass", "gflops_per_s", "gbytes_per_s"):
             assert 0 < float(row[column]) < math.inf
@@ -88,18 +92,21 @@ def test_smoke_csv(smoke):
         assert row["bound"] in ("compute", "memory")
 
 
-def test_smoke_json(smoke):
-    document = json.loads((smoke[1] / "bench_fusion_cpu_float32_smoke.json").read_text())
+@pytest.mark.parametrize("mode", MODES)
+def test_smoke_json(smoke, mode):
+    document = json.loads(smoke[1][mode].with_suffix(".json").read_text())
     for key in ("date", "cpu", "threads", "gpu", "torch", "cuda", "git_sha", "dgl_ext"):
         assert key in document["environment"]
     assert document["environment"]["torch"] == torch.__version__
     assert document["ceiling"]["flops_per_second"] > 0
     assert document["statistic"] == harness.STATISTIC
-    assert len(document["rows"]) == len(providers.FUSIONS) * len(providers.PROVIDERS)
+    assert len(document["rows"]) == len(problems.FUSIONS) * len(providers.PROVIDERS[mode])
+    assert (document["mode"], document["step"]) == (mode, bench_fusion.WHAT[mode])
 
 
-def test_smoke_plot(smoke):
-    image = (smoke[1] / "bench_fusion_cpu_float32_smoke.png").read_bytes()
+@pytest.mark.parametrize("mode", MODES)
+def test_smoke_plot(smoke, mode):
+    image = smoke[1][mode].with_suffix(".png").read_bytes()
     assert image.startswith(b"\x89PNG")
     assert len(image) > 10_000
 
@@ -107,36 +114,38 @@ def test_smoke_plot(smoke):
 def test_smoke_output_is_plain_text_and_says_what_it_shows(smoke):
     text = smoke[0]
     assert "\x1b" not in text
-    for name in (*providers.FUSIONS, *providers.PROVIDERS, "/joint", "/two_pass"):
+    names = (*problems.FUSIONS, *providers.PROVIDERS["step"], "/joint", "/2-pass")
+    for name in (*names, *fusion_report.SHORT_NAMES.values(), *bench_fusion.WHAT.values()):
         assert name in text
-    document = json.loads((smoke[1] / "bench_fusion_cpu_float32_smoke.json").read_text())
-    assert document["summary"]
-    for sentence in document["summary"]:
-        assert " ".join(sentence.split()) in " ".join(text.split())
+    for stem in smoke[1].values():
+        document = json.loads(stem.with_suffix(".json").read_text())
+        assert document["summary"]
+        for sentence in document["summary"]:
+            assert " ".join(sentence.split()) in " ".join(text.split())
 
 
-def broken(kind):
+def broken(kind, mode="logits"):
     """A provider that is the reference but for one mistake."""
 
     def build(problem):
-        right = providers.PROVIDERS["reference"].build(problem)
+        right = providers.PROVIDERS[mode]["reference"].build(problem)
 
         def step():
-            logits = right()
+            outputs = right()
             if kind in ("scaled gradients", "zeroed gradients"):
                 for leaf in problem.leaves().values():
                     leaf.grad.mul_(1.001 if kind == "scaled gradients" else 0)
             elif kind == "no gradient":
                 problem.features[1].grad = None
-            elif kind == "unimodal logits swapped":
-                return (logits[0], logits[2], logits[1])
-            elif kind == "too few logits":
-                return logits[:2]
+            elif kind == "unimodal outputs swapped":
+                return (outputs[0], outputs[2], outputs[1])
+            elif kind == "too few outputs":
+                return outputs[:2]
             elif kind == "wrong shape":
-                return (logits[0][:1], *logits[1:])
+                return (outputs[0][:1], *outputs[1:])
             elif kind == "nan":
-                return (logits[0] * math.nan, *logits[1:])
-            return logits
+                return (outputs[0] * math.nan, *outputs[1:])
+            return outputs
 
         return step
 
@@ -149,8 +158,8 @@ def broken(kind):
         ("scaled gradients", r"features\[0\].grad differs from the reference by 1.0e-03"),
         ("zeroed gradients", r"features\[0\].grad differs"),
         ("no gradient", r"features\[1\].grad is missing"),
-        ("unimodal logits swapped", r"logits\[1\] differs"),
-        ("too few logits", r"logits\[2\] is missing"),
+        ("unimodal outputs swapped", r"logits\[1\] differs"),
+        ("too few outputs", r"logits\[2\] is missing"),
         ("wrong shape", r"logits\[0\] has shape \(1, 3\), the reference \(5, 3\)"),
         ("nan", r"logits\[0\] differs from the reference by nan"),
     ],
@@ -163,7 +172,7 @@ def test_a_wrong_provider_is_not_timed(monkeypatch, kind, named):
         return {name: [1.0] for name in steps}
 
     monkeypatch.setattr(harness, "time_alternating", time_nothing)
-    monkeypatch.setitem(providers.PROVIDERS, "broken", broken(kind))
+    monkeypatch.setitem(providers.PROVIDERS["logits"], "broken", broken(kind))
     rows = measured_rows(["broken", "reference"])
     assert timed == [("reference", "eager")]
     assert [row["status"] for row in rows] == ["wrong", "ok"]
@@ -171,13 +180,30 @@ def test_a_wrong_provider_is_not_timed(monkeypatch, kind, named):
     assert re.search(named, rows[0]["note"])
 
 
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        ("scaled gradients", r"features\[0\].grad differs from the reference by 1.0e-03"),
+        ("unimodal outputs swapped", r"losses\[1\] differs"),
+        ("too few outputs", r"losses\[2\] is missing"),
+        ("nan", r"losses\[0\] differs from the reference by nan"),
+    ],
+)
+def test_a_wrong_step_is_not_timed(monkeypatch, kind, named):
+    monkeypatch.setitem(providers.PROVIDERS["step"], "broken", broken(kind, "step"))
+    rows = measured_rows(["broken", "reference"], "step")
+    assert [row["status"] for row in rows] == ["wrong", "ok"]
+    assert re.search(named, rows[0]["note"])
+
+
 def test_a_wrong_or_failing_provider_ends_the_run_with_an_error(monkeypatch, tmp_path, capsys):
     def fails(problem):
         raise ValueError("no such kernel")
 
-    monkeypatch.setitem(providers.PROVIDERS, "broken", broken("zeroed gradients"))
-    monkeypatch.setitem(providers.PROVIDERS, "fails", providers.Provider(fails))
-    flags = ["--smoke", "--device", "cpu", "--fusion", "sum", "--sizes", "5x8x3"]
+    listed = providers.PROVIDERS["step"]
+    monkeypatch.setitem(listed, "broken", broken("zeroed gradients", "step"))
+    monkeypatch.setitem(listed, "fails", providers.Provider(fails))
+    flags = ["--mode", "step", "--smoke", "--device", "cpu", "--fusion", "sum", "--sizes", "5x8x3"]
     flags += ["--out", str(tmp_path)]
     assert bench_fusion.main([*flags, "--providers", "joint,broken"]) == 1
     assert "broken is wrong at every cell: features[0].grad differs" in capsys.readouterr().out
@@ -190,7 +216,7 @@ def test_what_cannot_run_is_left_out_with_a_reason(monkeypatch):
     def lacks(problem):
         raise providers.Unavailable("needs a newer torch")
 
-    monkeypatch.setitem(providers.PROVIDERS, "lacks", providers.Provider(lacks))
+    monkeypatch.setitem(providers.PROVIDERS["logits"], "lacks", providers.Provider(lacks))
     rows = measured_rows(["lacks", "joint"])
     assert (rows[0]["status"], rows[0]["note"]) == ("left out", "needs a newer torch")
     assert rows[1]["median_us"] > 0
@@ -199,31 +225,60 @@ def test_what_cannot_run_is_left_out_with_a_reason(monkeypatch):
 
 def test_nothing_is_timed_where_no_provider_can_run(monkeypatch):
     monkeypatch.setattr(harness, "time_alternating", None)
-    monkeypatch.setitem(providers.PROVIDERS, "broken", broken("nan"))
+    monkeypatch.setitem(providers.PROVIDERS["logits"], "broken", broken("nan"))
     assert [row["status"] for row in measured_rows(["broken"])] == ["wrong"]
 
 
-def test_dgl_ext_is_left_out_rather_than_timed_as_the_reference(monkeypatch):
+@pytest.mark.filterwarnings("ignore:dgl_ext runs its slower reference")
+@pytest.mark.parametrize(
+    ("mode", "name"), [("logits", "dgl_ext"), ("step", "dgl_ext"), ("step", "dgl_ext_logits")]
+)
+def test_dgl_ext_is_left_out_rather_than_timed_as_the_reference(monkeypatch, mode, name):
     monkeypatch.setattr(dgl_ext._extension, "available", lambda *_: False)
     with pytest.raises(providers.Unavailable, match=r"chose the reference for cpu torch.float32"):
-        providers.PROVIDERS["dgl_ext"].build(cell().problem())
+        providers.PROVIDERS[mode][name].build(cell().problem())
+
+
+def test_linear_cross_entropy_is_left_out_where_torch_lacks_it(monkeypatch):
+    monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
+    (row,) = measured_rows(["linear_cross_entropy"], "step")
+    note = f"torch {torch.__version__} has no linear_cross_entropy in chunks"
+    assert (row["status"], row["note"]) == ("left out", note)
+
+
+def results_of(here, name):
+    return fusion_cells.snapshot(here.mode, name, here.problem())[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("fusion", providers.FUSIONS)
-def test_two_pass_agrees_with_the_reference_and_joint_does_not(fusion, dtype):
-    here = cell(fusion, dtype)
-    results = {
-        name: fusion_cells.snapshot(here.problem(), providers.PROVIDERS[name])[1]
-        for name in ("reference", "two_pass", "joint")
-    }
-    truth = results["reference"]
-    assert not fusion_cells.difference(results["two_pass"], truth, dtype, everything=True)
-    assert not fusion_cells.difference(results["joint"], truth, dtype, everything=False)
-    no_logits = {name: value for name, value in truth.items() if "grad" in name}
+@pytest.mark.parametrize("fusion", problems.FUSIONS)
+@pytest.mark.parametrize("mode", MODES)
+def test_all_agree_with_the_reference_in_float64_and_joint_does_not(mode, fusion, dtype):
+    here = cell(fusion, dtype, mode)
+    truth = fusion_cells.snapshot(mode, "reference", here.problem().as_float64())[1]
+    names = set(providers.PROVIDERS[mode]) - {"joint", "compiled"}
+    if not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        names.discard("linear_cross_entropy")
+    for name in names:
+        wrong = fusion_cells.difference(results_of(here, name), truth, dtype, everything=True)
+        assert not wrong, name
+    joint = results_of(here, "joint")
+    assert not fusion_cells.difference(joint, truth, dtype, everything=False)
+    gradients = {name: value for name, value in truth.items() if "grad" in name}
+    assert len(truth) - len(gradients) == 3
     assert "features[0].grad differs" in fusion_cells.difference(
-        results["joint"], no_logits, dtype, everything=True
+        joint, gradients, dtype, everything=True
     )
+
+
+def test_truth_has_the_values_of_the_problem_in_float64():
+    problem = cell("film", torch.bfloat16).problem()
+    leaves, wide = problem.leaves(), problem.as_float64().leaves()
+    assert leaves.keys() == wide.keys()
+    for name, leaf in wide.items():
+        assert leaf.dtype == torch.float64
+        assert leaf.is_leaf
+        assert torch.equal(leaf, leaves[name].double())
 
 
 @pytest.mark.parametrize(
@@ -233,29 +288,32 @@ def test_work_of_the_published_recipe(fusion, two_pass_units):
     """In multiply-adds of rows x width x classes: joint 6, the published recipe 16 or 10."""
     units = {}
     for name in ("joint", "two_pass"):
-        step = providers.PROVIDERS[name].build(cell(fusion).problem())
+        step = providers.PROVIDERS["step"][name].build(cell(fusion).problem())
         with FlopCounterMode(display=False) as counter:
             step()
         units[name] = counter.get_total_flops() / (2 * math.prod(SIZE))
     assert units == {"joint": 6, "two_pass": two_pass_units}
 
 
-@pytest.mark.parametrize("fusion", providers.FUSIONS)
+@pytest.mark.parametrize("fusion", problems.FUSIONS)
 def test_least_work_is_what_a_joint_step_does(fusion):
-    step = providers.PROVIDERS["joint"].build(cell(fusion).problem())
+    step = providers.PROVIDERS["step"]["joint"].build(cell(fusion).problem())
     with FlopCounterMode(display=False) as counter:
         step()
-    flops, _ = providers.least_work(fusion, *SIZE, 4, decoupled=False)
+    flops, _ = problems.least_work(fusion, *SIZE, 4, decoupled=False, logits=False)
     assert counter.get_total_flops() == flops
 
 
-@pytest.mark.parametrize("fusion", providers.FUSIONS)
-def test_least_traffic_counts_every_tensor_once(fusion):
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("fusion", problems.FUSIONS)
+def test_least_traffic_counts_every_tensor_once(fusion, mode):
     problem = cell(fusion).problem()
-    logits = providers.PROVIDERS["reference"].build(problem)()
     nbytes = sum(2 * leaf.nbytes for leaf in problem.leaves().values())  # value and gradient
-    nbytes += problem.target.nbytes + sum(z.nbytes for z in logits)
-    assert providers.least_work(fusion, *SIZE, 4, decoupled=True)[1] == nbytes
+    nbytes += problem.target.nbytes
+    if mode == "logits":
+        nbytes += sum(z.nbytes for z in providers.PROVIDERS[mode]["reference"].build(problem)())
+    found = problems.least_work(fusion, *SIZE, 4, decoupled=True, logits=mode == "logits")
+    assert found[1] == nbytes
 
 
 @pytest.mark.parametrize(
@@ -281,7 +339,11 @@ def test_least_traffic_counts_every_tensor_once(fusion):
         ),
         (["--device", "cpu", "--graphs", "both"], "need --device cuda; got 'both'"),
         (["--graphs", "some"], "invalid choice: 'some'"),
-        (["--mode", "step"], "unrecognized arguments"),
+        (["--mode", "some"], "invalid choice: 'some'"),
+        (
+            ["--mode", "logits", "--providers", "joint,dgl_ext_logits"],
+            "--providers: expected some of joint, .* in mode logits; got 'dgl_ext_logits'",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
@@ -297,89 +359,6 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_run(monkeypatch, 
     with pytest.raises(SystemExit):
         bench_fusion.main(["--smoke", "--out", str(tmp_path)])
     assert f"argument --out: cannot write to {tmp_path}" in capsys.readouterr().err
-
-
-def test_spread():
-    assert harness.spread([3.0]) == harness.Spread(3, 3, 3)
-    assert harness.spread([50, 10, 30, 20, 40, 0]) == harness.Spread(25, 10, 40)
-    assert harness.spread([0, 1]) == harness.Spread(0.5, 0.2, 0.8)
-    with pytest.raises(ValueError, match="values: expected at least one measurement"):
-        harness.spread([])
-
-
-def test_paired_ratio_is_taken_within_rounds():
-    # The ratio of the medians would be 1.5.
-    assert harness.paired_ratio([3, 10, 2], [1, 10, 2]).median == 1
-    with pytest.raises(
-        ValueError, match=r"baseline: expected as many rounds as times \(2\), got 1"
-    ):
-        harness.paired_ratio([1, 2], [1])
-
-
-def test_block_value_skips_the_first_step_of_a_longer_block():
-    assert harness._block_value([9, 1, 2, 3]) == 2
-    assert harness._block_value([9, 1, 2]) == 2
-    assert harness._block_value([9]) == 9
-
-
-def test_time_alternating_takes_turns():
-    calls, shares = [], []
-
-    def step(name, seconds):
-        def run():
-            calls.append(name)
-            time.sleep(seconds)
-
-        return run
-
-    steps = {"fast": step("fast", 0.002), "slow": step("slow", 0.008)}
-    times = harness.time_alternating(steps, CPU, 1e-9, min_rounds=6, on_round=shares.append)
-    assert {name: len(values) for name, values in times.items()} == {"fast": 6, "slow": 6}
-    assert all(value > 8000 for value in times["slow"])
-    assert all(value > 2000 for value in times["fast"])
-    assert harness.paired_ratio(times["fast"], times["slow"]).median < 0.7
-    assert len(shares) == 6
-    assert shares[-1] == 1
-    # After the warm-up no three blocks of one candidate follow each other.
-    turns = [name for i, name in enumerate(calls) if i == 0 or calls[i - 1] != name]
-    assert turns.count("slow") >= 4
-
-
-def test_time_alternating_goes_on_for_the_time_asked():
-    times = harness.time_alternating({"short": lambda: None}, CPU, 0.1, min_rounds=1)
-    assert len(times["short"]) > 1
-
-
-def test_time_alternating_restores_the_garbage_collector():
-    seen = []
-
-    def fails():
-        seen.append(gc.isenabled())
-        raise RuntimeError("broken step")
-
-    with pytest.raises(RuntimeError, match="broken step"):
-        harness.time_alternating({"fails": fails}, CPU, 0.01)
-    assert seen == [False]
-    assert gc.isenabled()
-
-
-def test_ceiling_floor_is_the_harder_of_the_two_limits():
-    assert CEILING.floor_seconds(flops=1e11, nbytes=1e9) == 1
-    assert CEILING.floor_seconds(flops=1e9, nbytes=2e10) == 2
-
-
-def test_measured_ceiling_is_a_rate():
-    ceiling = harness.measure_ceiling(CPU, torch.float32, quick=True)
-    assert 1e8 < ceiling.flops_per_second < 1e15
-    assert 1e8 < ceiling.bytes_per_second < 1e13
-
-
-def test_git_sha_without_git(monkeypatch):
-    def no_git(*_, **__):
-        raise FileNotFoundError("git")
-
-    monkeypatch.setattr(subprocess, "run", no_git)
-    assert harness.environment(CPU)["git_sha"] == "unknown"
 
 
 def summary_row(fusion, provider, ratio, p20, p80):
@@ -410,10 +389,10 @@ def test_summary_without_the_subject():
 def test_table_of_slow_steps_fits_80_columns():
     slow = {"median_us": 1289801.4, "p20_us": 1195778.2, "p80_us": 1326012.9, "bound": "compute"}
     slow |= {"gflops_per_s": 123456.7, "share_of_ceiling": 0.987, "ratio_to_two_pass": 10.04}
-    rows = [summary_row("film", name, 10.04, 9, 11) | slow for name in providers.PROVIDERS]
+    rows = [summary_row("film", name, 10.04, 9, 11) | slow for name in providers.PROVIDERS["step"]]
     rows = [row | {"batch": 1024, "width": 2048, "classes": 1000} for row in rows]
     rows.append(rows[0] | {"provider": "broken", "status": "left out"})
-    document = {"rows": rows, "summary": [], "dtype": "float32", "statistic": ""}
+    document = {"rows": rows, "summary": [], "dtype": "float32", "statistic": "", "step": ""}
     document |= {"environment": harness.environment(CPU), "ceiling": dataclasses.asdict(CEILING)}
     text = io.StringIO()
     fusion_report.print_results(Console(file=text, width=80), document)
@@ -438,39 +417,6 @@ def test_summary_warns_of_other_processes():
     assert "took 25% of the CPUs" in fusion_report.describe(rows, foreign_load=0.25)[-1]
 
 
-@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the CPUs' clocks are in /proc/stat")
-def test_foreign_load_sees_another_process():
-    spin = "import time; end = time.time() + 30\nwhile time.time() < end: pass"
-    other = subprocess.Popen([sys.executable, "-c", spin])
-    try:
-        with harness.ForeignLoad() as foreign:
-            time.sleep(0.5)
-    finally:
-        other.kill()
-        other.wait()
-    assert foreign.share > 0.3 / os.cpu_count()
-
-
-def test_foreign_load_leaves_out_this_process_and_adds_up(monkeypatch):
-    clocks = iter([(0, 0, 0), (1, 3, 8), (5, 9, 9), (5, 9, 17)])  # own, all, passed
-    monkeypatch.setattr(harness.ForeignLoad, "_clocks", staticmethod(lambda: next(clocks)))
-    load = harness.ForeignLoad()
-    for _ in range(2):
-        with load:
-            pass
-    assert load.share == 2 / 16
-
-
-def test_foreign_load_is_unknown_without_proc(monkeypatch):
-    def no_file(*_, **__):
-        raise FileNotFoundError("/proc/stat")
-
-    monkeypatch.setattr(Path, "read_text", no_file)
-    with harness.ForeignLoad() as load:
-        pass
-    assert load.share is None
-
-
 def test_passes_add_up_and_a_later_mistake_excludes(monkeypatch):
     timing = fusion_cells.Timing(["joint", "reference"])
     fusion_cells.measure(cell(), timing, 1e-9, min_rounds=2)
@@ -480,7 +426,7 @@ def test_passes_add_up_and_a_later_mistake_excludes(monkeypatch):
         ("reference", "eager"): 5,
     }
     with monkeypatch.context() as later:
-        later.setitem(providers.PROVIDERS, "joint", broken("nan"))
+        later.setitem(providers.PROVIDERS["logits"], "joint", broken("nan"))
         fusion_cells.measure(cell(), timing, 1e-9, min_rounds=1)
     fusion_cells.measure(cell(), timing, 1e-9, min_rounds=1)
     rows = fusion_cells.rows(cell(), timing, CEILING)

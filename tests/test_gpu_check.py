@@ -271,7 +271,7 @@ def test_the_bench_part(monkeypatch, tmp_path):
         "from pathlib import Path\n"
         "folder = Path(sys.argv[sys.argv.index('--out') + 1])\n"
         "folder.mkdir(exist_ok=True)\n"
-        "(folder / 'bench_fusion_cuda_bfloat16.json').write_text('{}')"
+        "(folder / 'bench_fusion_step_cuda_bfloat16.json').write_text('{}')"
     )
     fake_python(monkeypatch, tmp_path, write)
     part = gpu_check.check_bench("bfloat16", options(tmp_path, *flags))
