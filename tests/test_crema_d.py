@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -280,6 +281,14 @@ def test_only_the_same_run_is_resumed(folder, tmp_path, capsys):
     assert "was made with lr 0.002, got 0.1" in told
     assert "other clips" in error(capsys, *base, "--resume", "--test-share", "0.5")
     assert "has 2 epochs already" in error(capsys, *base, "--resume", "--epochs", "1")
+
+
+def test_the_readme_names_only_options_that_exist():
+    named = set(re.findall(r"--[a-z][a-z-]+", (ROOT / "examples/crema_d/README.md").read_text()))
+    parser = {option for action in cli.make_parser()._actions for option in action.option_strings}
+    others = {"--help", "--nproc-per-node", "--skip-smudge", "--include"}
+    assert named - others <= parser
+    assert {"--data", "--out", "--resume", "--method", "--fusion", "--amp"} <= named
 
 
 # --- several processes ---
