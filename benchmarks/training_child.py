@@ -59,8 +59,13 @@ def ask(request: Request) -> dict[str, Any]:
         `peaks`, or `note`, why there are none.
     """
     command = [sys.executable, __file__, json.dumps(asdict(request))]
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}  # the same dgl_ext as here
     done = subprocess.run(
-        command, env=os.environ | ALLOCATOR, capture_output=True, text=True, timeout=TIMEOUT
+        command,
+        env=os.environ | ALLOCATOR | path,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]

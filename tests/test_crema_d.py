@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 pytest.importorskip("PIL")
@@ -19,7 +20,7 @@ pytest.importorskip("rich")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from crema_d import checkpoint, cli, data, vision  # noqa: E402
+from crema_d import checkpoint, cli, data, images, vision  # noqa: E402
 from crema_d.models import METHODS, AudioVideoNet, ResNet18, resnet18  # noqa: E402
 from crema_d.processes import Processes  # noqa: E402
 from crema_d.train import BRANCHES, Config, Trainer  # noqa: E402
@@ -86,6 +87,18 @@ def test_torchvisions_weights_give_the_same_features():
     frames = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(ours(frames), theirs(frames))
     assert resnet18(1, 64, "torchvision")(torch.randn(2, 1, 64, 64)).shape == (2, 512)
+
+
+def test_torchvisions_crops_are_taken(folder):
+    try:
+        vision.torchvision()
+    except ImportError as why:
+        pytest.skip(str(why))
+    path = next(iter(data.find_clips(folder).clips.values())).frames[0]
+    torch.manual_seed(0)
+    draws = [images.load_frames([path], 16, True, "torchvision") for _ in range(4)]
+    assert len({draw.sum().item() for draw in draws}) == 4
+    assert vision.choose("auto", 64) == "torchvision"
 
 
 def test_torchvision_that_does_not_load_is_replaced_and_reported(monkeypatch):
@@ -222,6 +235,31 @@ def test_the_validation_speakers_select_and_the_test_is_measured_once(
     assert not torch.equal(measured[4][1], measured[3][1])
 
 
+def test_the_defaults_are_the_published_schedule(folder, tmp_path):
+    options = cli.make_parser().parse_args(["--data", str(folder), "--out", str(tmp_path)])
+    chosen = {name: getattr(options, name) for name in ("epochs", "batch_size", "clip", "frames")}
+    assert chosen == {"epochs": 100, "batch_size": 64, "clip": 40, "frames": 1}
+    run_ = trainer(folder, tmp_path, Config(image_size=32, width=8))
+    group = run_.optimizer.param_groups[0]
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (2e-3, 0.9, 1e-4)
+    assert (run_.schedule.step_size, run_.schedule.gamma) == (70, 0.1)
+    assert isinstance(run_.optimizer, torch.optim.SGD)
+
+
+def test_gradients_are_clipped_together(folder, tmp_path):
+    def moved(clip):
+        config = Config(**vars(SMALL) | {"clip": clip, "batch_size": 64, "weight_decay": 0.0})
+        run_ = trainer(folder, tmp_path, config)
+        before = [p.detach().clone() for p in run_.model.parameters()]
+        run_.train_epoch(1)  # one batch
+        steps = [a - b for a, b in zip(run_.model.parameters(), before, strict=True)]
+        return nn.utils.get_total_norm(steps).item() / config.lr
+
+    free = moved(float("inf"))
+    assert moved(0.5 * free) == pytest.approx(0.5 * free, rel=1e-3)
+    assert moved(2 * free) == pytest.approx(free, rel=1e-3)
+
+
 def test_a_run_that_diverges_stops(folder, tmp_path):
     run_ = trainer(folder, tmp_path)
     with torch.no_grad():
@@ -326,6 +364,10 @@ def test_two_processes_count_every_clip_once(folder, tmp_path):
     assert test["rows"] == results["test"]["rows"] == len(splits["test"])
     assert test["accuracy"] == results["test"]["accuracy"]
     assert test["loss"] == pytest.approx(results["test"]["loss"], rel=1e-4)
+    # The running statistics of BatchNorm are those of the first process everywhere.
+    val = alone.evaluate("val")
+    assert val["accuracy"] == results["selected"]["val"]["accuracy"]
+    assert val["loss"] == pytest.approx(results["selected"]["val"]["loss"], rel=1e-4)
 
 
 WORKER = """
