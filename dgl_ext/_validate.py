@@ -195,7 +195,8 @@ def check_alpha(alpha: object, modalities: int) -> tuple[float, ...]:
 def _check_finite(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    # math.isfinite cannot be traced where torch.compile takes the number for a variable.
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name}: expected a finite number, got {value}")
     return float(value)
 

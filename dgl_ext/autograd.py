@@ -120,18 +120,21 @@ def _call_backward(
     ctx: Any,
     name: str,
     grad_outputs: Grads,
+    saved: Sequence[Tensor],
     arguments: tuple[Any, ...],
     routing: Routing,
 ) -> tuple[Tensor | None, ...]:
-    """Computes the gradients that are needed and puts `None` in the place of the others."""
+    """Computes the gradients that are needed and puts `None` in the place of the others.
+
+    `saved` are the context's tensors, a feature first. Checkpointing lets them be read only once.
+    """
     needs = _reached(ctx.needs, grad_outputs, routing, ctx.leaks)
     if not any(needs):
         return (None,) * (_OPTIONS + len(needs))
     split_needs = _split(needs, len(grad_outputs) - 1)
-    like = ctx.saved_tensors[0]
-    grads = _ops.call(name, ctx.path, like, grad_outputs, *arguments, *split_needs, *ctx.leaks)
+    grads = _ops.call(name, ctx.path, saved[0], grad_outputs, *arguments, *split_needs, *ctx.leaks)
     if torch.is_grad_enabled():  # backward(create_graph=True)
-        grads = _RefuseSecondDerivative.apply(len(grads), *grads, *grad_outputs, *ctx.saved_tensors)
+        grads = _RefuseSecondDerivative.apply(len(grads), *grads, *grad_outputs, *saved)
     if len(grads) == len(needs):
         return (*_NO_GRADS, *grads)
     dealt = iter(grads)
@@ -165,7 +168,9 @@ class LinearHead(torch.autograd.Function):
         modalities = len(grad_outputs) - 1
         saved = ctx.saved_tensors
         arguments = saved[:modalities], saved[modalities:]
-        return _call_backward(ctx, "linear_head_backward", grad_outputs, arguments, ctx.routing)
+        return _call_backward(
+            ctx, "linear_head_backward", grad_outputs, saved, arguments, ctx.routing
+        )
 
 
 class FilmHead(torch.autograd.Function):
@@ -191,9 +196,11 @@ class FilmHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
         """Takes the logits' gradients to the inputs that they may reach."""
-        *tensors, film = ctx.saved_tensors
-        arguments = *_split(tensors, len(grad_outputs) - 1), film
-        return _call_backward(ctx, "film_head_backward", grad_outputs, arguments, _FILM_ROUTING)
+        saved = ctx.saved_tensors
+        arguments = *_split(saved[:-1], len(grad_outputs) - 1), saved[-1]
+        return _call_backward(
+            ctx, "film_head_backward", grad_outputs, saved, arguments, _FILM_ROUTING
+        )
 
 
 FUNCTIONS: dict[str, type[torch.autograd.Function]] = {

@@ -57,7 +57,7 @@ class _Targets(NamedTuple):
         target = target.reshape(-1)
         masks = [None if mask is None else mask.reshape(-1) for mask in present]
         counted = target != ignore_index
-        if not target.is_cuda:  # there it is found where it is read
+        if target.device.type == "cpu":  # a device asserts where it reads
             wrong = counted & ((target < 0) | (target >= classes))
             if wrong.any():
                 raise RuntimeError(
@@ -154,23 +154,20 @@ def _step(
                            workspace_limit)  # fmt: skip
     for start in range(0, count, step):
         part = slice(start, start + step)
-        chunk = targets.chunk(part)
-        inputs = [
-            # Selected, not multiplied: what an absent row stores is never read, NaN included.
-            h[part] if mask is None else torch.where(mask.unsqueeze(1), h[part], 0)
-            for h, mask in zip(matrices, chunk.present, strict=True)
-        ]
-        logits, grads = head(inputs, weights, biases)
-        for b, z in enumerate(logits):
-            losses[b, part], hits[b, part] = _cross_entropy_(
-                z, chunk.classes, chunk.counted[b], shares[b], label_smoothing
-            )
-        if needs.some():
-            outs = [*[result[part] for result in of_features], *of_parameters]
-            grads(Branches(logits, shares), logits[0], needs=needs, encoder_leak=encoder_leak,
-                  head_leak=head_leak, results=outs, add=True)  # fmt: skip
-        del inputs, logits, grads  # before the next chunk's
-
+        # All that is as large as the limit allows is gone when this returns.
+        losses[:, part], hits[:, part] = _chunk(
+            head,
+            [h[part] for h in matrices],
+            weights,
+            biases,
+            targets.chunk(part),
+            shares,
+            label_smoothing,
+            needs,
+            encoder_leak,
+            head_leak,
+            [*[result[part] for result in of_features], *of_parameters],
+        )
     _clear_absent(of_features, targets.present, needs)
     parts = losses.sum(1)
     if mean:
@@ -186,6 +183,44 @@ def _step(
         *(grad.view(like.shape) for grad, like in zip(of_features, results, strict=False)),
         *(grad.to(result_dtype) for grad in of_parameters),
     ]
+
+
+def _chunk(
+    head: _Head,
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: OptionalTensors,
+    targets: _Targets,
+    shares: Sequence[Tensor],
+    label_smoothing: float,
+    needs: Needs,
+    encoder_leak: float,
+    head_leak: float,
+    results: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Writes the gradients of some rows, adds those of parameters; returns losses and hits."""
+    # Selected, not multiplied: what an absent row stores is never read, NaN included.
+    features = [
+        h if mask is None else torch.where(mask.unsqueeze(1), h, 0)
+        for h, mask in zip(features, targets.present, strict=True)
+    ]
+    logits, grads = head(features, weights, biases)
+    found = [
+        _cross_entropy_(z, targets.classes, counted, share, label_smoothing)
+        for z, counted, share in zip(logits, targets.counted, shares, strict=True)
+    ]
+    if needs.some():
+        grads(
+            Branches(logits, shares),
+            logits[0],
+            needs=needs,
+            encoder_leak=encoder_leak,
+            head_leak=head_leak,
+            results=results,
+            add=True,
+        )
+    losses, hits = zip(*found, strict=True)
+    return torch.stack(losses), torch.stack(hits)
 
 
 def _rows_at_a_time(

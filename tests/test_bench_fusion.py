@@ -29,6 +29,7 @@ import fusion_report  # noqa: E402
 import harness  # noqa: E402
 import problems  # noqa: E402
 import providers  # noqa: E402
+import report  # noqa: E402
 
 CPU = torch.device("cpu")
 CEILING = harness.Ceiling(flops_per_second=1e11, bytes_per_second=1e10)
@@ -115,7 +116,7 @@ def test_smoke_output_is_plain_text_and_says_what_it_shows(smoke):
     text = smoke[0]
     assert "\x1b" not in text
     names = (*problems.FUSIONS, *providers.PROVIDERS["step"], "/joint", "/2-pass")
-    for name in (*names, *fusion_report.SHORT_NAMES.values(), *bench_fusion.WHAT.values()):
+    for name in (*names, *report.SHORT_NAMES.values(), *bench_fusion.WHAT.values()):
         assert name in text
     for stem in smoke[1].values():
         document = json.loads(stem.with_suffix(".json").read_text())

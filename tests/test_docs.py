@@ -25,7 +25,7 @@ def blocks() -> list[str]:
 
 def test_readme_code_runs_from_top_to_bottom_and_equals_what_it_says():
     names: dict = {}
-    assert len(blocks()) == 3
+    assert len(blocks()) == 4
     for block in blocks():
         exec(compile(block, "README.md", "exec"), names)
     assert all(

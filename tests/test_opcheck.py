@@ -23,9 +23,23 @@ def arguments(name: str, fusion: str, sample: dict) -> tuple:
     problem = make_problem(fusion, requires_grad=False, **sample)
     features, weights = list(problem.features), list(problem.weights)
     biases = list(problem.biases)
+    if name.startswith("scale_gradients"):
+        scale = torch.tensor(3.0, dtype=torch.promote_types(features[0].dtype, torch.float32))
+        # Gradients are contiguous, as a step returns them.
+        grads = [t.clone(memory_format=torch.contiguous_format) for t in features + weights]
+        return (grads, scale) if name.endswith("_") else (grads, scale, False)
     head, direction = name.removesuffix("_composed").rsplit("_", 1)
     if direction == "forward":
         return features, weights, biases
+    needs = [[True] * len(features), [True] * len(weights), [b is not None for b in biases]]
+    if direction == "step":
+        leading, classes = features[0].shape[:-1], weights[-1].shape[0]
+        generator = torch.Generator().manual_seed(1)
+        target = torch.randint(-1, classes, leading, generator=generator)
+        present = [torch.rand(leading, generator=generator) < 0.7, None]
+        mean = target.numel() > 0  # opcheck takes the NaN of no row for a difference
+        loss = target, present, [0.5, 2.0], mean, -1, 0.1
+        return features, weights, biases, *loss, *needs, 0.5, 0.25, 2**20
     outputs = getattr(torch.ops.dgl_ext, f"{head}_forward").default(features, weights, biases)
     logits = outputs[: len(features) + 1]
     grads = [torch.randn(z.shape).to(z.dtype) for z in logits]

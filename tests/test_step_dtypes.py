@@ -58,20 +58,23 @@ def test_no_less_exact_than_the_same_dtype_composition(
         for result in (actual, composition, truth):
             result[name] = result[name].detach().masked_fill(overflows, 0.0)
         assert value.dtype == (dtype if name in dict(problem.named()) else torch.float32), name
+    # How far a single number is off is luck: losses are compared at the features' precision.
+    for result in (actual, composition):
+        result.update({name: value.to(dtype) for name, value in result.items()})
     assert_two_references(actual, composition, truth)
 
 
 @pytest.mark.parametrize("backend", ["composed", "cpu"])
 def test_float16_gradients_do_not_underflow_before_they_are_scaled(fusion, backend):
-    """20,000 rows: 1/n times a residual would be lost below the smallest float16."""
-    problem = make_problem(fusion, leading=(20_000,), widths=(4, 3), dtype=torch.float16)
+    """A million rows: 1/n times a residual has two digits left in float16."""
+    problem = make_problem(fusion, leading=(1_000_000,), widths=(4, 3), dtype=torch.float16)
     target = make_target(problem)
     truth = results(problem.to(torch.float64), target, "reference", 65536.0)
     actual = results(problem, target, backend, 65536.0)
     for i in range(2):
         exact = truth[f"features[{i}]"]
         error = (actual[f"features[{i}]"].double() - exact).abs().max()
-        assert error <= 2**-10 * exact.abs().max()
+        assert error <= 2**-8 * exact.abs().max()
 
 
 class TestAutocast:

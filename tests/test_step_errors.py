@@ -217,7 +217,7 @@ RAW_CASES = {
     "alpha count": ({"alpha": [1.0]}, "alpha: expected 2 entries, got 1"),
     "needs count": ({"needs_features": [True]}, "needs_features: expected 2 entries, got 1"),
     "smoothing": ({"label_smoothing": 1.5}, "label_smoothing: expected a number in [0, 1], got"),
-    "limit": ({"workspace_limit": 0}, "workspace_limit: expected a positive number, got 0"),
+    "limit": ({"workspace_limit": 0}, "workspace_limit: expected at least 1 byte, got 0"),
 }
 
 

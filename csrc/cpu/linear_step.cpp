@@ -41,6 +41,7 @@ class LinearStep {
     const int64_t planes =
         losses.branches() + head.modalities() * (mixes_features_ + mixes_weights_);
     chunk_ = choose_chunk(planes, workspace_limit);
+    small_ = is_small_step();
     workspace_ = std::unique_ptr<T[]>(new T[planes * chunk_ * head.classes]);
     for (int64_t b = 0; b < static_cast<int64_t>(biases.size()); ++b) {
       bias_totals_.emplace_back(needs.biases[b] ? head.classes : 0, 0.0);
@@ -106,8 +107,89 @@ class LinearStep {
 
   void run_chunk(int64_t first_row, int64_t rows) {
     rows_ = rows;
-    first_row_ = first_row;
     losses_.start_chunk(first_row, rows);
+    if (small_) {
+      run_small();
+    } else {
+      run_large(first_row, rows);
+    }
+  }
+
+  // Whether everything is so small that calling a library costs more than it saves.
+  bool is_small_step() const {
+    constexpr int64_t kMultiplyAdds = int64_t{1} << 27;
+    constexpr int64_t kLongSum = 1024;
+    if (chunk_ < head_.rows || head_.rows > kLongSum || head_.classes > kLongSum) return false;
+    int64_t width = 0;
+    for (int64_t i = 0; i < head_.modalities(); ++i) {
+      const int64_t each = features_[i].cols;
+      if (!features_[i].has_contiguous_rows() || !head_.weights[i].has_contiguous_rows() ||
+          each > kLongSum) {
+        return false;
+      }
+      width += each;
+    }
+    return head_.rows * head_.classes * width <= kMultiplyAdds;
+  }
+
+  // Two passes over the threads: rows to their losses and features' gradients, while they are in
+  // cache; then columns of the weights' gradients.
+  void run_small() {
+    const int64_t classes = head_.classes;
+    std::vector<LogitsBranch<T>> branches;
+    int64_t width = 0;
+    for (int64_t i = 0; i < head_.modalities(); ++i) {
+      const Strided<T> logits = row_major(plane(i + 1));
+      branches.push_back({logits, bias_data(head_.shared ? 0 : i), plane(i + 1)});
+      width += features_[i].cols;
+    }
+    parallel_ranges(rows_, classes * (width / 4 + 16), [&](int64_t begin, int64_t end) {
+      for (int64_t i = 0; i < head_.modalities(); ++i) {
+        small_rows_by_rows<T>(begin, end, classes, features_[i].cols,
+                              features_[i].template strided<T>(),
+                              head_.weights[i].template strided<T>(), plane(i + 1));
+      }
+      residual_rows(begin, end, branches);
+      for (int64_t i = 0; i < head_.modalities(); ++i) {
+        if (!grad_features_[i]) continue;
+        const MatrixView& grad = *grad_features_[i];
+        small_product<T>(begin, end, 0, grad.cols, classes, row_major(feature_plane(i)),
+                         head_.weights[i].template strided<T>(), grad.data<T>(), grad.row_stride());
+        clear_absent<T>(begin, end, losses_.present(i), grad);
+      }
+    });
+    losses_.finish_chunk();
+    if (!needs_.head()) return;
+
+    constexpr int64_t kUnit = 64;  // columns: whole cache lines and vectors
+    const int64_t units = std::max<int64_t>(1, (width + kUnit - 1) / kUnit);
+    parallel_ranges(units, kUnit * rows_ * classes / 8, [&](int64_t begin, int64_t end) {
+      int64_t first = begin * kUnit;  // columns of what is left
+      int64_t last = std::min(width, end * kUnit);
+      for (int64_t i = 0; i < head_.modalities(); ++i) {
+        const int64_t cols = features_[i].cols;
+        if (grad_weights_[i] && first < cols && last > 0) {
+          small_product<T>(0, classes, std::max<int64_t>(0, first), std::min(cols, last), rows_,
+                           {weight_plane(i), 1, classes}, features_[i].template strided<T>(),
+                           grad_weights_[i]->template data<T>(), grad_weights_[i]->row_stride());
+        }
+        first -= cols;
+        last -= cols;
+      }
+      add_biases(classes * begin / units, classes * end / units);
+    });
+  }
+
+  // A range of classes of the biases' gradients.
+  void add_biases(int64_t begin, int64_t end) {
+    for (size_t b = 0; b < bias_totals_.size(); ++b) {
+      if (!needs_.biases[b]) continue;
+      const std::vector<Term<T>> terms = bias_terms(b);
+      add_column_sums<T>(begin, end, rows_, terms.data(), terms.size(), bias_totals_[b].data());
+    }
+  }
+
+  void run_large(int64_t first_row, int64_t rows) {
     std::vector<LogitsBranch<T>> branches;
     std::vector<MatrixView> partials;
     for (int64_t i = 0; i < head_.modalities(); ++i) {
@@ -136,13 +218,9 @@ class LinearStep {
         gemm_add(residual, feature, *grad_weights_[i]);
       }
     }
-    for (size_t b = 0; b < bias_totals_.size(); ++b) {
-      if (!needs_.biases[b]) continue;
-      const std::vector<Term<T>> terms = bias_terms(b);
-      parallel_ranges(head_.classes, rows, [&](int64_t begin, int64_t end) {
-        add_column_sums<T>(begin, end, rows, terms.data(), terms.size(), bias_totals_[b].data());
-      });
-    }
+    if (!Needs::any(needs_.biases)) return;
+    parallel_ranges(head_.classes, rows,
+                    [&](int64_t begin, int64_t end) { add_biases(begin, end); });
   }
 
   // From products to residuals, a few rows at a time so that they stay in cache.
@@ -195,12 +273,12 @@ class LinearStep {
   bool mixes_features_;
   bool mixes_weights_;
   int64_t chunk_;
+  bool small_;
   std::unique_ptr<T[]> workspace_;
   std::vector<std::vector<double>> bias_totals_;
   std::vector<std::optional<MatrixView>> grad_features_;
   std::vector<std::optional<MatrixView>> grad_weights_;  // per modality
   int64_t rows_ = 0;                                     // of the chunk
-  int64_t first_row_ = 0;
 };
 
 std::vector<Tensor> step(std::vector<Tensor> features, std::vector<Tensor> weights,
