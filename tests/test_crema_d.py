@@ -181,6 +181,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(folder, tmp_path):
     assert_same_tensors(whole, parts)
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # fp16's first epoch
 @pytest.mark.parametrize(
     ("method", "amp"),
     [*((method, amp) for method in METHODS for amp in ("none", "bf16")), ("dgl", "fp16")],
