@@ -1,28 +1,22 @@
 """One provider at one size of the memory benchmark, in a process of its own.
 
 `bench_memory.py` starts it with a request as JSON and reads one line of JSON. A process of its own,
-because what an earlier step left in the allocator would hide what a later one takes.
-
-On the CPU the peak is that of the resident set, which Linux keeps (VmHWM) and lets a process reset.
-It counts everything: tensors, buffers of the GEMM library, the allocator's own losses. On CUDA it
-is the peak of what torch's allocator has handed out.
+because what an earlier step left in the allocator would hide what a later one takes. `peak_memory.py`
+says what a peak is.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import harness
 import problems
 import providers
 import torch
+from peak_memory import peak_extra
 
 import dgl_ext
 
@@ -30,9 +24,6 @@ FUSION = "concat"
 # Rows and classes of the step that comes before: enough for the GEMM library to load its code and
 # to make the buffers that it keeps, so that these are not taken for the measured step's.
 WARM_UP = (512, 1024)
-RESET_PEAK = "5"  # what /proc/PID/clear_refs takes to set VmHWM to the resident set
-
-_PROC = Path("/proc/self")
 
 
 @dataclass(frozen=True)
@@ -47,46 +38,6 @@ class Request:
     dtype: str
     workspace_limit: int  # bytes
     seconds: float  # how long to time; one step is always timed
-
-
-def peak_extra(step: Callable[[], object], device: torch.device) -> int:
-    """Run a step; returns how many bytes more than before it there were at its peak.
-
-    Raises:
-        providers.Unavailable: this system does not tell.
-    """
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    _give_back_free_memory()
-    try:
-        (_PROC / "clear_refs").write_text(RESET_PEAK)
-    except OSError as error:
-        raise providers.Unavailable(f"needs Linux's /proc/self/clear_refs: {error}") from error
-    before = _status("VmRSS")
-    step()
-    return _status("VmHWM") - before
-
-
-def _give_back_free_memory() -> None:
-    """Make the allocator return what was freed, or the step could use it unseen."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(0)
-
-
-def _status(field: str) -> int:
-    """A size in /proc/self/status, in bytes."""
-    for line in (_PROC / "status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * 1024
-    raise providers.Unavailable(f"/proc/self/status has no {field}")
 
 
 def measure(request: Request) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import bench_memory  # noqa: E402
 import harness  # noqa: E402
 import memory_child  # noqa: E402
 import memory_report  # noqa: E402
+import peak_memory  # noqa: E402
 import providers  # noqa: E402
 import report  # noqa: E402
 
@@ -112,9 +113,9 @@ def test_the_peak_sees_a_known_allocation():
     def drop():
         torch.ones(96 * MIB, dtype=torch.int8)
 
-    assert memory_child.peak_extra(keep, CPU) == pytest.approx(64 * MIB, abs=2 * MIB)
-    assert memory_child.peak_extra(drop, CPU) == pytest.approx(96 * MIB, abs=2 * MIB)
-    assert memory_child.peak_extra(lambda: None, CPU) < 2 * MIB  # the peak before is forgotten
+    assert peak_memory.peak_extra(keep, CPU) == pytest.approx(64 * MIB, abs=2 * MIB)
+    assert peak_memory.peak_extra(drop, CPU) == pytest.approx(96 * MIB, abs=2 * MIB)
+    assert peak_memory.peak_extra(lambda: None, CPU) < 2 * MIB  # the peak before is forgotten
 
 
 @needs_clear_refs
@@ -127,17 +128,17 @@ def test_memory_freed_before_is_not_taken_unseen():
     def again():
         others.extend(torch.ones(64 * 1024, dtype=torch.int8) for _ in range(448))
 
-    assert memory_child.peak_extra(again, CPU) > 24 * MIB
+    assert peak_memory.peak_extra(again, CPU) > 24 * MIB
 
 
 def test_a_system_that_does_not_tell_is_no_zero(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory_child, "_PROC", tmp_path / "none")
+    monkeypatch.setattr(peak_memory, "_PROC", tmp_path / "none")
     with pytest.raises(providers.Unavailable, match="needs Linux's /proc/self/clear_refs"):
-        memory_child.peak_extra(lambda: None, CPU)
-    monkeypatch.setattr(memory_child, "_PROC", tmp_path)
+        peak_memory.peak_extra(lambda: None, CPU)
+    monkeypatch.setattr(peak_memory, "_PROC", tmp_path)
     (tmp_path / "status").write_text("VmSize: 1 kB\n")
     with pytest.raises(providers.Unavailable, match="/proc/self/status has no VmRSS"):
-        memory_child.peak_extra(lambda: None, CPU)
+        peak_memory.peak_extra(lambda: None, CPU)
 
 
 def test_on_cuda_the_peak_is_that_of_torchs_allocator(monkeypatch):
@@ -155,7 +156,7 @@ def test_on_cuda_the_peak_is_that_of_torchs_allocator(monkeypatch):
             return answer
 
         monkeypatch.setattr(torch.cuda, name, call)
-    assert memory_child.peak_extra(lambda: log.append("step"), device) == 700
+    assert peak_memory.peak_extra(lambda: log.append("step"), device) == 700
     assert log == [
         *("synchronize", "reset_peak_memory_stats", "memory_allocated", "step"),
         *("synchronize", "max_memory_allocated"),
