@@ -177,6 +177,7 @@ struct StepPlan {
   bool gradients = false;  ///< any wanted; else losses only
   bool mixed = false;      ///< planes hold weighted residuals: a leak is open
   int64_t chunk_rows = 0;
+  int chunks = 1;  ///< at least one, though it be empty: results are written there
   int plane_count = 0;
   StepPlane planes[2 * kMaxModalities + 1];
   int64_t padded_classes = 0;

@@ -22,7 +22,12 @@ from emulator import harness
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_name("cuda_resources.json")
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120"]
-UNITS = ["linear_head", "film_head"]
+UNITS = {  # and the heads whose kernels are in them
+    "linear_head": ("LinearForward", "LinearBackward"),
+    "linear_step": ("LinearStep",),
+    "film_head": ("FilmForward", "FilmBackward"),
+    "film_step": ("FilmStep",),
+}
 TILES = (
     "float64 float32_small float32_large tf32_small tf32_large half_small half_large half_xlarge"
 )
@@ -91,10 +96,9 @@ def launches() -> dict[str, tuple[int, int]] | None:
 
 
 def recorded_of(unit: str) -> dict[str, dict]:
-    """The table's kernels that `unit` holds: the heads in it begin as its file does."""
-    start = unit.split("_")[0].capitalize()
+    """The table's kernels that `unit` holds."""
     table = json.loads(TABLE.read_text())
-    return {name: entry for name, entry in table.items() if name.startswith(start)}
+    return {name: entry for name, entry in table.items() if name.split()[0] in UNITS[unit]}
 
 
 def disassembler() -> str | None:
@@ -134,6 +138,13 @@ def test_no_warning_no_spill_resources_as_recorded(folder, unit, architecture):
     assert grown == {}, "registers, recorded and now"
     static = {k: v["static"] for k, v in used.items() if v["static"]}
     assert static == {}, "shared memory that the launch does not ask for"
+
+
+@architectures
+def test_scaling_compiles_without_a_warning_or_a_spill(folder, architecture):
+    messages, _ = compile_unit("scale_gradients", architecture, folder)
+    assert "warning" not in messages, messages[-4000:]
+    assert set(re.findall(r"(\d+) bytes spill", messages)) == {"0"}
 
 
 @architectures

@@ -7,7 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from emulator import harness
-from emulator.draw import TILES, linear_step_case
+from emulator.draw import TILES, film_step_case, linear_step_case
+from emulator.film import OUTPUTS
+from emulator.film_step import FilmStepCase, FilmStepProblem
 from emulator.harness import Layout, Poison, Schedule
 from emulator.linear_step import LinearStepCase, LinearStepProblem
 from emulator.losses import LossCase
@@ -16,7 +18,7 @@ pytestmark = pytest.mark.emulator
 
 ODD = Layout(aligned=False, gap=1)
 TINY = LossCase(limit=1)  # chunks of one tile of rows
-RANDOM_CASES = 8  # per head and tile
+RANDOM_CASES = 6  # per head and tile
 RACE_CASES = 2
 STEP_TILES = [t for t in TILES if t[0] != "half_xlarge"]
 
@@ -33,7 +35,8 @@ def kernels():
 
 
 def run(module, case, races=False):
-    return LinearStepProblem(module, case).run_step(races)
+    problem = LinearStepProblem if isinstance(case, LinearStepCase) else FilmStepProblem
+    return problem(module, case).run_step(races)
 
 
 @tiles
@@ -51,13 +54,27 @@ def test_linear_has_no_race(kernels, tile, dtype, seed):
 
 
 @tiles
-def test_linear_runs_on_the_tile_that_was_asked_for(kernels, tile, dtype):
-    plan, _ = run(kernels, LinearStepCase(widths=(72, 48), tile=tile, dtype=dtype))
-    assert plan.launch.tile.name == tile
-    assert plan.launch.aligned == (dtype != "float64")
-    key = getattr(kernels.Dtype, dtype), plan.launch.tile, plan.launch.aligned
-    size, _ = kernels.kernels()["LinearStep"][key]
-    assert kernels.statistics()["shared_bytes"] == size
+@pytest.mark.parametrize("seed", range(RANDOM_CASES))
+def test_film_random(kernels, tile, dtype, seed):
+    run(kernels, film_step_case(7000 + seed, tile, dtype))
+
+
+@tiles
+def test_film_has_no_race(kernels, tile, dtype):
+    run(kernels, replace(film_step_case(8000, tile, dtype), wanted=OUTPUTS), races=True)
+
+
+@tiles
+def test_steps_run_on_the_tile_that_was_asked_for(kernels, tile, dtype):
+    linear = LinearStepCase(widths=(72, 48), tile=tile, dtype=dtype)
+    film = FilmStepCase(condition_width=72, hidden=48, tile=tile, dtype=dtype)
+    for name, case in (("LinearStep", linear), ("FilmStep", film)):
+        plan, _ = run(kernels, case)
+        assert plan.launch.tile.name == tile
+        assert plan.launch.aligned == (dtype != "float64")
+        key = getattr(kernels.Dtype, dtype), plan.launch.tile, plan.launch.aligned
+        size, _ = kernels.kernels()[name][key]
+        assert kernels.statistics()["shared_bytes"] == size
 
 
 @layouts
@@ -85,8 +102,48 @@ def test_linear_sizes(kernels, rows, widths, classes, layout):
         run(kernels, replace(case, encoder_leak=0.0, head_leak=0.0, loss=TINY))
 
 
+@layouts
+@pytest.mark.parametrize(
+    ("rows", "width", "hidden", "classes"),
+    [(0, 24, 16, 11), (1, 1, 1, 1), (21, 8, 6, 1), (150, 16, 40, 34), (33, 131, 127, 3)],
+)
+def test_film_sizes(kernels, rows, width, hidden, classes, layout):
+    for leak in (0.0, 0.5):
+        case = FilmStepCase(
+            rows, width, hidden, classes, layout=layout, encoder_leak=leak, head_leak=leak
+        )
+        run(kernels, case)
+        run(kernels, replace(case, loss=TINY))
+
+
+LEAKS = [(0, 0), (1, 1), (0.25, 0), (0, 0.25)]
+
+
+@pytest.mark.parametrize("leaks", LEAKS)
+@pytest.mark.parametrize("mean", [True, False], ids=["mean", "total"])
+@pytest.mark.parametrize("absent", [(0.4, 0.3), (0.0, 1.0), (1.0, 0.0)])
+def test_film_leaks_with_absent_rows(kernels, leaks, mean, absent):
+    encoder, head = leaks
+    loss = LossCase(alpha=(1.5, -0.5), mean=mean, ignored=0.2)
+    case = FilmStepCase(
+        70, 72, 48, 11, encoder_leak=encoder, head_leak=head, absent=absent, loss=loss
+    )
+    run(kernels, case)
+    run(kernels, replace(case, loss=replace(loss, limit=1), dtype="bfloat16", tile="half_small"))
+
+
+@pytest.mark.parametrize("wanted", OUTPUTS)
+@pytest.mark.parametrize("leak", [0.0, 0.5])
+def test_film_computes_only_what_is_wanted(kernels, wanted, leak):
+    case = FilmStepCase(
+        70, 72, 48, 11, wanted=(wanted,), encoder_leak=leak, head_leak=leak, absent=(0.3, 0.3)
+    )
+    run(kernels, case)
+    run(kernels, replace(case, loss=TINY))
+
+
 @pytest.mark.parametrize("concat", [True, False], ids=["concat", "sum"])
-@pytest.mark.parametrize("leaks", [(0, 0), (1, 1), (0.25, 0), (0, 0.25)])
+@pytest.mark.parametrize("leaks", LEAKS)
 @pytest.mark.parametrize("mean", [True, False], ids=["mean", "total"])
 def test_leaks_with_absent_rows(kernels, concat, leaks, mean):
     """The means of the branches have divisors of their own."""
@@ -112,10 +169,11 @@ def test_linear_computes_only_what_is_wanted(kernels, wanted, leak):
 
 @pytest.mark.parametrize("loss", [LossCase(), TINY], ids=["whole", "chunked"])
 def test_evaluation_computes_losses_only(kernels, loss):
-    case = LinearStepCase(rows=100, wanted=(False,) * 5, head_leak=0.5, loss=loss)
-    plan, _ = run(kernels, case)
-    assert not plan.step.gradients
-    assert plan.step.plane_count == 0
+    linear = LinearStepCase(rows=100, wanted=(False,) * 5, head_leak=0.5, loss=loss)
+    for case in (linear, FilmStepCase(rows=100, wanted=(), head_leak=0.5, loss=loss)):
+        plan, _ = run(kernels, case)
+        assert not plan.step.gradients
+        assert plan.step.plane_count == 0
 
 
 @pytest.mark.parametrize("classes", [1, 11])
@@ -230,10 +288,10 @@ def test_long_thin_weight_gradients_split_the_rows(kernels):
 
 @pytest.mark.parametrize(("tile", "dtype"), [t for t in STEP_TILES if "large" not in t[0]])
 def test_same_bits_on_every_schedule(kernels, tile, dtype):
-    case = LinearStepCase(
-        70, (136, 40), 43, tile=tile, dtype=dtype, splits=3, head_leak=0.5, absent=(0.2, 0.2)
-    )
-    for loss in (LossCase(ignored=0.1), LossCase(ignored=0.1, limit=1)):
+    shared = {"tile": tile, "dtype": dtype, "splits": 3, "head_leak": 0.5, "absent": (0.2, 0.2)}
+    linear = LinearStepCase(70, (136, 40), 43, loss=LossCase(ignored=0.1, limit=1), **shared)
+    film = FilmStepCase(70, 72, 40, 11, loss=LossCase(ignored=0.1, limit=1), **shared)
+    for case in (linear, replace(linear, loss=LossCase(ignored=0.1)), film):
         bits = []
         for seed in range(4):
             schedule = Schedule(
@@ -242,6 +300,37 @@ def test_same_bits_on_every_schedule(kernels, tile, dtype):
                 delivery=kernels.deliveries[seed % 3],
                 multiprocessors=4,
             )
-            _, tensors = run(kernels, replace(case, schedule=schedule, loss=loss))
+            _, tensors = run(kernels, replace(case, schedule=schedule))
             bits.append([np.array(t.stored).tobytes() for t in tensors])
         assert all(b == bits[0] for b in bits)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "to"),
+    [("float64", "float64"), ("float32", "float32"), ("float32", "float16"),
+     ("bfloat16", "bfloat16"), ("float16", "float16")],
+)  # fmt: skip
+@pytest.mark.parametrize("factor", [3.0, 1.0, 1 / 3])
+def test_scaled_gradients(kernels, dtype, to, factor):
+    """Several arrays of several work items each, rounded once; by 1 in place changes nothing."""
+    memory = harness.Memory(kernels, ODD, dtype, 1, ())
+    sizes = (1, 5000, 33)
+    grads = [memory.input(f"grad {i}", (1, n)) for i, n in enumerate(sizes)]
+    outs = [memory.place(f"scaled {i}", (1, n), dtype=to) for i, n in enumerate(sizes)]
+    accumulator = "float64" if dtype == "float64" else "float32"
+    scale = memory.place("scale", (1, 1), np.array([[factor]]), accumulator)
+    exact = harness.STORAGE[accumulator].type(scale.values[0, 0])
+    wanted = [harness.encode(g.values.astype(exact.dtype) * exact, to) for g in grads]
+
+    def launch(targets):
+        kernels.scale_gradients(
+            [g.buffer.address for g in grads], [t.buffer.address for t in targets], list(sizes),
+            scale.buffer.address, getattr(kernels.Dtype, dtype), dtype != to,
+        )  # fmt: skip
+        for target, values in zip(targets, wanted, strict=True):
+            assert (np.array(target.elements) == values).all()
+
+    launch(outs)
+    if dtype == to:
+        launch(grads)
+    memory.check_surroundings()

@@ -156,3 +156,74 @@ def test_empty_problems_have_a_plan(core):
     assert forward(core, 0, 512, 6).launch.grid >= 1
     assert backward(core, 0, 512, 6).row_splits == 1
     assert backward(core, 4, 0, 6).launch.grid >= 1
+
+
+def step(core, rows, width, classes, limit=1 << 26, dtype="float32", force=False, **changes):
+    problem = {
+        "rows": rows,
+        "classes": classes,
+        "width": [width, width],
+        "feature": [(0, width)] * 2,
+        "weight": [(0, 2 * width)] * 2,
+        "grad_feature": [(GRADIENTS, width)] * 2,
+        "grad_weight": [(GRADIENTS, 2 * width)] * 2,
+        "grad_fused_bias": GRADIENTS,
+        "alpha": [1.0, 1.0],
+        "mean": True,
+        "ignore_index": -100,
+        "label_smoothing": 0.0,
+        "workspace_limit": limit,
+    } | changes
+    precision = core.Precision(getattr(core.Dtype, dtype))
+    return core.plan_linear_head_step(
+        problem, precision, core.Device(132), core.PlanRequest(force_kernel=force)
+    )
+
+
+def test_a_small_step_runs_whole_and_splits_k(core):
+    plan = step(core, 64, 512, 34)
+    assert plan.step.chunk_rows == 64
+    assert plan.launch.cooperative
+    assert 4 < plan.launch.grid <= 132
+    assert sum(plan.forward.splits) > 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("limit", [1, 1 << 20, 1 << 26])
+def test_a_large_step_keeps_its_rows_within_the_limit(core, dtype, limit):
+    whole = step(core, 16384, 512, 32000, 1 << 40, dtype)
+    assert whole.step.chunk_rows == 16384
+    plan = step(core, 16384, 512, 32000, limit, dtype)
+    item = 4 if dtype == "float32" else 2
+    per_row = 32000 * (sum(plan.forward.splits) * 4 + plan.step.plane_count * item)
+    tile_rows = 128
+    assert plan.step.chunk_rows % tile_rows == 0
+    assert plan.step.chunk_rows == tile_rows or plan.step.chunk_rows * per_row <= limit
+    # chunks add up in the output, unless that is narrower than float32
+    assert plan.backward.partials == (dtype == "bfloat16")
+
+
+def test_planes_of_a_step(core):
+    assert step(core, 64, 512, 8).step.plane_count == 3
+    assert not step(core, 64, 512, 8).step.mixed
+    leaks = {"encoder_leak": 0.5, "head_leak": 0.5}
+    assert step(core, 64, 512, 8, **leaks).step.plane_count == 5  # per encoder, head, and bias
+    assert step(core, 64, 512, 8, encoder_leak=0.5).step.plane_count == 3
+    nothing = {"grad_feature": [None] * 2, "grad_weight": [None] * 2, "grad_fused_bias": 0}
+    plan = step(core, 64, 512, 8, **nothing, **leaks)
+    assert plan.step.plane_count == 0
+    assert not plan.step.gradients
+    features_only = nothing | {"grad_feature": [(GRADIENTS, 512)] * 2}
+    assert step(core, 64, 512, 8, **features_only).step.plane_count == 2
+
+
+def test_gemm_bound_steps_take_the_composed_path(core):
+    assert step(core, 1024, 2048, 1000).launch.path == core.Path.kernel
+    assert step(core, 1024, 2048, 1000, dtype="bfloat16").launch.path == core.Path.composed
+
+
+def test_empty_steps_have_a_plan(core):
+    for rows, width, classes in ((0, 512, 6), (4, 0, 6)):
+        plan = step(core, rows, width, classes)
+        assert plan.launch.grid >= 1
+        assert plan.step.chunk_rows >= 1

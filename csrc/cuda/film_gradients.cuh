@@ -104,9 +104,12 @@ struct FilmGradients {
   /// What a step multiplies sums of branch k's residuals with. Where a leak is open the planes are
   /// weighted, and all of them have the fused branch's scale.
   static __device__ __forceinline__ Accumulator scale_of(const Arguments& args, int k) {
-    if constexpr (!kStep) return 1;
-    if (args.plan.weighted) k = 0;
-    return workspace_at<StepTotals>(args.workspace, args.totals_offset)[k].scale;
+    if constexpr (kStep) {
+      if (args.plan.weighted) k = 0;
+      return workspace_at<StepTotals>(args.workspace, args.totals_offset)[k].scale;
+    } else {
+      return 1;
+    }
   }
   /// Writes sums over the rows of a chunk, or adds them to those of the chunks before.
   template <class O, int kCount>
@@ -117,9 +120,10 @@ struct FilmGradients {
   }
   template <int kCount>
   static __device__ __forceinline__ void multiply_all(Accumulator (&v)[kCount], Accumulator scale) {
-    if constexpr (!kStep) return;
+    if constexpr (kStep) {
 #pragma unroll
-    for (int e = 0; e < kCount; ++e) v[e] *= scale;
+      for (int e = 0; e < kCount; ++e) v[e] *= scale;
+    }
   }
 
   static __device__ __forceinline__ Accumulator* out_weight_partial(const Arguments& args,
@@ -193,8 +197,9 @@ struct FilmGradients {
 
   static __device__ __forceinline__ void run_head_tiles(const Arguments& args, T* shared,
                                                         RowRange rows) {
+    // No memory holds the operands of 2^31 tiles, and a wide counter was one register too many.
 #pragma unroll 1
-    for (int64_t item = blockIdx.x; item < args.head_end; item += gridDim.x) {
+    for (int item = blockIdx.x; item < int(args.head_end); item += gridDim.x) {
       if (item < args.out_weight_end) {
         out_weight_tile(args, shared, item, rows);
       } else if (item < args.branch_end) {
@@ -336,7 +341,7 @@ struct FilmGradients {
   static __device__ __forceinline__ void run_film_tiles(const Arguments& args, T* shared,
                                                         RowRange rows) {
 #pragma unroll 1
-    for (int64_t item = blockIdx.x; item < args.film_end; item += gridDim.x) {
+    for (int item = blockIdx.x; item < int(args.film_end); item += gridDim.x) {
       if (item < args.film_weight_end) {
         film_weight_tile(args, shared, item, rows);
       } else if (item < args.condition_end) {

@@ -42,10 +42,9 @@ struct FilmStep {
     const StepContext step{args.loss, args.plan,    head.present,
                            head.rows, head.classes, args.forward.workspace};
     Losses::count(step, shared);
-    int64_t begin = 0;
 #pragma unroll 1
-    do {
-      const RowRange rows{begin, smaller(args.plan.chunk_rows, head.rows - begin)};
+    for (int chunk = 0; chunk < args.plan.chunks; ++chunk) {
+      RowRange rows = chunk_of(args, chunk);
       Forward::multiply_film(args.forward, shared, rows);
       grid_sync();
       Forward::modulate(args.forward, rows);
@@ -58,14 +57,15 @@ struct FilmStep {
       if (args.plan.gradients) Gradients::prepare_features(args.backward, rows);
       grid_sync();
       if (args.plan.gradients) {
+        hide_origin(rows.begin);
+        hide_origin(rows.count);
         Gradients::run_head_tiles(args.backward, shared, rows);
         grid_sync();
         Gradients::combine(args.backward, rows);
         grid_sync();
         Gradients::run_film_tiles(args.backward, shared, rows);
       }
-      begin += args.plan.chunk_rows;
-    } while (begin < head.rows);
+    }
     if (blockIdx.x == args.backward.film_end % gridDim.x) Losses::finish(step, shared);
     if (args.backward.plan.partials || args.backward.plan.out_partials) {
       grid_sync();
@@ -74,6 +74,11 @@ struct FilmStep {
   }
 
  private:
+  static __device__ __forceinline__ RowRange chunk_of(const Arguments& args, int chunk) {
+    const int64_t begin = chunk * args.plan.chunk_rows;
+    return {begin, smaller(args.plan.chunk_rows, args.forward.problem.head.rows - begin)};
+  }
+
   static __device__ __forceinline__ Accumulator logit(const FilmForwardArguments& args, int k,
                                                       int64_t row, int64_t column) {
     const int64_t plane = 3 * args.plan.plane_rows * args.plan.padded_classes;

@@ -118,6 +118,10 @@ __device__ __forceinline__ int warp_count(bool predicate) {
   return __popc(__ballot_sync(0xffffffffu, predicate));
 }
 
+/// Hides where a value came from: the compiler then keeps the value itself in registers, and not a
+/// dozen addresses that it worked out ahead.
+__device__ __forceinline__ void hide_origin(int64_t& value) { asm volatile("" : "+l"(value)); }
+
 /// Stops the launch with a device-side assertion, also where NDEBUG silences assert().
 __device__ __forceinline__ void require(bool condition, const char* what) {
   if (!condition) __assert_fail(what, __FILE__, __LINE__, "dgl_ext");
@@ -189,6 +193,7 @@ template <class V>
 V warp_broadcast(V value, int from) {
   return emulator::shuffle(value, from);
 }
+inline void hide_origin(int64_t&) {}
 inline int warp_count(bool predicate) { return emulator::count_lanes(predicate); }
 inline void require(bool condition, const char* what) {
   if (!condition) emulator::fail(std::string("device-side assertion: ") + what);

@@ -41,10 +41,9 @@ struct LinearStep {
     const StepContext step{args.loss, args.plan,    head.present,
                            head.rows, head.classes, args.forward.workspace};
     Losses::count(step, shared);
-    int64_t begin = 0;
 #pragma unroll 1
-    do {
-      const RowRange rows{begin, smaller(args.plan.chunk_rows, head.rows - begin)};
+    for (int chunk = 0; chunk < args.plan.chunks; ++chunk) {
+      const RowRange rows = chunk_of(args, chunk);
       Forward::template multiply<false>(args.forward, shared, rows);
       grid_sync();
       Losses::run_rows(step, shared, rows, [&](int k, int64_t row, int64_t column) {
@@ -53,8 +52,7 @@ struct LinearStep {
       Gradients::copy_masked(args.backward, rows);
       grid_sync();
       if (args.plan.gradients) Gradients::run_tiles(args.backward, shared, rows);
-      begin += args.plan.chunk_rows;
-    } while (begin < head.rows);
+    }
     if (blockIdx.x == args.backward.bias_end % gridDim.x) Losses::finish(step, shared);
     if (args.backward.plan.partials) {
       grid_sync();
@@ -63,6 +61,11 @@ struct LinearStep {
   }
 
  private:
+  static __device__ __forceinline__ RowRange chunk_of(const Arguments& args, int chunk) {
+    const int64_t begin = chunk * args.plan.chunk_rows;
+    return {begin, smaller(args.plan.chunk_rows, args.forward.problem.head.rows - begin)};
+  }
+
   static __device__ __forceinline__ Accumulator logit(const LinearForwardArguments& args,
                                                       RowRange rows, int k, int64_t row,
                                                       int64_t column) {

@@ -378,5 +378,22 @@ PYBIND11_MODULE(emulated_kernels, m) {
   bind_step<LinearHeadStep>(m, "linear_head_step", plan_linear_step, linear_head_step);
   bind_head<FilmHeadForward>(m, "film_head_forward", plan_film_forward, film_head_forward);
   bind_head<FilmHeadBackward>(m, "film_head_backward", plan_film_backward, film_head_backward);
+  m.def("scale_gradients",
+        [](const std::vector<uintptr_t>& from, const std::vector<uintptr_t>& to,
+           const std::vector<int64_t>& sizes, uintptr_t scale, Dtype dtype, bool to_float16) {
+          ScaledGradients p;
+          p.count = int(from.size());
+          for (int i = 0; i < p.count; ++i) {
+            p.from[i] = reinterpret_cast<void*>(from[i]);
+            p.to[i] = reinterpret_cast<void*>(to[i]);
+            p.size[i] = sizes[i];
+          }
+          p.scale = reinterpret_cast<void*>(scale);
+          p.dtype = dtype;
+          p.to_float16 = to_float16;
+          Device device;
+          device.multiprocessors = 1;
+          return int(scale_gradients(p, device, nullptr));
+        });
   bind_step<FilmHeadStep>(m, "film_head_step", plan_film_step, film_head_step);
 }

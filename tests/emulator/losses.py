@@ -131,7 +131,8 @@ class Losses:
         for r in row:
             t = self.targets[r]
             others = np.delete(value[r], t)
-            if np.isnan(value[r]).any() or not others.size:
+            exact = not slack[r, 0]  # nothing was rounded, so that ties are ties
+            if exact or np.isnan(value[r]).any() or not others.size:
                 sure = possible = int(np.argmax(value[r])) == t
             else:
                 margin = 2 * slack[r, 0]

@@ -27,7 +27,9 @@ class Bug:
 
 TILE, LOADER, PHASES = "cuda/gemm_tile.cuh", "cuda/tile_loader.cuh", "cuda/phases.cuh"
 FORWARD, BACKWARD = "cuda/linear_forward.cuh", "cuda/linear_backward.cuh"
-GRADIENTS = "cuda/linear_gradients.cuh"
+GRADIENTS, FILM_GRADIENTS = "cuda/linear_gradients.cuh", "cuda/film_gradients.cuh"
+LINEAR_STEP, FILM_STEP = "cuda/linear_step.cuh", "cuda/film_step.cuh"
+LOSSES = "cuda/cross_entropy.cuh"
 FILM_FORWARD, FILM_BACKWARD = "cuda/film_forward.cuh", "cuda/film_backward.cuh"
 RACE = r"race on shared memory of block \d+|read of uninitialised shared memory"
 WRONG = r"\d+ of \d+ elements wrong"
@@ -132,7 +134,7 @@ BUGS = [
     ),
     Bug(
         "no grid sync after the modulation", FILM_FORWARD,
-        "    modulate(args);\n    grid_sync();", "    modulate(args);", GRID_RACE,
+        "    modulate(args, all);\n    grid_sync();", "    modulate(args, all);", GRID_RACE,
     ),
     Bug(
         "no grid sync before the film logits", FILM_FORWARD,
@@ -140,22 +142,25 @@ BUGS = [
     ),
     Bug(
         "no grid sync after prepare", FILM_BACKWARD,
-        "    prepare(args);\n    grid_sync();", "    prepare(args);", GRID_RACE,
+        "    Gradients::prepare_features(args, all);\n    grid_sync();",
+        "    Gradients::prepare_features(args, all);", GRID_RACE,
     ),
     Bug(
         "no grid sync before combine", FILM_BACKWARD,
-        "    grid_sync();\n    combine", "    combine", GRID_RACE,
+        "    grid_sync();\n    Gradients::combine", "    Gradients::combine", GRID_RACE,
     ),
     Bug(
         "no grid sync after combine", FILM_BACKWARD,
-        "    combine(args);\n    grid_sync();", "    combine(args);", GRID_RACE,
+        "    Gradients::combine(args, all);\n    grid_sync();",
+        "    Gradients::combine(args, all);", GRID_RACE,
     ),
     Bug(
         "no grid sync before adding film row splits", FILM_BACKWARD,
-        "      grid_sync();\n      add_row_splits", "      add_row_splits", GRID_RACE,
+        "      grid_sync();\n      Gradients::add_row_splits", "      Gradients::add_row_splits",
+        GRID_RACE,
     ),
     Bug(
-        "a film row split is left out", FILM_BACKWARD,
+        "a film row split is left out", FILM_GRADIENTS,
         "column), args.plan.row_splits, plane", "column), args.plan.row_splits - 1, plane", WRONG,
     ),
     Bug(
@@ -165,7 +170,7 @@ BUGS = [
         r"barrier divergence|deadlock",
     ),
     Bug(
-        "alignment not looked at", "plan.cpp",
+        "alignment not looked at", "planning.h",
         "(data) % 16 == 0 && stride * element_size(dtype) % 16 == 0;",
         "(data) + stride + element_size(dtype) > 0;", r"misaligned",
     ),
@@ -175,7 +180,7 @@ BUGS = [
         "leak = p.leaks.head;", "leak = p.leaks.encoder;", WRONG,
     ),
     Bug(
-        "a closed modulation", FILM_BACKWARD,
+        "a closed modulation", FILM_GRADIENTS,
         "narrow<T>(encoder * fused * y)", "narrow<T>(encoder * fused)", WRONG,
     ),
     Bug(
@@ -183,9 +188,108 @@ BUGS = [
         "if (leak != 0) {", "if (leak >= 0) {", r"grad_bias 0: 1 of 11 elements wrong.*got nan",
     ),
     Bug(
-        "a branch without a gradient is a product with 0", FILM_BACKWARD,
+        "a branch without a gradient is a product with 0", FILM_GRADIENTS,
         "args.plan.need_branch[0] ? fused * y : 0", "fused * y",
         r"grad_film_weight: 72 of 6912 elements wrong.*got nan",
+    ),
+    Bug(
+        "no barrier in the count of rows", LOSSES,
+        "of_warp[threadIdx.x] = mine;\n    __syncthreads();", "of_warp[threadIdx.x] = mine;",
+        RACE + "|" + WRONG,
+    ),
+    Bug(
+        "no barrier before warps' losses are added", LOSSES,
+        "of_warp[threadIdx.x] = {loss, hits};\n    __syncthreads();",
+        "of_warp[threadIdx.x] = {loss, hits};", RACE + "|" + WRONG,
+    ),
+    Bug(
+        "no grid sync before the rows of a step", LINEAR_STEP,
+        "      grid_sync();\n      Losses::run_rows", "      Losses::run_rows", GRID_RACE,
+    ),
+    Bug(
+        "no grid sync after the rows, nor between chunks", LINEAR_STEP,
+        "      Gradients::copy_masked(args.backward, rows);\n      grid_sync();",
+        "      Gradients::copy_masked(args.backward, rows);", GRID_RACE,
+    ),
+    Bug(
+        "no grid sync before adding a step's sums", LINEAR_STEP,
+        "      grid_sync();\n      Gradients::add_row_splits", "      Gradients::add_row_splits",
+        GRID_RACE,
+    ),
+    Bug(
+        "no grid sync before a step's modulation", FILM_STEP,
+        "      grid_sync();\n      Forward::modulate", "      Forward::modulate", GRID_RACE,
+    ),
+    Bug(
+        "no grid sync before a step's film logits", FILM_STEP,
+        "      grid_sync();\n      Forward::template", "      Forward::template", GRID_RACE,
+    ),
+    Bug(
+        "no grid sync before the rows of a film step", FILM_STEP,
+        "      grid_sync();\n      Losses::run_rows", "      Losses::run_rows", GRID_RACE,
+    ),
+    Bug(
+        "no grid sync before a step's combine", FILM_STEP,
+        "        grid_sync();\n        Gradients::combine", "        Gradients::combine", GRID_RACE,
+    ),
+    Bug(
+        "no grid sync after a step's combine", FILM_STEP,
+        "        grid_sync();\n        Gradients::run_film", "        Gradients::run_film",
+        GRID_RACE,
+    ),
+    Bug(
+        "the residual lacks the target", LOSSES,
+        "(p - wanted(step, column == target))", "(p - wanted(step, false))", WRONG,
+    ),
+    Bug(
+        "smoothing takes the target's own share away", LOSSES,
+        "1 - smoothing + rest", "1 - smoothing", WRONG,
+    ),
+    Bug(
+        "the last of equal maxima is the prediction", LOSSES,
+        "(c < target && !beats(at_target, v))", "(c > target && !beats(at_target, v))",
+        r"correct: got",
+    ),
+    Bug(
+        "absent rows count", LOSSES,
+        "(k == 0 || !is_absent(step.present[k - 1], row))", "true", WRONG,
+    ),
+    Bug(
+        "unmixed planes are weighted", LOSSES,
+        "if (plan.mixed) weight = found;", "weight = found;", WRONG,
+    ),
+    Bug(
+        "losses of earlier chunks are forgotten", LOSSES,
+        "if (rows.begin > 0) {", "if (rows.begin < 0) {", WRONG,
+    ),
+    Bug(
+        "sums of earlier chunks are forgotten", GRADIENTS,
+        "if (kStep && rows.begin > 0) add_stored", "if (kStep && rows.begin < 0) add_stored", WRONG,
+    ),
+    Bug(
+        "film sums of earlier chunks are forgotten", FILM_GRADIENTS,
+        "if (kStep && rows.begin > 0) add_stored", "if (kStep && rows.begin < 0) add_stored", WRONG,
+    ),
+    Bug(
+        "features of absent rows reach the weights", GRADIENTS,
+        "to[row * pitch + column] = absent ?", "to[row * pitch + column] = false ?", WRONG,
+    ),
+    Bug(
+        "absent rows get the leak's gradient", GRADIENTS,
+        "v[e] = absent ? Accumulator(0) : v[e] * scale;", "v[e] *= scale;", WRONG,
+    ),
+    Bug(
+        "an absent modality takes part in the fused logits", LINEAR_STEP,
+        "k == 0 ? !is_absent(p.head.present[i], rows.begin + row) : k == i + 1",
+        "k == 0 || k == i + 1", WRONG,
+    ),
+    Bug(
+        "an absent y is read", FILM_FORWARD,
+        "if (is_absent(head.present[1], row)) return 0;\n", "", WRONG,
+    ),
+    Bug(
+        "every branch is scaled like the fused one", "plan.cpp",
+        "const int branch = plan_.step.mixed ? 0 : i + 1;", "const int branch = 0;", WRONG,
     ),
 ]  # fmt: skip
 BY_NAME = {bug.name: bug for bug in BUGS}
@@ -195,6 +299,7 @@ SHORT_LIST = [
     "no cp.async wait",
     "one row too many, 16-byte copies",
     "no grid sync before the logits",
+    "no grid sync after the rows, nor between chunks",
 ]
 
 FEW_CONFIGS = """

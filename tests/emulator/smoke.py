@@ -14,12 +14,24 @@ from pathlib import Path
 
 from emulator import harness
 from emulator.film import FilmCase, FilmProblem
+from emulator.film_step import FilmStepCase, FilmStepProblem
 from emulator.harness import Layout, Poison, Schedule
 from emulator.linear import LinearCase, LinearProblem
+from emulator.linear_step import LinearStepCase, LinearStepProblem
+from emulator.losses import LossCase
+
+
+class Ties(LinearStepProblem):
+    """Nothing but equal logits: the first class is the prediction."""
+
+    def __init__(self, module, case):
+        super().__init__(module, case)
+        for feature in self.features:
+            feature.elements[...] = 0
 
 
 def cases():
-    """(problem class, case, with the race detector)"""
+    """(problem class, case, with the race detector) of the logits' launches"""
     odd = Layout(aligned=False, gap=1)
     leaks = {"encoder_leak": 0.5, "head_leak": 0.25}
     busy = Schedule(seed=7, policy="random", multiprocessors=6)
@@ -43,15 +55,37 @@ def cases():
     yield FilmProblem, FilmCase(37, 72, 48, 11, poison=target, **x_alone, **float32), False
 
 
+def step_cases():
+    """The same of the training steps."""
+    leaks = {"encoder_leak": 0.5, "head_leak": 0.25}
+    busy = Schedule(seed=7, policy="random", multiprocessors=6)
+    half = {"tile": "half_small", "dtype": "bfloat16"}
+    loss = LossCase(alpha=(0.5, -2.0, 1.5, 0.25), ignored=0.2, label_smoothing=0.1)
+    chunked = LossCase(ignored=0.2, limit=1)
+    for races in (False, True):
+        absent = {"absent": (0.3, 0.4)}
+        yield LinearStepProblem, LinearStepCase(70, (24, 16, 8, 40), 11, loss=loss, **absent), races
+        yield LinearStepProblem, LinearStepCase(70, (72, 48), 11, loss=loss, **leaks), races
+        open_leaks = LinearStepCase(
+            70, (72, 48), 11, loss=chunked, schedule=busy, **leaks, **absent
+        )
+        yield LinearStepProblem, open_leaks, races
+        yield LinearStepProblem, LinearStepCase(70, (72, 48), 11, loss=chunked, **half), races
+        yield FilmStepProblem, FilmStepCase(70, 72, 48, 11, loss=loss, **absent), races
+        film = FilmStepCase(70, 72, 48, 11, loss=chunked, schedule=busy, **leaks, **absent, **half)
+        yield FilmStepProblem, film, races
+    yield Ties, LinearStepCase(40, (16,), 5, bias=False), False
+
+
 def run(folder: Path) -> list[str]:
     module = harness.load("emulated_kernels", folder)
     failures = []
-    for problem, case, races in cases():
-        for direction in ("run_forward", "run_backward"):
-            try:
-                getattr(problem(module, case), direction)(races)
-            except (AssertionError, module.EmulatorError) as error:
-                failures.append(f"{case} {direction}: {error}")
+    runs = [(*c, direction) for c in cases() for direction in ("run_forward", "run_backward")]
+    for problem, case, races, direction in runs + [(*c, "run_step") for c in step_cases()]:
+        try:
+            getattr(problem(module, case), direction)(races)
+        except (AssertionError, module.EmulatorError) as error:
+            failures.append(f"{case} {direction}: {error}")
     return failures
 
 
