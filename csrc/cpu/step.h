@@ -22,9 +22,12 @@ inline ScalarType gradient_dtype(ScalarType storage) {
   return storage == ScalarType::Half ? ScalarType::Float : storage;
 }
 
-// How many rows at a time keep within the workspace; equal chunks, at least one row.
+// How many rows at a time keep within the workspace; equal chunks, at least one row. Part of it is
+// left to the buffers into which the library packs its operands.
 inline int64_t chunk_rows(int64_t rows, int64_t bytes_each, int64_t workspace_limit) {
-  const int64_t most = std::max<int64_t>(1, workspace_limit / std::max<int64_t>(1, bytes_each));
+  constexpr int64_t kLibrary = int64_t{16} << 20;
+  const int64_t planes = workspace_limit - std::min(workspace_limit / 4, kLibrary);
+  const int64_t most = std::max<int64_t>(1, planes / std::max<int64_t>(1, bytes_each));
   if (rows <= most) return rows;
   const int64_t chunks = (rows + most - 1) / most;
   return (rows + chunks - 1) / chunks;
