@@ -85,6 +85,23 @@ def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype)
 
 
+def check_parameter(
+    argument: str, index: int | None, value: object, dtype: torch.dtype | None, like: Tensor
+) -> Tensor:
+    """Returns a weight or bias, cast to `dtype` if there is one, if it then is like `like`."""
+    if (
+        dtype is None
+        and isinstance(value, Tensor)
+        and value.dtype is like.dtype
+        and value.device == like.device
+        and value.layout is torch.strided
+    ):
+        return value
+    tensor = cast(check_tensor(argument, index, value), dtype)
+    check_like(argument, index, tensor, like)
+    return tensor
+
+
 def check_like(argument: str, index: int | None, tensor: Tensor, like: Tensor) -> None:
     """Raises unless `tensor` has the dtype and device of `like`, which is `features[0]`."""
     if tensor.dtype != like.dtype:

@@ -7,7 +7,7 @@ The forward op computes the gradients too, since at its end all that they are ma
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,48 @@ from .types import DecoupledLoss
 
 _OPS = {"concat": "linear_head_step", "sum": "linear_head_step", "film": "film_head_step"}
 
-# forward's arguments before the features: options and what has no gradient.
-_OPTIONS = 12
+
+class StepOptions(NamedTuple):
+    """What a step is told besides tensors: the op, how it runs, and numbers."""
+
+    op: str
+    path: Path
+    modalities: int
+    parameters: int  # weights, and as many biases
+    alpha: tuple[float, ...]
+    mean: bool
+    ignore_index: int
+    label_smoothing: float
+    encoder_leak: float
+    head_leak: float
+    workspace_limit: int
+    grad_enabled: bool  # in forward it no longer is
+
+    def call(self, target: Tensor, tensors: Sequence[Any], needs: Sequence[bool]) -> list[Tensor]:
+        """Calls the op; `tensors` are features, weights, biases and masks."""
+        weights = self.modalities
+        biases = weights + self.parameters
+        end = biases + self.parameters
+        return _ops.call(
+            self.op,
+            self.path,
+            tensors[0],
+            tensors[:weights],
+            tensors[weights:biases],
+            tensors[biases:end],
+            target,
+            tensors[end:],
+            self.alpha,
+            self.mean,
+            self.ignore_index,
+            self.label_smoothing,
+            needs[:weights],
+            needs[weights:biases],
+            needs[biases:end],
+            self.encoder_leak,
+            self.head_leak,
+            self.workspace_limit,
+        )
 
 
 class TrainingStep(torch.autograd.Function):
@@ -30,73 +70,32 @@ class TrainingStep(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        op: str,
-        path: Path,
-        counts: tuple[int, int],
-        alpha: tuple[float, ...],
-        mean: bool,
-        ignore_index: int,
-        label_smoothing: float,
-        encoder_leak: float,
-        head_leak: float,
-        limit: int,
-        grad_enabled: bool,
-        target: Tensor,
-        *tensors: Any,
+        ctx: Any, options: StepOptions, target: Tensor, *tensors: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Takes features, weights, biases and masks in one flat list; returns loss, parts, hits."""
-        modalities, parameters = counts
-        ends = modalities, modalities + parameters, modalities + 2 * parameters
-        needs = ctx.needs_input_grad[_OPTIONS : _OPTIONS + ends[2]]
-        if not grad_enabled:
-            needs = (False,) * ends[2]
-        total, losses, correct, *grads = _ops.call(
-            op,
-            path,
-            tensors[0],
-            tensors[: ends[0]],
-            tensors[ends[0] : ends[1]],
-            tensors[ends[1] : ends[2]],
-            target,
-            tensors[ends[2] :],
-            alpha,
-            mean,
-            ignore_index,
-            label_smoothing,
-            needs[: ends[0]],
-            needs[ends[0] : ends[1]],
-            needs[ends[1] :],
-            encoder_leak,
-            head_leak,
-            limit,
-        )
+        needs = ctx.needs_input_grad[2:] if options.grad_enabled else (False,) * len(tensors)
+        total, losses, correct, *grads = options.call(target, tensors, needs)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(losses, correct)
         # Freed before autograd stores them, which so can take them for `.grad` without a copy.
         ctx.save_for_backward(*grads)
         ctx.needs = needs
-        ctx.without = (None,) * (len(tensors) - ends[2])
         ctx.to_float16 = tensors[0].dtype == torch.float16
         return total, losses, correct
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
         """Scales the gradients that forward computed by that of the total."""
-        options = (None,) * _OPTIONS
         scale = grad_outputs[0]
         if scale is None:
-            return (*options, *(None for _ in ctx.needs), *ctx.without)
+            return (None, None, *(None for _ in ctx.needs))
         if torch.is_grad_enabled():  # backward(create_graph=True)
             raise RuntimeError(
                 "dgl_ext: a training step has no second derivatives; "
                 'use backend="reference" for them'
             )
-        grads = _scaled(ctx.saved_tensors, scale, ctx.to_float16)
-        if len(grads) == len(ctx.needs):
-            return (*options, *grads, *ctx.without)
-        dealt = iter(grads)
-        return (*options, *[next(dealt) if need else None for need in ctx.needs], *ctx.without)
+        grads = iter(_scaled(ctx.saved_tensors, scale, ctx.to_float16))
+        return (None, None, *[next(grads) if need else None for need in ctx.needs])
 
 
 def _scaled(grads: Sequence[Tensor], scale: Tensor, to_float16: bool) -> Sequence[Tensor]:
@@ -121,10 +120,11 @@ def apply(
     path: Path = Path.PLANNED,
 ) -> DecoupledLoss:
     """Returns the loss of a head, with disentangled gradients behind its total."""
-    total, losses, correct = TrainingStep.apply(
+    options = StepOptions(
         _OPS[fusion],
         path,
-        (len(features), len(weights)),
+        len(features),
+        len(weights),
         loss.alpha,
         loss.mean,
         loss.ignore_index,
@@ -133,11 +133,9 @@ def apply(
         head_leak,
         workspace_limit(),
         torch.is_grad_enabled(),
-        loss.target,
-        *features,
-        *weights,
-        *biases,
-        *loss.present,
     )
-    fused, *unimodal = losses.unbind()
+    total, losses, correct = TrainingStep.apply(
+        options, loss.target, *features, *weights, *biases, *loss.present
+    )
+    fused, *unimodal = _ops.unbind(losses)
     return DecoupledLoss(total, fused, tuple(unimodal), correct)

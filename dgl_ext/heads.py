@@ -17,9 +17,9 @@ from ._validate import (
     cast,
     check_features,
     check_like,
+    check_parameter,
     check_sequence,
     check_shape,
-    check_tensor,
 )
 
 MAX_MODALITIES = 8
@@ -74,8 +74,7 @@ class Head:
         for i, (rows, columns) in enumerate(shapes):
             index = None if self.bare else i
             expected = classes if rows is None else rows
-            value = cast(check_tensor("weight", index, weights[i]), dtype)
-            check_like("weight", index, value, like)
+            value = check_parameter("weight", index, weights[i], dtype, like)
             check_shape("weight", index, value, (expected, columns))
             checked_weights.append(value)
             if rows is None:
@@ -83,8 +82,7 @@ class Head:
             if biases[i] is None:
                 checked_biases.append(None)
                 continue
-            value = cast(check_tensor("bias", index, biases[i]), dtype)
-            check_like("bias", index, value, like)
+            value = check_parameter("bias", index, biases[i], dtype, like)
             check_shape("bias", index, value, (expected,))
             checked_biases.append(value)
         return tensors, tuple(checked_weights), tuple(checked_biases)
