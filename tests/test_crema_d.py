@@ -380,9 +380,9 @@ from test_crema_d import SMALL, Config, frozen_step, trainer
 
 mine = processes.start("cpu")
 own = trainer(Path({folder!r}), Path({out!r}), Config(**vars(SMALL) | {{"batch_size": 64}}), mine)
-frozen_step(own)
+metrics = frozen_step(own)
 if mine.first:
-    torch.save(own.model.state_dict(), {out!r} + "/two.pt")
+    torch.save({{"model": own.model.state_dict(), "metrics": metrics}}, {out!r} + "/two.pt")
 mine.check_parameters(own.model)
 if not mine.first:
     with torch.no_grad():
@@ -415,9 +415,12 @@ def test_two_processes_step_as_one_does(tmp_path):
 
     alone = trainer(folder, tmp_path, Config(**vars(SMALL) | {"batch_size": 64}))
     start = {name: value.clone() for name, value in alone.model.state_dict().items()}
-    assert frozen_step(alone)["rows"] == 5
-    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    metrics = frozen_step(alone)
+    two = saved(tmp_path, "two")
+    assert metrics["rows"] == two["metrics"]["rows"] == 5
+    assert metrics["accuracy"] == two["metrics"]["accuracy"]
+    assert metrics["loss"] == pytest.approx(two["metrics"]["loss"], rel=1e-5)
     for name, value in alone.model.state_dict().items():
-        torch.testing.assert_close(two[name], value, atol=1e-6, rtol=0)
+        torch.testing.assert_close(two["model"][name], value, atol=1e-6, rtol=0)
     moved = [name for name, p in alone.model.named_parameters() if not torch.equal(p, start[name])]
     assert len(moved) == len(list(alone.model.parameters()))
