@@ -266,33 +266,17 @@ class FilmStep {
   int64_t first_row_ = 0;
 };
 
-std::vector<Tensor> step(std::vector<Tensor> features, std::vector<Tensor> weights,
-                         OptionalTensors biases, Tensor target, OptionalTensors present,
-                         std::vector<double> alpha, bool mean, int64_t ignore_index,
-                         double label_smoothing, std::vector<bool> needs_features,
-                         std::vector<bool> needs_weights, std::vector<bool> needs_biases,
-                         double encoder_leak, double head_leak, int64_t workspace_limit,
-                         bool /* allow_tf32 */, bool /* kernel_only */) {
-  const Checks checks("film_head_step");
-  const FilmHead head = parse_film_head(checks, features, weights);
-  checks.biases(biases, weights, features[0]);
-  checks.step(target, present, alpha, label_smoothing, workspace_limit, features.size(),
-              head.leading, features[0]);
-  checks.needs(needs_features, needs_weights, needs_biases, features.size(), weights.size());
-  const Needs needs{std::move(needs_features), std::move(needs_weights), std::move(needs_biases)};
-  StepLosses losses(checks, head.rows, head.classes, target, present,
-                    {alpha, mean, ignore_index, label_smoothing});
-  std::vector<Tensor> grads;
-  dispatch_dtype(head.compute, [&](auto type) {
-    FilmStep<decltype(type)> step(head, biases, needs, losses, encoder_leak, head_leak,
-                                  workspace_limit);
-    grads = step.run(features, weights);
-  });
-  return with_gradients(losses.results(head.compute), std::move(grads), head.storage);
-}
+struct FilmStepOp {
+  static constexpr const char* kName = "film_head_step";
+  static constexpr auto kParse = parse_film_head;
+  template <typename T>
+  using Step = FilmStep<T>;
+};
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dgl_ext, CPU, m) { m.impl("film_head_step", TORCH_BOX(&step)); }
+STABLE_TORCH_LIBRARY_IMPL(dgl_ext, CPU, m) {
+  m.impl(FilmStepOp::kName, TORCH_BOX(&step<FilmStepOp>));
+}
 
 }  // namespace dgl_ext::cpu

@@ -191,4 +191,31 @@ inline std::vector<Tensor> with_gradients(std::vector<Tensor> results, std::vect
   return results;
 }
 
+// The op of one head. `Op` has its name, what parses its arguments, and the class that does it.
+template <class Op>
+std::vector<Tensor> step(std::vector<Tensor> features, std::vector<Tensor> weights,
+                         OptionalTensors biases, Tensor target, OptionalTensors present,
+                         std::vector<double> alpha, bool mean, int64_t ignore_index,
+                         double label_smoothing, std::vector<bool> needs_features,
+                         std::vector<bool> needs_weights, std::vector<bool> needs_biases,
+                         double encoder_leak, double head_leak, int64_t workspace_limit,
+                         bool /* allow_tf32 */, bool /* kernel_only */) {
+  const Checks checks(Op::kName);
+  const auto head = Op::kParse(checks, features, weights);
+  checks.biases(biases, weights, features[0]);
+  checks.step(target, present, alpha, label_smoothing, workspace_limit, features.size(),
+              head.leading, features[0]);
+  checks.needs(needs_features, needs_weights, needs_biases, features.size(), weights.size());
+  const Needs needs{std::move(needs_features), std::move(needs_weights), std::move(needs_biases)};
+  StepLosses losses(checks, head.rows, head.classes, target, present,
+                    {alpha, mean, ignore_index, label_smoothing});
+  std::vector<Tensor> grads;
+  dispatch_dtype(head.compute, [&](auto type) {
+    typename Op::template Step<decltype(type)> step(head, biases, needs, losses, encoder_leak,
+                                                    head_leak, workspace_limit);
+    grads = step.run(features, weights);
+  });
+  return with_gradients(losses.results(head.compute), std::move(grads), head.storage);
+}
+
 }  // namespace dgl_ext::cpu
