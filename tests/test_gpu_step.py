@@ -1,7 +1,7 @@
 """The training step on a GPU: losses, hits and gradients.
 
-Truth is the reference in float64 on the CPU, so no library of the GPU's takes part in it. Autograd is
-in `test_gpu_step_autograd.py`, launches, streams, graphs and memory in `test_gpu_step_streams.py`.
+Truth is the reference in float64 on the CPU, so no library of the GPU's takes part in it. Beside
+this file: `test_gpu_step_autograd.py`, and `test_gpu_step_streams.py` on launches and memory.
 """
 
 from __future__ import annotations

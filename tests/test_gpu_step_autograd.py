@@ -125,8 +125,7 @@ def test_autocast_computes_in_the_lower_dtype(head, dtype):
     assert_bitwise(found, {name: t.to(found[name].dtype) for name, t in expected.items()})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("upstream", [1.0, 3.0])
+@pytest.mark.parametrize(("dtype", "upstream"), [(torch.float32, 3.0), (torch.float16, 1.0)])
 @heads
 def test_compiles_into_one_graph(head, dtype, upstream):
     torch._dynamo.reset()
