@@ -260,10 +260,11 @@ def assert_two_references(
     actual: Mapping[str, Tensor | None],
     composition: Mapping[str, Tensor | None],
     truth: Mapping[str, Tensor | None],
+    roundings: float = 1.0,
 ) -> None:
     """Asserts that no error against float64 exceeds that of the same-dtype PyTorch composition.
 
-    The margin is one rounding of the largest value in that dtype. In float32 two orders of summing
+    The margin is so many roundings of the largest value in that dtype. In float32 two orders of summing
     a dot product differ by as much as each is off, so there twice the composition's error is
     allowed; a 16-bit result is summed in float32 and rounded once, whatever the order.
     """
@@ -275,7 +276,7 @@ def assert_two_references(
             continue
         if value.dtype != same_dtype.dtype:
             raise AssertionError(f"{name}: expected {same_dtype.dtype}, got {value.dtype}")
-        margin = torch.finfo(value.dtype).eps * magnitude(exact)
+        margin = roundings * torch.finfo(value.dtype).eps * magnitude(exact)
         factor = 1 if value.dtype.itemsize < 4 else 2
         bound = factor * error(same_dtype, exact) + margin
         found = error(value, exact)

@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one run and one JSON report: tests, sanitizers, benchmark.
+"""Everything that needs a GPU, in one run and one JSON report: tests, sanitizers, benchmarks.
 
     make gpu-check                                     # from a bare clone
     python tests/gpu_check.py --out DIR                # with the package already installed
@@ -10,8 +10,9 @@ Parts, each run even if an earlier one failed, each within its own time limit:
     tests                pytest -m gpu
     memcheck, racecheck, initcheck, synccheck
                          compute-sanitizer over gpu_sanitizer_cases.py
-    bench_float32, bench_bfloat16
+    bench_step_float32, bench_step_bfloat16, bench_logits_float32
                          benchmarks/bench_fusion.py --device cuda; results under DIR/bench
+    bench_memory         benchmarks/bench_memory.py --device cuda; likewise
 
 The report is written anew after each part, so that what a cut-off run has found is kept; the whole
 output of a part is in DIR/<part>.log. Exit code: 0 if every part passed, 1 if not, 2 without a GPU.
@@ -40,12 +41,23 @@ from typing import Any
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-BENCH_DTYPES = ("float32", "bfloat16")
-PARTS = ("environment", "tests", *TOOLS, *(f"bench_{dtype}" for dtype in BENCH_DTYPES))
+BENCHES = (("step", "float32"), ("step", "bfloat16"), ("logits", "float32"))  # mode, dtype
+PARTS = (
+    *("environment", "tests", *TOOLS),
+    *(f"bench_{mode}_{dtype}" for mode, dtype in BENCHES),
+    "bench_memory",
+)
 CASES_DONE = "sanitizer cases done"
 TAIL_CHARACTERS = 4000
-# One size of each kind, so that all parts fit ten minutes; `make bench` measures the whole table.
-BENCH_ARGUMENTS = "--sizes 64x512x6,256x512x309,1024x2048x1000 --seconds 1"
+# One size of each kind, and no rival that has to be compiled, so that all parts fit ten minutes;
+# `make bench` measures the whole table. For memory the smaller size is there to be checked.
+BENCH_ARGUMENTS = (
+    "--sizes 64x512x6,256x512x309,1024x2048x1000 --seconds 1 "
+    "--providers joint,two_pass,reference,composed,dgl_ext"
+)
+MEMORY_ARGUMENTS = (
+    "--rows 1024,16384 --classes 32000 --seconds 0.5 --providers joint,linear_cross_entropy,dgl_ext"
+)
 
 
 @dataclass
@@ -242,15 +254,47 @@ def read_sanitizer(output: str) -> dict[str, Any]:
     return {"findings": findings, "summaries": lines}
 
 
-def check_bench(dtype: str, options: argparse.Namespace) -> Part:
+def check_bench(mode: str, dtype: str, options: argparse.Namespace) -> Part:
     """The main benchmark on the GPU; it compares values before it times anything."""
-    name, folder = f"bench_{dtype}", options.out / "bench"
-    command = [sys.executable, str(ROOT / "benchmarks" / "bench_fusion.py"), "--device", "cuda"]
-    command += ["--dtype", dtype, "--out", str(folder), *shlex.split(options.bench_arguments)]
-    for old in folder.glob(f"bench_fusion_*_cuda_{dtype}*"):
+    arguments = ["--mode", mode, "--dtype", dtype, *shlex.split(options.bench_arguments)]
+    return run_benchmark(
+        f"bench_{mode}_{dtype}",
+        "bench_fusion.py",
+        arguments,
+        f"bench_fusion_{mode}_cuda_{dtype}*",
+        options,
+        options.timeout_bench,
+    )
+
+
+def check_memory(options: argparse.Namespace) -> Part:
+    """The benchmark of a step's peak memory, in float32; it compares values before it measures."""
+    return run_benchmark(
+        "bench_memory",
+        "bench_memory.py",
+        shlex.split(options.memory_arguments),
+        "bench_memory_cuda_*",
+        options,
+        options.timeout_memory,
+    )
+
+
+def run_benchmark(
+    name: str,
+    script: str,
+    arguments: list[str],
+    pattern: str,
+    options: argparse.Namespace,
+    timeout: float,
+) -> Part:
+    """One benchmark; the results that it writes have names of this pattern."""
+    folder = options.out / "bench"
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--device", "cuda"]
+    command += ["--out", str(folder), *arguments]
+    for old in folder.glob(pattern):
         old.unlink()
-    outcome = run_command(command, options.out / f"{name}.log", options.timeout_bench)
-    results = sorted(map(str, folder.glob(f"bench_fusion_*_cuda_{dtype}*")))
+    outcome = run_command(command, options.out / f"{name}.log", timeout)
+    results = sorted(map(str, folder.glob(pattern)))
     problem = "" if results else "no results were written"
     return judge(name, outcome, problem, {"command": command, "results": results})
 
@@ -266,8 +310,11 @@ def runners() -> dict[str, Callable[[argparse.Namespace], Part]]:
     }
     for tool in TOOLS:
         found[tool] = lambda options, tool=tool: check_sanitizer(tool, options)
-    for dtype in BENCH_DTYPES:
-        found[f"bench_{dtype}"] = lambda options, dtype=dtype: check_bench(dtype, options)
+    for mode, dtype in BENCHES:
+        found[f"bench_{mode}_{dtype}"] = lambda options, mode=mode, dtype=dtype: check_bench(
+            mode, dtype, options
+        )
+    found["bench_memory"] = check_memory
     return found
 
 
@@ -361,10 +408,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--report", type=Path, help="the JSON report, default gpu_check.json in that folder")
     add("--only", type=some_parts, default=list(PARTS), help="parts to run, comma-separated")
     add("--allow-missing", action="store_true", help="pass where compute-sanitizer is not found")
-    add("--timeout-tests", type=seconds, default=150.0, help="seconds, default 150")
-    add("--timeout-sanitizer", type=seconds, default=45.0, help="seconds per tool, default 45")
-    add("--timeout-bench", type=seconds, default=120.0, help="seconds per dtype, default 120")
+    add("--timeout-tests", type=seconds, default=180.0, help="seconds, default 180")
+    add("--timeout-sanitizer", type=seconds, default=40.0, help="seconds per tool, default 40")
+    add("--timeout-bench", type=seconds, default=55.0, help="seconds each, default 55")
+    add("--timeout-memory", type=seconds, default=85.0, help="seconds, default 85")
     add("--bench-arguments", default=BENCH_ARGUMENTS, help=f"default {BENCH_ARGUMENTS!r}")
+    add("--memory-arguments", default=MEMORY_ARGUMENTS, help=f"default {MEMORY_ARGUMENTS!r}")
     add("--look", action="store_true", help="only look for a GPU: exit code 0 with one, 2 without")
     options = parser.parse_args(arguments)
     # Parts run in another folder.

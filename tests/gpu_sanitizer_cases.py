@@ -1,9 +1,9 @@
-"""Small forward and backward passes of every head in every dtype, for compute-sanitizer to watch.
+"""Small passes and training steps of every head in every dtype, for compute-sanitizer to watch.
 
     compute-sanitizer --tool racecheck python tests/gpu_sanitizer_cases.py
 
 Nothing but copies to the device and this project's kernels runs there: a sanitizer is slow, and
-the rest is not ours. Values are compared in `test_gpu.py`; here they must only be there.
+the rest is not ours. Values are compared in `test_gpu*.py`; here they must only be there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ import torch
 
 import dgl_ext
 from dgl_ext.heads import HEADS
-from dgl_ext.testing import flat, gradients, make_problem, random_tensor
+from dgl_ext.testing import (
+    Problem,
+    flat,
+    gradients,
+    make_present,
+    make_problem,
+    make_target,
+    random_tensor,
+)
 
 DEVICE = "cuda"
 BACKEND = "cuda"
@@ -29,6 +37,7 @@ SIZES = {
     "ragged": {"leading": (37,), "widths": (35, 19), "classes": 33},
 }
 LEAKS = ((0.0, 0.0), (0.5, 0.25))
+LOGITS, WHOLE, CHUNKED = "logits", "step", "chunked masked step"  # kinds of passes
 
 
 @dataclass(frozen=True)
@@ -37,27 +46,41 @@ class Case:
     dtype: torch.dtype
     size: str
     tf32: bool
+    kind: str
     leaks: tuple[float, float]
 
     def __str__(self) -> str:
         dtype = "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
-        return f"{self.fusion} {dtype} {self.size} leaks {self.leaks}"
+        return f"{self.kind} of {self.fusion} {dtype} {self.size} leaks {self.leaks}"
 
 
 def cases() -> Iterator[Case]:
-    """Every head, dtype and size, the leaks closed and open; float32 once more as tf32."""
+    """Every head, dtype and size; float32 once more as tf32, which only aligned operands can be.
+
+    Logits with the leaks closed and open; steps whole with them closed, in chunks with them open.
+    """
+    passes = [(LOGITS, leaks) for leaks in LEAKS]
+    passes += zip((WHOLE, CHUNKED), LEAKS, strict=True)
     for fusion in HEADS:
         for dtype in DTYPES:
-            for tf32 in (False, True) if dtype == torch.float32 else (False,):
-                for size in SIZES:
-                    for leaks in LEAKS:
-                        yield Case(fusion, dtype, size, tf32, leaks)
+            for size in SIZES:
+                both = dtype == torch.float32 and size == "aligned"
+                for tf32 in (False, True) if both else (False,):
+                    for kind, leaks in passes:
+                        yield Case(fusion, dtype, size, tf32, kind, leaks)
 
 
 def run(case: Case) -> None:
     """One forward and backward pass; raises where a result is missing or not finite."""
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
     drawn = make_problem(case.fusion, dtype=case.dtype, **SIZES[case.size])
+    for tensor in (pass_through if case.kind == LOGITS else step)(case, drawn):
+        if tensor is None or not tensor.detach().cpu().isfinite().all():
+            raise AssertionError(f"{case}: a result is missing or not finite")
+
+
+def pass_through(case: Case, drawn: Problem) -> list[torch.Tensor | None]:
+    """Logits, and gradients of random ones of theirs."""
     problem = drawn.to(DEVICE)
     logits = problem.call(
         dgl_ext.fused_decouple,
@@ -69,10 +92,31 @@ def run(case: Case) -> None:
     cotangents = [
         random_tensor(z.shape, generator, dtype=case.dtype).to(DEVICE) for z in flat(logits)
     ]
-    results = [*flat(logits), *gradients(logits, problem, cotangents).values()]
-    for tensor in results:
-        if tensor is None or not tensor.detach().cpu().isfinite().all():
-            raise AssertionError(f"{case}: a result is missing or not finite")
+    return [*flat(logits), *gradients(logits, problem, cotangents).values()]
+
+
+def step(case: Case, drawn: Problem) -> list[torch.Tensor | None]:
+    """Losses, hits, and gradients that had to be scaled; with a limit of one byte, tile by tile."""
+    problem, target = drawn.to(DEVICE), make_target(drawn, ignored=0.2).to(DEVICE)
+    masks = [mask.to(DEVICE) for mask in make_present(drawn)] if case.kind == CHUNKED else None
+    before = dgl_ext.workspace_limit()
+    dgl_ext.set_workspace_limit(1 if case.kind == CHUNKED else before)
+    try:
+        loss = problem.step(
+            dgl_ext.fused_decouple_cross_entropy,
+            target,
+            alpha=(2.0, 0.5),
+            label_smoothing=0.1,
+            present=masks,
+            backend=BACKEND,
+            encoder_leak=case.leaks[0],
+            head_leak=case.leaks[1],
+        )
+    finally:
+        dgl_ext.set_workspace_limit(before)
+    scale = torch.tensor(3.0, dtype=loss.total.dtype).to(DEVICE)
+    grads = torch.autograd.grad(loss.total, [tensor for _, tensor in problem.named()], scale)
+    return [loss.total, loss.fused, *loss.unimodal, loss.correct, *grads]
 
 
 def main() -> int:

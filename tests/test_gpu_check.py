@@ -262,35 +262,81 @@ def test_the_tests_part_does_without_hypothesis(monkeypatch, tmp_path):
     assert "--noconftest" in gpu_check.check_tests(options(tmp_path)).details["command"]
 
 
-def test_the_bench_part(monkeypatch, tmp_path):
-    flags = ["--bench-arguments", "--smoke --fusion sum"]
+BENCHES = {
+    "bench_step_bfloat16": (
+        lambda chosen: gpu_check.check_bench("step", "bfloat16", chosen),
+        "bench_fusion.py",
+        "bench_fusion_step_cuda_bfloat16",
+        ["--mode", "step", "--dtype", "bfloat16", "--smoke", "--fusion", "sum"],
+    ),
+    "bench_memory": (
+        gpu_check.check_memory,
+        "bench_memory.py",
+        "bench_memory_cuda_float32",
+        ["--rows", "64"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_a_bench_part(monkeypatch, tmp_path, name):
+    check, script, stem, arguments = BENCHES[name]
+    flags = ["--bench-arguments", "--smoke --fusion sum", "--memory-arguments", "--rows 64"]
     fake_python(monkeypatch, tmp_path, "")
-    part = gpu_check.check_bench("bfloat16", options(tmp_path, *flags))
-    assert (part.status, part.message) == ("failed", "no results were written")
+    part = check(options(tmp_path, *flags))
+    assert (part.name, part.status) == (name, "failed")
+    assert part.message == "no results were written"
     write = (
         "from pathlib import Path\n"
         "folder = Path(sys.argv[sys.argv.index('--out') + 1])\n"
         "folder.mkdir(exist_ok=True)\n"
-        "(folder / 'bench_fusion_step_cuda_bfloat16.json').write_text('{}')"
+        f"(folder / '{stem}.json').write_text('{{}}')"
     )
     fake_python(monkeypatch, tmp_path, write)
-    part = gpu_check.check_bench("bfloat16", options(tmp_path, *flags))
+    part = check(options(tmp_path, *flags))
     assert part.status == "passed"
-    assert part.details["command"][2:] == [
-        *("--device", "cuda", "--dtype", "bfloat16", "--out", str(tmp_path / "bench")),
-        *("--smoke", "--fusion", "sum"),
+    assert part.details["results"] == [str(tmp_path / "bench" / f"{stem}.json")]
+    assert part.details["command"][1:] == [
+        str(ROOT / "benchmarks" / script),
+        *("--device", "cuda", "--out", str(tmp_path / "bench"), *arguments),
     ]
     fake_python(monkeypatch, tmp_path, "")  # the last run's results do not count
-    assert gpu_check.check_bench("bfloat16", options(tmp_path)).status == "failed"
+    assert check(options(tmp_path)).status == "failed"
 
 
-def test_the_bench_accepts_the_arguments_it_is_given():
-    """On the CPU, but for the device's name."""
+def test_one_bench_leaves_the_results_of_the_others(monkeypatch, tmp_path):
+    fake_python(monkeypatch, tmp_path, "")
+    (tmp_path / "bench").mkdir()
+    kept = tmp_path / "bench" / "bench_fusion_step_cuda_float32.json"
+    kept.write_text("{}")
+    gpu_check.check_bench("step", "bfloat16", options(tmp_path))
+    gpu_check.check_bench("logits", "float32", options(tmp_path))
+    gpu_check.check_memory(options(tmp_path))
+    assert kept.exists()
+
+
+def test_the_benches_accept_the_arguments_they_are_given(monkeypatch, tmp_path):
+    """On the CPU, but for the device's name; and they name their results as is looked for."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import bench_fusion
+    import bench_memory
+    import report
 
-    found = bench_fusion._parse(["--device", "cpu", *gpu_check.BENCH_ARGUMENTS.split()])
-    assert len(found.sizes) == 3
+    shared = ["--device", "cpu", "--out", str(tmp_path)]
+    for mode, dtype in gpu_check.BENCHES:
+        flags = ["--mode", mode, "--dtype", dtype, *gpu_check.BENCH_ARGUMENTS.split()]
+        found = bench_fusion._parse([*shared, *flags])
+        assert (found.modes, len(found.sizes)) == ([mode], 3)
+        assert "dgl_ext" in found.providers
+        document = {"device": "cuda:0", "dtype": dtype}
+        path = report.result_paths(tmp_path, f"fusion_{mode}", document, smoke=False)[0]
+        assert path.match(f"bench_fusion_{mode}_cuda_{dtype}*")
+    found = bench_memory._parse([*shared, *gpu_check.MEMORY_ARGUMENTS.split()])
+    assert (found.rows, found.classes) == ([1024, 16384], [32000])
+    document = {"device": "cuda", "dtype": "float32"}
+    assert report.result_paths(tmp_path, "memory", document, smoke=False)[0].match(
+        "bench_memory_cuda_*"
+    )
 
 
 # --- what it reports ---
@@ -376,7 +422,8 @@ def test_every_part_has_a_runner():
 
 def test_the_default_limits_fit_ten_minutes():
     chosen = gpu_check.parse([])
-    limits = chosen.timeout_tests + 4 * chosen.timeout_sanitizer + 2 * chosen.timeout_bench
+    limits = chosen.timeout_tests + len(gpu_check.TOOLS) * chosen.timeout_sanitizer
+    limits += len(gpu_check.BENCHES) * chosen.timeout_bench + chosen.timeout_memory
     assert limits < 600
 
 
@@ -385,9 +432,13 @@ def test_the_default_limits_fit_ten_minutes():
 
 def test_the_sanitizer_cases_have_every_head_and_dtype():
     cases = list(gpu_sanitizer_cases.cases())
-    assert len(cases) == len(set(map(str, cases))) == len(HEADS) * 5 * 2 * 2
-    combinations = {(case.fusion, case.dtype) for case in cases}
-    assert combinations == {(fusion, dtype) for fusion in HEADS for dtype in _validate.DTYPES}
+    assert len(cases) == len(set(map(str, cases))) == len(HEADS) * 9 * 4
+    combinations = {(case.fusion, case.dtype, case.kind) for case in cases}
+    kinds = {case.kind for case in cases}
+    assert len(kinds) == 3
+    assert combinations == {
+        (fusion, dtype, kind) for fusion in HEADS for dtype in _validate.DTYPES for kind in kinds
+    }
     assert {case.size for case in cases} == set(gpu_sanitizer_cases.SIZES)
 
 
@@ -402,7 +453,8 @@ def test_the_sanitizer_cases_run(monkeypatch, capsys):
     assert gpu_check.CASES_DONE in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_a_sanitizer_case_that_gives_nan_fails(monkeypatch):
+@pytest.mark.parametrize("kind", [gpu_sanitizer_cases.LOGITS, gpu_sanitizer_cases.CHUNKED])
+def test_a_sanitizer_case_that_gives_nan_fails(monkeypatch, kind):
     monkeypatch.setattr(gpu_sanitizer_cases, "DEVICE", "cpu")
     monkeypatch.setattr(gpu_sanitizer_cases, "BACKEND", "cpu")
     real = gpu_sanitizer_cases.make_problem
@@ -414,12 +466,15 @@ def test_a_sanitizer_case_that_gives_nan_fails(monkeypatch):
 
     monkeypatch.setattr(gpu_sanitizer_cases, "make_problem", spoiled)
     with pytest.raises(AssertionError, match="not finite"):
-        gpu_sanitizer_cases.run(next(gpu_sanitizer_cases.cases()))
+        gpu_sanitizer_cases.run(
+            next(case for case in gpu_sanitizer_cases.cases() if case.kind == kind)
+        )
 
 
 def test_every_gpu_test_carries_the_marker():
     """Without conftest.py, as on a machine that has torch and pytest only, and from anywhere."""
-    files = [TESTS / "test_gpu.py", TESTS / "test_gpu_streams.py"]
+    names = ("gpu", "gpu_streams", "gpu_step", "gpu_step_autograd", "gpu_step_streams")
+    files = [TESTS / f"test_{name}.py" for name in names]
     assert set(map(str, files)) <= set(gpu_check.gpu_test_files())
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "--noconftest", "-m", "gpu"]
     done = subprocess.run([*command, *files], cwd=ROOT, capture_output=True, text=True, check=False)

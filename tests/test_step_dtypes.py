@@ -28,6 +28,22 @@ def results(problem, target, backend, upstream, **options):
     return {**losses, **loss_gradients(loss, problem, upstream)}
 
 
+def assert_no_less_exact(actual, composition, truth, dtype, roundings=1.0):
+    """The two-reference rule for the results of a step whose features are of this dtype."""
+    # A gradient past the dtype's range is infinite in both; compared is what both can hold.
+    # How far a single number is off is luck: losses are compared at the features' precision.
+    there = torch.finfo(dtype).max
+    overflows = {name: value.abs() > there for name, value in truth.items()}
+    rounded, composed, exact = (
+        {name: value.detach().masked_fill(overflows[name], 0.0) for name, value in result.items()}
+        for result in (actual, composition, truth)
+    )
+    rounded, composed = (
+        {name: value.to(dtype) for name, value in result.items()} for result in (rounded, composed)
+    )
+    assert_two_references(rounded, composed, exact, roundings)
+
+
 @pytest.mark.parametrize("backend", ["composed", "cpu"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("upstream", UPSTREAM, ids=str)
@@ -51,17 +67,9 @@ def test_no_less_exact_than_the_same_dtype_composition(
     truth = results(problem.to(torch.float64), target, "reference", upstream, **options)
     composition = results(problem, target, "reference", upstream, **options)
     actual = results(problem, target, backend, upstream, **options)
-    # A gradient past the dtype's range is infinite in both; compared is what both can hold.
-    there = torch.finfo(dtype).max
     for name, value in actual.items():
-        overflows = truth[name].abs() > there
-        for result in (actual, composition, truth):
-            result[name] = result[name].detach().masked_fill(overflows, 0.0)
         assert value.dtype == (dtype if name in dict(problem.named()) else torch.float32), name
-    # How far a single number is off is luck: losses are compared at the features' precision.
-    for result in (actual, composition):
-        result.update({name: value.to(dtype) for name, value in result.items()})
-    assert_two_references(actual, composition, truth)
+    assert_no_less_exact(actual, composition, truth, dtype)
 
 
 @pytest.mark.parametrize("backend", ["composed", "cpu"])
