@@ -13,7 +13,8 @@ PYTHON_FILES := setup.py build_backend dgl_ext tests benchmarks examples
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help bench test test-slow gpu-check fuzz lint format wheel wheel-check cpp-tests clean
+.PHONY: help bench bench-memory test test-slow gpu-check fuzz lint format wheel wheel-check
+.PHONY: cpp-tests clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -21,8 +22,11 @@ help:  ## list the targets
 	@echo "  PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH=\"$(TORCH)\"  ARGS=\"$(ARGS)\""
 	@echo "  A torch from another index: make test TORCH=\"torch==2.13.0 --index-url URL\""
 
-bench: $(VENV)/.bench  ## run the main benchmark (options of its own in ARGS)
+bench: $(VENV)/.bench  ## time the training step, the README's table (options in ARGS)
 	$(PY) benchmarks/bench_fusion.py $(ARGS)
+
+bench-memory: $(VENV)/.bench  ## measure peak memory and time of large heads (options in ARGS)
+	$(PY) benchmarks/bench_memory.py $(ARGS)
 
 test: $(VENV)/.dev cpp-tests  ## run the tests, without the slow ones (pytest's options in ARGS)
 	$(PY) -m pytest -m "not slow" $(ARGS)

@@ -16,8 +16,8 @@ from matplotlib import pyplot
 SUBJECT = "dgl_ext"
 EXECUTIONS = {"eager": "eager", "graph": "CUDA graph"}
 UNSTEADY = 1.5
-SHORT_NAMES = {"linear_cross_entropy": "linear_ce"}  # for a table of 80 columns
 SPREAD_OF_MARKERS = 0.75  # of the distance of two sizes in the plot
+LINEAR_UP_TO = 5  # times joint; a plot with longer times has a logarithmic axis
 
 Row = dict[str, Any]
 
@@ -84,7 +84,7 @@ def _table(title: str, rows: list[Row]) -> Table:
         if size != _size(row):
             size = _size(row)
             table.add_row(size, style="bold")
-        name = f"  {SHORT_NAMES.get(row['provider'], row['provider'])}"
+        name = f"  {report.short_name(row['provider'])}"
         if row["status"] != "ok":
             table.add_row(name, "-", row["status"])
             continue
@@ -285,8 +285,9 @@ def _plot_execution(
         axis.grid(axis="y", alpha=0.3)
         if relative:
             axis.axhline(1, color=report.COLORS["joint"], linewidth=0.8)
-        else:
-            axis.set_yscale("log")
-    if relative:
-        axes[0].set_ylim(0, 1.2 * max((row[key] for row in rows), default=1))
+    highest = max((row[key] for row in rows), default=1)
+    if relative and highest <= LINEAR_UP_TO:
+        axes[0].set_ylim(0, 1.2 * highest)
+    else:
+        axes[0].set_yscale("log")  # the axes of a row share it
     axes[0].set_ylabel("time / time of joint" if relative else "microseconds a step")

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 PLAIN_WIDTH = 120
 BUSY = 0.05
+SHORT_NAMES = {"linear_cross_entropy": "linear_ce"}
 COLORS = {
     "joint": "#555555",
     "two_pass": "#d55e00",
@@ -69,6 +70,11 @@ class CellProgress:
         start = self._done
         self._done += 1
         return lambda share: self._bar.update(self._task, completed=start + share)
+
+
+def short_name(provider: str) -> str:
+    """A provider's name as it fits a table of 80 columns."""
+    return SHORT_NAMES.get(provider, provider)
 
 
 def conditions(document: dict[str, Any]) -> str:

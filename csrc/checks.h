@@ -175,17 +175,22 @@ class Checks {
     shape(argument, tensor, leading);
   }
 
-  // What a step takes besides a head: class indices, masks (none at all, or one entry per modality)
-  // and the loss's numbers.
-  void step(const Tensor& target, const OptionalTensors& present, const std::vector<double>& alpha,
-            double label_smoothing, int64_t workspace_limit, size_t modalities,
-            const Shape& leading, const Tensor& like_tensor) const {
-    per_row("target", target, ScalarType::Long, leading, like_tensor);
+  // None at all, or one entry per modality.
+  void masks(const OptionalTensors& present, size_t modalities, const Shape& leading,
+             const Tensor& like_tensor) const {
     if (!present.empty()) length("present", present.size(), modalities);
     for (size_t i = 0; i < present.size(); ++i) {
       if (!present[i]) continue;
       per_row(indexed("present", i), *present[i], ScalarType::Bool, leading, like_tensor);
     }
+  }
+
+  // What a step takes besides a head: class indices, masks and the loss's numbers.
+  void step(const Tensor& target, const OptionalTensors& present, const std::vector<double>& alpha,
+            double label_smoothing, int64_t workspace_limit, size_t modalities,
+            const Shape& leading, const Tensor& like_tensor) const {
+    per_row("target", target, ScalarType::Long, leading, like_tensor);
+    masks(present, modalities, leading, like_tensor);
     length("alpha", alpha.size(), modalities);
     if (!(label_smoothing >= 0 && label_smoothing <= 1)) {
       fail("label_smoothing", "a number in [0, 1]", std::to_string(label_smoothing));

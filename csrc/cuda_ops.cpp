@@ -9,18 +9,27 @@
 namespace dgl_ext {
 namespace {
 
+void set_masks(Call& call, const OptionalTensors& present, const uint8_t** masks) {
+  for (size_t i = 0; i < present.size(); ++i) {
+    masks[i] = static_cast<const uint8_t*>(call.vector(present[i]));
+  }
+}
+
 // ---- concat and sum ----
 
 std::vector<Tensor> linear_forward(std::vector<Tensor> features, std::vector<Tensor> weights,
-                                   OptionalTensors biases, bool allow_tf32, bool kernel_only) {
+                                   OptionalTensors biases, OptionalTensors present, bool allow_tf32,
+                                   bool kernel_only) {
   const Checks checks("linear_head_forward", kOnCuda);
   Shape shape = checks.features(features, 1, kMaxModalities);
   Call call("linear_head_forward", features[0]);
   const LinearArguments args = parse_linear(checks, call, features, weights);
   checks.biases(biases, weights, features[0]);
+  checks.masks(present, features.size(), shape, features[0]);
 
   LinearHeadForward problem;
   problem.head = args.head;
+  set_masks(call, present, problem.head.present);
   for (int i = 0; i < args.head.modalities; ++i) {
     problem.branch_bias[i] = call.vector(biases[args.shared ? 0 : i]);
   }
@@ -35,14 +44,15 @@ std::vector<Tensor> linear_forward(std::vector<Tensor> features, std::vector<Ten
   const LinearForwardPlan plan =
       plan_linear_forward(problem, precision, call.device(), PlanRequest{kernel_only});
   if (call.goes_composed(plan.launch, kernel_only)) {
-    return composed("dgl_ext::linear_head_forward_composed", features, weights, biases);
+    return composed("dgl_ext::linear_head_forward_composed", features, weights, biases, present);
   }
   call.launch(linear_head_forward, problem, precision, plan);
   return logits;
 }
 
 std::vector<Tensor> linear_backward(OptionalTensors grad_outputs, std::vector<Tensor> features,
-                                    std::vector<Tensor> weights, std::vector<bool> needs_features,
+                                    std::vector<Tensor> weights, OptionalTensors present,
+                                    std::vector<bool> needs_features,
                                     std::vector<bool> needs_weights, std::vector<bool> needs_biases,
                                     double encoder_leak, double head_leak, bool allow_tf32,
                                     bool kernel_only) {
@@ -53,10 +63,12 @@ std::vector<Tensor> linear_backward(OptionalTensors grad_outputs, std::vector<Te
   const LinearHead& head = args.head;
   checks.grad_outputs(grad_outputs, features.size() + 1, leading, head.classes, features[0]);
   checks.needs(needs_features, needs_weights, needs_biases, features.size(), weights.size());
+  checks.masks(present, features.size(), leading, features[0]);
 
   const Dtype dtype = dtype_of(features[0]);
   LinearHeadBackward problem;
   problem.head = head;
+  set_masks(call, present, problem.head.present);
   problem.leaks = {encoder_leak, head_leak};
   problem.grad_fused = call.matrix(grad_outputs[0]);
   for (int i = 0; i < head.modalities; ++i) {
@@ -102,7 +114,7 @@ std::vector<Tensor> linear_backward(OptionalTensors grad_outputs, std::vector<Te
       plan_linear_backward(problem, precision, call.device(), PlanRequest{kernel_only});
   if (call.goes_composed(plan.launch, kernel_only)) {
     return composed("dgl_ext::linear_head_backward_composed", grad_outputs, features, weights,
-                    needs_features, needs_weights, needs_biases, encoder_leak, head_leak);
+                    present, needs_features, needs_weights, needs_biases, encoder_leak, head_leak);
   }
   call.launch(linear_head_backward, problem, precision, plan);
   return results;
@@ -111,12 +123,15 @@ std::vector<Tensor> linear_backward(OptionalTensors grad_outputs, std::vector<Te
 // ---- FiLM ----
 
 std::vector<Tensor> film_forward(std::vector<Tensor> features, std::vector<Tensor> weights,
-                                 OptionalTensors biases, bool allow_tf32, bool kernel_only) {
+                                 OptionalTensors biases, OptionalTensors present, bool allow_tf32,
+                                 bool kernel_only) {
   const Checks checks("film_head_forward", kOnCuda);
   const Shape leading = checks.features(features, 2, 2);
   Call call("film_head_forward", features[0]);
   FilmHeadForward problem;
   problem.head = parse_film(checks, call, features, weights, biases);
+  checks.masks(present, features.size(), leading, features[0]);
+  set_masks(call, present, problem.head.present);
 
   const auto shape = [&](int64_t columns) {
     Shape full = leading;
@@ -137,7 +152,7 @@ std::vector<Tensor> film_forward(std::vector<Tensor> features, std::vector<Tenso
   const FilmForwardPlan plan =
       plan_film_forward(problem, precision, call.device(), PlanRequest{kernel_only});
   if (call.goes_composed(plan.launch, kernel_only)) {
-    return composed("dgl_ext::film_head_forward_composed", features, weights, biases);
+    return composed("dgl_ext::film_head_forward_composed", features, weights, biases, present);
   }
   call.launch(film_head_forward, problem, precision, plan);
   return results;
@@ -145,9 +160,10 @@ std::vector<Tensor> film_forward(std::vector<Tensor> features, std::vector<Tenso
 
 std::vector<Tensor> film_backward(OptionalTensors grad_outputs, std::vector<Tensor> features,
                                   std::vector<Tensor> weights, OptionalTensors biases, Tensor film,
-                                  std::vector<bool> needs_features, std::vector<bool> needs_weights,
-                                  std::vector<bool> needs_biases, double encoder_leak,
-                                  double head_leak, bool allow_tf32, bool kernel_only) {
+                                  OptionalTensors present, std::vector<bool> needs_features,
+                                  std::vector<bool> needs_weights, std::vector<bool> needs_biases,
+                                  double encoder_leak, double head_leak, bool allow_tf32,
+                                  bool kernel_only) {
   const Checks checks("film_head_backward", kOnCuda);
   const Shape leading = checks.features(features, 2, 2);
   Call call("film_head_backward", features[0]);
@@ -155,6 +171,8 @@ std::vector<Tensor> film_backward(OptionalTensors grad_outputs, std::vector<Tens
   problem.head = parse_film(checks, call, features, weights, biases);
   checks.grad_outputs(grad_outputs, 3, leading, problem.head.classes, features[0]);
   checks.needs(needs_features, needs_weights, needs_biases, 2, 2);
+  checks.masks(present, features.size(), leading, features[0]);
+  set_masks(call, present, problem.head.present);
   Shape film_shape = leading;
   film_shape.push_back(2 * problem.head.hidden);
   checks.shape("film", film, film_shape);
@@ -189,7 +207,8 @@ std::vector<Tensor> film_backward(OptionalTensors grad_outputs, std::vector<Tens
       plan_film_backward(problem, precision, call.device(), PlanRequest{kernel_only});
   if (call.goes_composed(plan.launch, kernel_only)) {
     return composed("dgl_ext::film_head_backward_composed", grad_outputs, features, weights, biases,
-                    film, needs_features, needs_weights, needs_biases, encoder_leak, head_leak);
+                    film, present, needs_features, needs_weights, needs_biases, encoder_leak,
+                    head_leak);
   }
   call.launch(film_head_backward, problem, precision, plan);
   return results;

@@ -9,27 +9,28 @@
 // A backward op returns the gradients that the `needs_*` ask for: features, weights, biases.
 // On CUDA float32 products may be tf32 where `allow_tf32`, and `kernel_only` leaves out the library
 // GEMMs that the plan prefers at large sizes; on the CPU neither says anything.
-#define DGL_EXT_FORWARD "Tensor[] features, Tensor[] weights, Tensor?[] biases"
+// `present` is empty, or has one bool mask of the rows per modality, None where no row lacks it.
+#define DGL_EXT_HEAD "Tensor[] features, Tensor[] weights, Tensor?[] biases"
+#define DGL_EXT_FORWARD DGL_EXT_HEAD ", Tensor?[] present"
 #define DGL_EXT_NEEDS                                                  \
   "bool[] needs_features, bool[] needs_weights, bool[] needs_biases, " \
   "float encoder_leak, float head_leak"
 #define DGL_EXT_LINEAR_BACKWARD \
-  "Tensor?[] grad_outputs, Tensor[] features, Tensor[] weights, " DGL_EXT_NEEDS
+  "Tensor?[] grad_outputs, Tensor[] features, Tensor[] weights, Tensor?[] present, " DGL_EXT_NEEDS
 #define DGL_EXT_FILM_BACKWARD                                                              \
   "Tensor?[] grad_outputs, Tensor[] features, Tensor[] weights, Tensor?[] biases, Tensor " \
-  "film, " DGL_EXT_NEEDS
+  "film, Tensor?[] present, " DGL_EXT_NEEDS
 #define DGL_EXT_PATH ", bool allow_tf32=False, bool kernel_only=False"
 // A step takes the cross-entropy of every branch with one target and computes every gradient of
-// total = fused + sum_i alpha_i unimodal_i at once. `present` is empty, or has one bool mask of the
-// rows per modality, None where no row lacks it. `workspace_limit` bounds, in bytes, what the step
-// keeps of logits and residuals at a time; more rows than fit run in chunks.
+// total = fused + sum_i alpha_i unimodal_i at once. `workspace_limit` bounds, in bytes, what the
+// step keeps of logits and residuals at a time; more rows than fit run in chunks.
 #define DGL_EXT_STEP                                                                 \
-  DGL_EXT_FORWARD                                                                    \
+  DGL_EXT_HEAD                                                                       \
   ", Tensor target, Tensor?[] present, float[] alpha, bool mean, int ignore_index, " \
   "float label_smoothing, " DGL_EXT_NEEDS ", int workspace_limit"
 
 // film_head_forward returns the logits (fused, of x, of y) and the modulation [gamma | beta], which
-// the backward op takes. The *_composed ops have their kernels in dgl_ext/composed.py.
+// the backward op takes. The *_composed ops have their kernels in dgl_ext/composed*.py.
 STABLE_TORCH_LIBRARY(dgl_ext, m) {
   m.def("linear_head_forward(" DGL_EXT_FORWARD DGL_EXT_PATH ") -> Tensor[]");
   m.def("linear_head_backward(" DGL_EXT_LINEAR_BACKWARD DGL_EXT_PATH ") -> Tensor[]");

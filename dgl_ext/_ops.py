@@ -78,6 +78,7 @@ def _linear_head_forward(
     features: list[Tensor],
     weights: list[Tensor],
     biases: list[Tensor | None],
+    present: list[Tensor | None],
     allow_tf32: bool = False,
     kernel_only: bool = False,
 ) -> list[Tensor]:
@@ -89,6 +90,7 @@ def _linear_head_backward(
     grad_outputs: list[Tensor | None],
     features: list[Tensor],
     weights: list[Tensor],
+    present: list[Tensor | None],
     needs_features: list[bool],
     needs_weights: list[bool],
     needs_biases: list[bool],
@@ -104,6 +106,7 @@ def _film_head_forward(
     features: list[Tensor],
     weights: list[Tensor],
     biases: list[Tensor | None],
+    present: list[Tensor | None],
     allow_tf32: bool = False,
     kernel_only: bool = False,
 ) -> list[Tensor]:
@@ -122,6 +125,7 @@ def _film_head_backward(
     weights: list[Tensor],
     biases: list[Tensor | None],
     film: Tensor,
+    present: list[Tensor | None],
     needs_features: list[bool],
     needs_weights: list[bool],
     needs_biases: list[bool],

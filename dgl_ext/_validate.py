@@ -129,10 +129,10 @@ def check_share(name: str, value: object) -> float:
     return float(value)
 
 
-def check_present(present: object, features: Sequence[Tensor]) -> tuple[Tensor | None, ...] | None:
-    """Returns `present` as one boolean tensor (or None) per modality, of the leading shape."""
+def check_present(present: object, features: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Returns one bool tensor of the leading shape, or None, per modality; nothing for None."""
     if present is None:
-        return None
+        return ()
     values = check_sequence("present", present, "a sequence of bool tensors, one per modality")
     if len(values) != len(features):
         raise ValueError(

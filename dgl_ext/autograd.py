@@ -35,7 +35,7 @@ def _linear_routing(modalities: int, weights: int) -> Routing:
 
 
 # forward's arguments before the tensors: options, which have no gradient.
-_OPTIONS = 4
+_OPTIONS = 5
 _NO_GRADS = (None,) * _OPTIONS
 
 # y alone meets the film layer's bias, but not its weight.
@@ -46,6 +46,12 @@ def _split(flat: Sequence[Any], modalities: int) -> tuple[Any, Any, Any]:
     """Takes a flat sequence apart: features, weights and as many biases."""
     end = modalities + (len(flat) - modalities) // 2
     return flat[:modalities], flat[modalities:end], flat[end:]
+
+
+def _split_masks(flat: Sequence[Any], masks: int) -> tuple[Any, Any]:
+    """Takes the masks, which come last, from a flat sequence."""
+    end = len(flat) - masks
+    return flat[:end], flat[end:]
 
 
 def _heard(branches: tuple[tuple[int, ...], ...], there: Sequence[bool]) -> set[int]:
@@ -74,7 +80,12 @@ def _reached(
 
 
 def _prepare(
-    ctx: Any, outputs: Outputs, leaks: tuple[float, float], routing: Routing, path: Path
+    ctx: Any,
+    outputs: Outputs,
+    leaks: tuple[float, float],
+    routing: Routing,
+    path: Path,
+    masks: int,
 ) -> None:
     """Keeps what backward decides by, and marks the logits whose gradient could reach nothing.
 
@@ -82,7 +93,9 @@ def _prepare(
     """
     ctx.set_materialize_grads(False)
     ctx.leaks, ctx.path = leaks, path
-    ctx.needs = ctx.needs_input_grad[_OPTIONS:]
+    # The masks, which come last, have no gradient.
+    end = len(ctx.needs_input_grad) - masks
+    ctx.needs, ctx.masks = ctx.needs_input_grad[_OPTIONS:end], masks
     if all(ctx.needs):
         return
     encoder_leak, head_leak = leaks
@@ -129,16 +142,19 @@ def _call_backward(
     `saved` are the context's tensors, a feature first. Checkpointing lets them be read only once.
     """
     needs = _reached(ctx.needs, grad_outputs, routing, ctx.leaks)
+    rest = (None,) * ctx.masks
     if not any(needs):
-        return (None,) * (_OPTIONS + len(needs))
+        return (*_NO_GRADS, *(None for _ in needs), *rest)
     split_needs = _split(needs, len(grad_outputs) - 1)
-    grads = _ops.call(name, ctx.path, saved[0], grad_outputs, *arguments, *split_needs, *ctx.leaks)
+    grads: Sequence[Tensor] = _ops.call(
+        name, ctx.path, saved[0], grad_outputs, *arguments, *split_needs, *ctx.leaks
+    )
     if torch.is_grad_enabled():  # backward(create_graph=True)
         grads = _RefuseSecondDerivative.apply(len(grads), *grads, *grad_outputs, *saved)
     if len(grads) == len(needs):
-        return (*_NO_GRADS, *grads)
+        return (*_NO_GRADS, *grads, *rest)
     dealt = iter(grads)
-    return (*_NO_GRADS, *[next(dealt) if need else None for need in needs])
+    return (*_NO_GRADS, *[next(dealt) if need else None for need in needs], *rest)
 
 
 class LinearHead(torch.autograd.Function):
@@ -151,15 +167,17 @@ class LinearHead(torch.autograd.Function):
         encoder_leak: float,
         head_leak: float,
         path: Path,
+        masks: int,
         *tensors: Any,
     ) -> Outputs:
-        """Takes features, weights and biases in one flat list; returns the logits, fused first."""
-        features, weights, biases = _split(tensors, modalities)
-        like = features[0]
-        outputs = tuple(_ops.call("linear_head_forward", path, like, features, weights, biases))
-        ctx.save_for_backward(*features, *weights)
+        """Takes features, weights, biases and masks, flat; returns the logits, fused first."""
+        tensors, present = _split_masks(tensors, masks)
+        arguments = *_split(tensors, modalities), present
+        features, weights = arguments[:2]
+        outputs = tuple(_ops.call("linear_head_forward", path, features[0], *arguments))
+        ctx.save_for_backward(*features, *weights, *present)
         ctx.routing = _linear_routing(modalities, len(weights))
-        _prepare(ctx, outputs, (encoder_leak, head_leak), ctx.routing, path)
+        _prepare(ctx, outputs, (encoder_leak, head_leak), ctx.routing, path, masks)
         return outputs
 
     @staticmethod
@@ -167,7 +185,8 @@ class LinearHead(torch.autograd.Function):
         """Takes the logits' gradients to the inputs that they may reach."""
         modalities = len(grad_outputs) - 1
         saved = ctx.saved_tensors
-        arguments = saved[:modalities], saved[modalities:]
+        tensors, present = _split_masks(saved, ctx.masks)
+        arguments = tensors[:modalities], tensors[modalities:], present
         return _call_backward(
             ctx, "linear_head_backward", grad_outputs, saved, arguments, ctx.routing
         )
@@ -183,21 +202,23 @@ class FilmHead(torch.autograd.Function):
         encoder_leak: float,
         head_leak: float,
         path: Path,
+        masks: int,
         *tensors: Any,
     ) -> Outputs:
-        """Takes features, weights and biases in one flat list; returns the logits, fused first."""
-        features, weights, biases = _split(tensors, modalities)
-        like = features[0]
-        *logits, film = _ops.call("film_head_forward", path, like, features, weights, biases)
-        ctx.save_for_backward(*tensors, film)
-        _prepare(ctx, tuple(logits), (encoder_leak, head_leak), _FILM_ROUTING, path)
+        """Takes features, weights, biases and masks, flat; returns the logits, fused first."""
+        tensors, present = _split_masks(tensors, masks)
+        arguments = *_split(tensors, modalities), present
+        *logits, film = _ops.call("film_head_forward", path, tensors[0], *arguments)
+        ctx.save_for_backward(*tensors, film, *present)
+        _prepare(ctx, tuple(logits), (encoder_leak, head_leak), _FILM_ROUTING, path, masks)
         return tuple(logits)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
         """Takes the logits' gradients to the inputs that they may reach."""
         saved = ctx.saved_tensors
-        arguments = *_split(saved[:-1], len(grad_outputs) - 1), saved[-1]
+        (*tensors, film), present = _split_masks(saved, ctx.masks)
+        arguments = *_split(tensors, len(grad_outputs) - 1), film, present
         return _call_backward(
             ctx, "film_head_backward", grad_outputs, saved, arguments, _FILM_ROUTING
         )
@@ -217,11 +238,20 @@ def apply(
     biases: Biases,
     encoder_leak: float,
     head_leak: float,
+    present: Sequence[Tensor | None] = (),
     path: Path = Path.PLANNED,
 ) -> Outputs:
     """Returns a head's logits, fused first, with disentangled gradients behind them."""
     function = FUNCTIONS[fusion]
     outputs: Outputs = function.apply(
-        len(features), encoder_leak, head_leak, path, *features, *weights, *biases
+        len(features),
+        encoder_leak,
+        head_leak,
+        path,
+        len(present),
+        *features,
+        *weights,
+        *biases,
+        *present,
     )
     return outputs

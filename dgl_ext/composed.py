@@ -26,6 +26,26 @@ def rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
+def select_present(feature: Tensor, mask: Tensor | None) -> Tensor:
+    """The feature with zeros in absent rows: selected, so that what they store is never read."""
+    return feature if mask is None else torch.where(mask.unsqueeze(-1), feature, 0)
+
+
+def _present_rows(features: Sequence[Tensor], present: OptionalTensors) -> list[Tensor]:
+    masks = present or (None,) * len(features)
+    return [rows(select_present(h, mask)) for h, mask in zip(features, masks, strict=True)]
+
+
+def clear_absent(grads: Sequence[Tensor], present: OptionalTensors, needs: Needs) -> None:
+    """Sets the features' gradients, which come first, to zero in absent rows."""
+    if not present:
+        return
+    needed = [mask for mask, need in zip(present, needs.features, strict=True) if need]
+    for grad, mask in zip(grads, needed, strict=False):
+        if mask is not None:
+            grad.masked_fill_(~mask.unsqueeze(-1), 0)
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums."""
     return torch.float32 if dtype.itemsize == 2 else dtype
@@ -173,12 +193,15 @@ def linear_logits(
 
 
 def linear_head_forward(
-    features: Sequence[Tensor], weights: Sequence[Tensor], biases: OptionalTensors
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: OptionalTensors,
+    present: OptionalTensors,
 ) -> list[Tensor]:
     """The logits of concat and sum, fused first."""
     like = features[0]
     shape = (*like.shape[:-1], weights[0].shape[0])
-    logits = linear_logits([rows(h) for h in features], weights, biases)
+    logits = linear_logits(_present_rows(features, present), weights, biases)
     return [z.to(like.dtype).view(shape) for z in logits]
 
 
@@ -232,6 +255,7 @@ def linear_head_backward(
     grad_outputs: OptionalTensors,
     features: Sequence[Tensor],
     weights: Sequence[Tensor],
+    present: OptionalTensors,
     needs_features: Sequence[bool],
     needs_weights: Sequence[bool],
     needs_biases: Sequence[bool],
@@ -242,9 +266,10 @@ def linear_head_backward(
     branches, like = _grad_rows(grad_outputs, features[0], weights[0])
     needs = Needs(needs_features, needs_weights, needs_biases)
     results = empty_grads(features, weights, needs)
-    matrices = [rows(h) for h in features]
+    matrices = _present_rows(features, present)
     outs = _as_matrices(results, needs)
     linear_grads(branches, like, matrices, weights, needs, encoder_leak, head_leak, outs, False)
+    clear_absent(results, present, needs)
     return results
 
 
@@ -284,11 +309,14 @@ def film_logits(
 
 
 def film_head_forward(
-    features: Sequence[Tensor], weights: Sequence[Tensor], biases: OptionalTensors
+    features: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: OptionalTensors,
+    present: OptionalTensors,
 ) -> list[Tensor]:
     """The logits of FiLM (fused, of x, of y) and the modulation [gamma | beta]."""
     leading = features[0].shape[:-1]
-    logits, film, _ = film_logits([rows(h) for h in features], weights, biases)
+    logits, film, _ = film_logits(_present_rows(features, present), weights, biases)
     shape = (*leading, len(weights[1]))
     dtype = features[0].dtype
     return [
@@ -385,6 +413,7 @@ def film_head_backward(
     weights: Sequence[Tensor],
     biases: OptionalTensors,
     film: Tensor,
+    present: OptionalTensors,
     needs_features: Sequence[bool],
     needs_weights: Sequence[bool],
     needs_biases: Sequence[bool],
@@ -394,7 +423,7 @@ def film_head_backward(
     """The gradients of FiLM that are needed: features, weights, biases."""
     branches, like = _grad_rows(grad_outputs, features[0], weights[1])
     needs = Needs(needs_features, needs_weights, needs_biases)
-    x, y = map(rows, features)
+    x, y = _present_rows(features, present)
     film = rows(film)
     hidden = _film_hidden(film, y, biases[0]) if needs.weights[1] else None
     results = empty_grads(features, weights, needs)
@@ -406,4 +435,5 @@ def film_head_backward(
                head_leak, outs, False)  # fmt: skip
     if needs.weights[1]:
         results[wide] = outs[wide].to(results[wide].dtype)
+    clear_absent(results, present, needs)
     return results

@@ -20,12 +20,14 @@ from .composed import (
     Needs,
     OptionalTensors,
     accumulator,
+    clear_absent,
     empty_grads,
     film_grads,
     film_logits,
     linear_grads,
     linear_logits,
     rows,
+    select_present,
 )
 
 # From features (matrices), weights and biases to the logits, fused first, and to what makes
@@ -168,7 +170,7 @@ def _step(
             head_leak,
             [*[result[part] for result in of_features], *of_parameters],
         )
-    _clear_absent(of_features, targets.present, needs)
+    clear_absent(of_features, targets.present, needs)
     parts = losses.sum(1)
     if mean:
         # A modality that no counted row has adds nothing, where a mean of no row at all is NaN.
@@ -199,11 +201,7 @@ def _chunk(
     results: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Writes the gradients of some rows, adds those of parameters; returns losses and hits."""
-    # Selected, not multiplied: what an absent row stores is never read, NaN included.
-    features = [
-        h if mask is None else torch.where(mask.unsqueeze(1), h, 0)
-        for h, mask in zip(features, targets.present, strict=True)
-    ]
+    features = [select_present(h, mask) for h, mask in zip(features, targets.present, strict=True)]
     logits, grads = head(features, weights, biases)
     found = [
         _cross_entropy_(z, targets.classes, counted, share, label_smoothing)
@@ -264,11 +262,3 @@ def _cross_entropy_(
     z.scatter_(1, index, z.gather(1, index) - (1 - label_smoothing) * weight)
     hits = (first == index).squeeze(1) & counted
     return torch.where(counted, loss.squeeze(1), 0), hits
-
-
-def _clear_absent(grads: Sequence[Tensor], present: OptionalTensors, needs: Needs) -> None:
-    """Sets the gradients of absent rows to zero, whatever reached them through a leak."""
-    needed = [mask for mask, need in zip(present, needs.features, strict=True) if need]
-    for grad, mask in zip(grads, needed, strict=True):
-        if mask is not None:
-            grad.masked_fill_(~mask.unsqueeze(1), 0)

@@ -54,5 +54,5 @@ class CrossEntropy(NamedTuple):
             check_reduction(reduction),
             check_ignore_index(ignore_index),
             check_share("label_smoothing", label_smoothing),
-            check_present(present, features) or (),
+            check_present(present, features),
         )

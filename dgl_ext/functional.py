@@ -68,7 +68,6 @@ def fused_decouple(
         fusion: "concat", "sum" or "film".
         present: per modality a bool tensor of the leading shape, or None for "everywhere". Where it
             is False the feature counts as zero, is not read, and gets a gradient of exactly zero.
-            Runs on the reference backend.
         encoder_leak: the share, 0 to 1, of the fused logits' gradient that the features receive on
             top of their own.
         head_leak: the share, 0 to 1, of the unimodal logits' gradients that the head receives on
@@ -104,11 +103,12 @@ def fused_decouple(
     tensors, weights, biases = get_head(fusion).check(features, weight, bias)
     encoder_leak = check_share("encoder_leak", encoder_leak)
     head_leak = check_share("head_leak", head_leak)
-    masks = None if present is None else check_present(present, tensors)
-    path = _choose_path(backend, tensors, masks is not None)
+    masks = check_present(present, tensors)
+    path = _choose_path(backend, tensors)
+    arguments = (fusion, tensors, weights, biases, encoder_leak, head_leak, masks)
     if path is None:
-        return reference.compute(fusion, tensors, weights, biases, encoder_leak, head_leak, masks)
-    outputs = autograd.apply(fusion, tensors, weights, biases, encoder_leak, head_leak, path)
+        return reference.compute(*arguments)
+    outputs = autograd.apply(*arguments, path)
     return DecoupledLogits(outputs[0], outputs[1:])
 
 
@@ -189,7 +189,7 @@ def fused_decouple_cross_entropy(
     )
     encoder_leak = check_share("encoder_leak", encoder_leak)
     head_leak = check_share("head_leak", head_leak)
-    path = _choose_path(backend, tensors, False)
+    path = _choose_path(backend, tensors)
     step = (fusion, tensors, weights, biases, loss, encoder_leak, head_leak)
     if path is None:
         return reference.compute_cross_entropy(*step)
@@ -204,12 +204,12 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-def _choose_path(backend: str, features: Features, masked: bool) -> Path | None:
+def _choose_path(backend: str, features: Features) -> Path | None:
     """Returns how the ops shall compute, None for the reference; raises if that cannot be had."""
     device = features[0].device.type
     if backend == "auto":
         # torch.func's transforms (vmap, grad, ...) take plain PyTorch only.
-        able = device in ("cpu", "cuda") and not masked
+        able = device in ("cpu", "cuda")
         if not able or torch._C._are_functorch_transforms_active():
             return None
         if _extension.available(device):
@@ -226,7 +226,5 @@ def _choose_path(backend: str, features: Features, masked: bool) -> Path | None:
     if backend in ("cpu", "cuda") and device != backend:
         name = {"cpu": "the CPU", "cuda": "a CUDA device"}[backend]
         raise ValueError(f'backend: "{backend}" needs features on {name}, got {device}')
-    if masked:
-        raise ValueError(f'backend: expected "auto" or "reference" with present, got "{backend}"')
     _extension.require("cuda" if backend == "cuda" else "cpu")
     return _PATHS[backend]

@@ -136,10 +136,10 @@ def compute(
     biases: Biases,
     encoder_leak: float,
     head_leak: float,
-    present: tuple[Tensor | None, ...] | None,
+    present: tuple[Tensor | None, ...],
 ) -> DecoupledLogits:
-    """Applies a head's formula to arguments that were checked before."""
-    if present is not None:
+    """Applies a head's formula to arguments that were checked before; `present` may be empty."""
+    if present:
         # Selected, not multiplied: what an absent row stores is never read, NaN included.
         features = tuple(
             h if mask is None else torch.where(mask.unsqueeze(-1), h, 0.0)

@@ -29,6 +29,7 @@ import fusion_report  # noqa: E402
 import harness  # noqa: E402
 import problems  # noqa: E402
 import providers  # noqa: E402
+import report  # noqa: E402
 
 CPU = torch.device("cpu")
 CEILING = harness.Ceiling(flops_per_second=1e11, bytes_per_second=1e10)
@@ -54,7 +55,8 @@ def smoke(tmp_path_factory):
     done = subprocess.run(
         [*command, "--out", "results"],
         cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},  # threads wait for each other on a busy machine
+        # Threads wait for each other on a busy machine, and compiling has a test of its own.
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"},
         capture_output=True,
         text=True,
         timeout=600,
@@ -115,7 +117,7 @@ def test_smoke_output_is_plain_text_and_says_what_it_shows(smoke):
     text = smoke[0]
     assert "\x1b" not in text
     names = (*problems.FUSIONS, *providers.PROVIDERS["step"], "/joint", "/2-pass")
-    for name in (*names, *fusion_report.SHORT_NAMES.values(), *bench_fusion.WHAT.values()):
+    for name in (*names, *report.SHORT_NAMES.values(), *bench_fusion.WHAT.values()):
         assert name in text
     for stem in smoke[1].values():
         document = json.loads(stem.with_suffix(".json").read_text())
@@ -269,6 +271,17 @@ def test_all_agree_with_the_reference_in_float64_and_joint_does_not(mode, fusion
     assert "features[0].grad differs" in fusion_cells.difference(
         joint, gradients, dtype, everything=True
     )
+
+
+@pytest.mark.parametrize(("mode", "fusion"), [("step", "concat"), ("logits", "film")])
+def test_what_is_compiled_agrees_too(mode, fusion):
+    here = cell(fusion, mode=mode)
+    truth = fusion_cells.snapshot(mode, "reference", here.problem().as_float64())[1]
+    try:
+        found = results_of(here, "compiled")
+    except providers.Unavailable as reason:
+        pytest.skip(str(reason))
+    assert not fusion_cells.difference(found, truth, here.dtype, everything=True)
 
 
 def test_truth_has_the_values_of_the_problem_in_float64():

@@ -200,3 +200,129 @@ def test_small_products_write_their_ranges_only(core, draw, fma):
     check(out[2:7, 3:30], (a @ b)[2:7, 3:30])
     out[2:7, 3:30] = np.nan
     assert np.isnan(out).all()
+
+
+def softmax_loss(logits, target, smoothing, scale):
+    """Losses and residuals of rows that all count, in float64."""
+    rows, classes = logits.shape
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    log_sum = np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    log_p = shifted - log_sum
+    wanted = np.zeros((rows, classes))
+    wanted[np.arange(rows), target] = 1 - smoothing
+    wanted += smoothing / classes
+    return -(wanted * log_p).sum(axis=1), scale * (np.exp(log_p) - wanted)
+
+
+def cross_entropy(
+    core, logits, target, fma, *, ignore=-100, present=None, smoothing=0.0, scale=1.0
+):
+    """Losses, residuals and hits; losses and untouched rows start as NaN."""
+    values, losses = logits.copy(), np.full(len(logits), np.nan)
+    arguments = (values, target, ignore, present, smoothing, scale, True, losses)
+    correct = core.cross_entropy_rows(*arguments, (0, len(logits)), fma)
+    kept, again = logits.copy(), np.full(len(logits), np.nan)
+    only = (kept, target, ignore, present, smoothing, scale, False, again)
+    assert core.cross_entropy_rows(*only, (0, len(logits)), fma) == correct
+    np.testing.assert_array_equal(kept, logits)  # without residuals the logits stay
+    np.testing.assert_array_equal(again, losses)
+    return losses, values, correct
+
+
+@pytest.mark.parametrize("classes", [1, 2, 7, 8, 9, 33, 64, 500, 5000])
+@pytest.mark.parametrize("smoothing", [0.0, 0.25])
+def test_cross_entropy_rows(core, draw, fma, classes, smoothing):
+    logits = draw(6, classes) * 5
+    target = np.random.default_rng(1).integers(0, classes, 6)
+    losses, residuals, correct = cross_entropy(
+        core, logits, target, fma, smoothing=smoothing, scale=0.375
+    )
+    want_losses, want_residuals = softmax_loss(logits, target, smoothing, 0.375)
+    limit = 4 * np.finfo(logits.dtype).eps
+    np.testing.assert_allclose(losses, want_losses, rtol=limit, atol=limit)
+    np.testing.assert_allclose(residuals, want_residuals, rtol=4 * limit, atol=limit)
+    assert correct == (logits.argmax(axis=1) == target).sum()
+
+
+def test_rows_that_do_not_count_lose_nothing_and_get_zeros(core, draw, fma):
+    logits = draw(5, 9)
+    logits[[1, 3]] = np.nan  # whatever is in such a row
+    target = np.array([2, -7, 0, 4, 8])
+    present = np.array([True, True, True, False, True])
+    losses, residuals, _ = cross_entropy(core, logits, target, fma, ignore=-7, present=present)
+    assert (losses[[1, 3]] == 0).all()
+    assert (residuals[[1, 3]] == 0).all()
+    counted = [0, 2, 4]
+    want_losses, want_residuals = softmax_loss(logits[counted], target[counted], 0.0, 1.0)
+    check(residuals[counted], want_residuals)
+    np.testing.assert_allclose(losses[counted], want_losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("classes", [3, 40])
+def test_the_first_of_equal_maxima_and_the_first_nan_are_on_top(core, draw, fma, classes):
+    ties = np.zeros((3, classes), dtype=draw(1).dtype)
+    ties[:, 1:3] = 1
+    assert cross_entropy(core, ties, np.array([0, 1, 2]), fma)[2] == 1
+    ties[:, 2] = np.nan
+    losses, residuals, correct = cross_entropy(core, ties, np.array([0, 1, 2]), fma)
+    assert correct == 1
+    assert np.isnan(losses).all()
+    assert np.isnan(residuals).all()
+    assert cross_entropy(core, ties * np.nan, np.array([0, 1, 2]), fma)[2] == 1
+
+
+@pytest.mark.parametrize("classes", [5, 29])
+def test_masked_classes(core, draw, fma, classes):
+    logits = draw(3, classes)
+    logits[:, 1] = -np.inf
+    target = np.array([0, 2, 1])
+    losses, residuals, _ = cross_entropy(core, logits, target, fma)
+    assert np.isfinite(losses[:2]).all()
+    assert losses[2] == np.inf  # a target that is masked
+    assert (residuals[:2, 1] == 0).all()
+    assert np.isfinite(residuals).all()
+    losses, residuals, _ = cross_entropy(core, logits, target, fma, smoothing=0.1)
+    assert (losses == np.inf).all()
+    assert np.isfinite(residuals).all()
+
+
+def test_exponentials_are_exact_to_two_units_in_the_last_place(modules, fma):
+    # With two logits the residual of the class that is not the target is e / (1 + e).
+    x = -np.concatenate([np.linspace(0, 20, 40_001), np.linspace(20, 87, 10_001), [88, 104, 1e30]])
+    logits = np.stack([np.zeros_like(x), x], axis=1).astype(np.float32)
+    target = np.zeros(len(x), dtype=np.int64)
+    _, residuals, _ = cross_entropy(modules.float32, logits, target, fma)
+    exact = np.exp(logits[:, 1].astype(np.float64))
+    exact = exact / (1 + exact)
+    normal = exact > np.finfo(np.float32).tiny
+    error = np.abs(residuals[:, 1] - exact)[normal] / np.spacing(exact[normal].astype(np.float32))
+    assert error.max() < 2.5  # two for the exponential, half a unit for the rounded product
+    assert (residuals[:, 1][~normal] == 0).all()
+
+
+def test_many_classes_lose_no_bits(modules, fma):
+    logits = np.full((1, 1_000_000), -3.0, dtype=np.float32)
+    logits[0, 1::2] = -3.0 + 1e-3
+    losses, _, _ = cross_entropy(modules.float32, logits, np.array([0]), fma, smoothing=0.5)
+    want, _ = softmax_loss(logits, np.array([0]), 0.5, 1.0)
+    np.testing.assert_allclose(losses, want, rtol=1e-7)
+
+
+def test_a_range_of_rows_depends_on_no_other(core, draw, fma):
+    logits, target = draw(7, 37), np.arange(7)
+    losses, residuals, _ = cross_entropy(core, logits, target, fma)
+    values, cut = logits.copy(), np.full(7, np.nan)
+    core.cross_entropy_rows(values, target, -100, None, 0.0, 1.0, True, cut, (2, 5), fma)
+    np.testing.assert_array_equal(values[2:5], residuals[2:5])
+    np.testing.assert_array_equal(cut[2:5], losses[2:5])
+    np.testing.assert_array_equal(values[[0, 1, 5, 6]], logits[[0, 1, 5, 6]])
+    assert np.isnan(cut[[0, 1, 5, 6]]).all()
+
+
+def test_a_nan_stays_one_whatever_its_payload(modules, fma):
+    logits = np.zeros((1, 11), dtype=np.float32)
+    logits[0, 3] = np.array([0x7FC00001], dtype=np.uint32).view(np.float32)[0]
+    losses, residuals, correct = cross_entropy(modules.float32, logits, np.array([3]), fma)
+    assert np.isnan(losses).all()
+    assert np.isnan(residuals).all()
+    assert correct == 1

@@ -17,8 +17,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULE = Path(os.environ.get("DGL_EXT_CPP_TESTS", ROOT / "build" / "cpp")) / "emulated_ops.so"
-FILES = ["equivalence", "semantics", "edges", "opcheck", "dtypes", "errors"]
+FILES = ["equivalence", "semantics", "edges", "opcheck", "dtypes", "errors", "present"]
+STEP_FILES = ["step_equivalence", "step_autograd", "step_errors"]
 SELECTION = "not composed and not slow and not leading3 and not lose_bits"
+# On CUDA that is a device-side assertion.
+STEP_SELECTION = "not composed and not out_of_range"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -36,6 +39,19 @@ def test_the_ops_pass_their_tests_on_emulated_cuda():
     done = run(*(f"tests/test_{name}.py" for name in FILES), "-k", SELECTION, "-m", "not slow")
     assert done.returncode == 0, done.stdout[-4000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 700
+
+
+@pytest.mark.emulator
+def test_the_training_steps_pass_their_tests_on_emulated_cuda():
+    done = run(*(f"tests/test_{name}.py" for name in STEP_FILES), "-k", STEP_SELECTION)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 500
+
+
+@pytest.mark.emulator
+def test_a_target_out_of_range_is_a_device_side_assertion():
+    done = run("tests/test_step_errors.py", "-k", "out_of_range_is_named and concat")
+    assert "device-side assertion: target in [0, classes)" in done.stdout
 
 
 @pytest.mark.emulator

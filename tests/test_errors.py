@@ -266,11 +266,6 @@ CASES = {
         ValueError,
         'backend: "cuda" needs features on a CUDA device, got cpu',
     ),
-    "composed backend with present": (
-        concat(backend="composed", present=[MASK, None]),
-        ValueError,
-        'backend: expected "auto" or "reference" with present, got "composed"',
-    ),
     "cpu backend on another device": (
         {
             name: [t.to("meta") for t in value] if name == "features" else value.to("meta")
@@ -279,11 +274,6 @@ CASES = {
         | {"backend": "cpu"},
         ValueError,
         'backend: "cpu" needs features on the CPU, got meta',
-    ),
-    "cpu backend with present": (
-        concat(backend="cpu", present=[MASK, None]),
-        ValueError,
-        'backend: expected "auto" or "reference" with present, got "cpu"',
     ),
 }
 
@@ -426,13 +416,13 @@ RAW_CASES = {
 def test_raw_ops_check_too(name):
     head, arguments, message = RAW_CASES[name]
     with pytest.raises(RuntimeError) as raised:
-        getattr(torch.ops.dgl_ext, f"{head}_forward").default(*arguments)
+        getattr(torch.ops.dgl_ext, f"{head}_forward").default(*arguments, [])
     assert f"dgl_ext::{head}_forward: {message}" in str(raised.value)
 
 
 def test_raw_ops_have_no_kernel_for_sparse_tensors():
     with pytest.raises(NotImplementedError, match="SparseCPU"):
-        torch.ops.dgl_ext.linear_head_forward.default([X], [rand(3, 5).to_sparse()], [None])
+        torch.ops.dgl_ext.linear_head_forward.default([X], [rand(3, 5).to_sparse()], [None], [])
 
 
 @pytest.mark.parametrize("head", ["linear_head", "film_head"])
@@ -445,6 +435,9 @@ def test_raw_ops_have_no_kernel_for_sparse_tensors():
         (-5, [True], "needs_features: expected 2 entries, got 1"),
         (-4, [], "needs_weights: expected"),
         (-3, [], "needs_biases: expected"),
+        (-6, [None], "present: expected 2 entries, got 1"),
+        (-6, [None, MASK[:2]], "present[1]: expected shape (4,), got (2,)"),
+        (-6, [MASK.long(), None], "present[0]: expected bool, got int64"),
     ],
 )
 def test_raw_backward_ops_check_too(head, position, value, message):
@@ -461,6 +454,7 @@ def test_raw_backward_ops_check_too(head, position, value, message):
         list(problem.features),
         list(problem.weights),
         *extra,
+        [],
         [True, True],
         [True] * count,
         [True] * count,
@@ -487,6 +481,6 @@ def test_raw_film_backward_checks_what_forward_kept(film_activations, message):
     grads = [rand(ROWS, CLASSES) for _ in range(3)]
     with pytest.raises(RuntimeError) as raised:
         torch.ops.dgl_ext.film_head_backward.default(
-            grads, *groups, film_activations, *needs, 0.0, 0.0
+            grads, *groups, film_activations, [], *needs, 0.0, 0.0
         )
     assert f"dgl_ext::film_head_backward: {message}" in str(raised.value)

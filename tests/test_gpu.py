@@ -298,7 +298,7 @@ def test_a_raw_op_refuses_tensors_of_two_devices(position):
     ]
     plural = {"feature": "features", "weight": "weights", "bias": "biases"}[position]
     with pytest.raises(RuntimeError, match=rf"linear_head_forward: {plural}\[1\]: expected"):
-        torch.ops.dgl_ext.linear_head_forward.default(*moved)
+        torch.ops.dgl_ext.linear_head_forward.default(*moved, [])
 
 
 def test_the_function_names_the_device_that_does_not_fit():

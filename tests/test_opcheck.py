@@ -29,23 +29,24 @@ def arguments(name: str, fusion: str, sample: dict) -> tuple:
         grads = [t.clone(memory_format=torch.contiguous_format) for t in features + weights]
         return (grads, scale) if name.endswith("_") else (grads, scale, False)
     head, direction = name.removesuffix("_composed").rsplit("_", 1)
+    leading, classes = features[0].shape[:-1], weights[-1].shape[0]
+    generator = torch.Generator().manual_seed(1)
+    present = [torch.rand(leading, generator=generator) < 0.7, None]
     if direction == "forward":
-        return features, weights, biases
+        return features, weights, biases, present
     needs = [[True] * len(features), [True] * len(weights), [b is not None for b in biases]]
     if direction == "step":
-        leading, classes = features[0].shape[:-1], weights[-1].shape[0]
-        generator = torch.Generator().manual_seed(1)
         target = torch.randint(-1, classes, leading, generator=generator)
-        present = [torch.rand(leading, generator=generator) < 0.7, None]
         mean = target.numel() > 0  # opcheck takes the NaN of no row for a difference
         loss = target, present, [0.5, 2.0], mean, -1, 0.1
         return features, weights, biases, *loss, *needs, 0.5, 0.25, 2**20
-    outputs = getattr(torch.ops.dgl_ext, f"{head}_forward").default(features, weights, biases)
+    inputs = features, weights, biases, present
+    outputs = getattr(torch.ops.dgl_ext, f"{head}_forward").default(*inputs)
     logits = outputs[: len(features) + 1]
     grads = [torch.randn(z.shape).to(z.dtype) for z in logits]
     extra = [biases, outputs[-1]] if fusion == "film" else []
     needs = [[True] * len(group) for group in (features, weights, biases)]
-    return grads, features, weights, *extra, *needs, 0.5, 0.25
+    return grads, features, weights, *extra, present, *needs, 0.5, 0.25
 
 
 @pytest.mark.parametrize("sample", SAMPLES)

@@ -71,11 +71,15 @@ def test_make_help_lists_every_target() -> None:
     assert set(re.findall(r"^  make ([a-z-]+)", printed.stdout, re.MULTILINE)) == targets
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+PAGES = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *PAGES])
 def test_links_between_files_lead_somewhere(name: str) -> None:
-    links = re.findall(r"\]\(([^)#\s]+)", (ROOT / name).read_text())
+    page = ROOT / name
+    links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
     local = [link for link in links if not re.match(r"[a-z]+:", link)]
-    assert [link for link in local if not (ROOT / link).exists()] == []
+    assert [link for link in local if not (page.parent / link).exists()] == []
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])

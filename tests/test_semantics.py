@@ -188,12 +188,12 @@ def test_a_raw_op_refuses_to_lose_a_gradient(head, direction):
     parameters = [list(problem.features), list(problem.weights)]
     biases = list(problem.biases)
     if direction == "forward":
-        arguments = [*parameters, biases]
+        arguments = [*parameters, biases, []]
     else:
         grads = [torch.randn(3, 2, dtype=torch.float64) for _ in range(3)]
         needs = [[True, True], [True] * len(biases), [True] * len(biases)]
         film = [biases, torch.randn(3, 6, dtype=torch.float64)] if head == "film_head" else []
-        arguments = [grads, *parameters, *film, *needs, 0.0, 0.0]
+        arguments = [grads, *parameters, *film, [], *needs, 0.0, 0.0]
     with pytest.raises(RuntimeError, match="not differentiable on its own"):
         op(*arguments)
     with torch.no_grad():

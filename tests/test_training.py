@@ -104,6 +104,14 @@ class TestAmp:
         assert_same(values(model), before, 0)
 
 
+@pytest.mark.parametrize("head", list(dgl_ext.nn.MODULES))
+def test_the_loss_method_trains_as_the_logits_do(head):
+    by_logits, by_loss = TwoModalities(head, "logits"), TwoModalities(head, "loss")
+    for model in (by_logits, by_loss):
+        train(model, batches(20))
+    assert_same(values(by_loss), values(by_logits), 1e-6)
+
+
 @each_case
 def test_four_micro_batches_equal_one_batch(case):
     model = TwoModalities(*case)
@@ -161,6 +169,21 @@ def test_a_reentrant_region_that_returns_the_total(case):
     model.zero_grad()
     checkpoint(model, x.requires_grad_(), y, target, use_reentrant=True).backward()
     assert_same(grads(model), expected, 1e-6)
+
+
+def test_a_reentrant_region_that_returns_logits_trains_no_encoder():
+    """Why docs/training.md says to use the other kind: gradients do not pass a nested tuple."""
+    model = TwoModalities("concat", "logits")
+    ((x, y, _),) = batches(1)
+
+    def region(x: Tensor, y: Tensor) -> dgl_ext.DecoupledLogits:
+        return model.head(*model.features(x, y))
+
+    fused, unimodal = checkpoint(region, x.requires_grad_(), y, use_reentrant=True)
+    assert fused.requires_grad
+    assert not any(z.requires_grad for z in unimodal)
+    fused, unimodal = checkpoint(region, x, y, use_reentrant=False)
+    assert all(z.requires_grad for z in (fused, *unimodal))
 
 
 @each_case

@@ -34,10 +34,9 @@ HEADS = {
     name: lambda cls=cls, **options: cls(WIDTHS, CLASSES, **options)
     for name, cls in dgl_ext.nn.MODULES.items()
 }
-CASES = [(head, mode) for head in HEADS for mode in ("logits", "loss")]
-if hasattr(dgl_ext.nn, "Decoupled"):
-    HEADS["decoupled"] = lambda: dgl_ext.nn.Decoupled(AnyFusion())
-    CASES.append(("decoupled", "logits"))
+HEADS["decoupled"] = lambda: dgl_ext.nn.Decoupled(AnyFusion())
+CASES = [(head, mode) for head in dgl_ext.nn.MODULES for mode in ("logits", "loss")]
+CASES.append(("decoupled", "logits"))
 
 
 class TwoModalities(nn.Module):

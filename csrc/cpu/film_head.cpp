@@ -9,14 +9,27 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/present.h"
+
 namespace dgl_ext::cpu {
 namespace {
 
+Masks select_present_features(const Checks& checks, const OptionalTensors& present, FilmHead& head,
+                              const Tensor& like) {
+  checks.masks(present, 2, head.leading, like);
+  Masks masks(present, 2, head.rows);
+  head.x = select_present(head.x, masks[0]);
+  head.y = select_present(head.y, masks[1]);
+  return masks;
+}
+
 std::vector<Tensor> forward(std::vector<Tensor> features, std::vector<Tensor> weights,
-                            OptionalTensors biases, bool /* allow_tf32 */, bool /* kernel_only */) {
+                            OptionalTensors biases, OptionalTensors present, bool /* allow_tf32 */,
+                            bool /* kernel_only */) {
   const Checks checks("film_head_forward");
-  const FilmHead head = parse_film_head(checks, features, weights);
+  FilmHead head = parse_film_head(checks, features, weights);
   checks.biases(biases, weights, features[0]);
+  select_present_features(checks, present, head, features[0]);
   const Tensor film_bias = bias_or_zeros(biases[0], 2 * head.hidden, head.compute);
   const Tensor out_bias = bias_or_zeros(biases[1], head.classes, head.compute);
 
@@ -213,11 +226,12 @@ class FilmBackward {
 
 std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> features,
                              std::vector<Tensor> weights, OptionalTensors biases, Tensor film,
-                             std::vector<bool> needs_features, std::vector<bool> needs_weights,
-                             std::vector<bool> needs_biases, double encoder_leak, double head_leak,
-                             bool /* allow_tf32 */, bool /* kernel_only */) {
+                             OptionalTensors present, std::vector<bool> needs_features,
+                             std::vector<bool> needs_weights, std::vector<bool> needs_biases,
+                             double encoder_leak, double head_leak, bool /* allow_tf32 */,
+                             bool /* kernel_only */) {
   const Checks checks("film_head_backward");
-  const FilmHead head = parse_film_head(checks, features, weights);
+  FilmHead head = parse_film_head(checks, features, weights);
   checks.biases(biases, weights, features[0]);
   checks.grad_outputs(grad_outputs, kBranches, head.leading, head.classes, features[0]);
   checks.needs(needs_features, needs_weights, needs_biases, 2, 2);
@@ -226,6 +240,7 @@ std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> f
   checks.shape("film", film, film_shape);
   checks.saved("film", film, features[0], head.compute);
 
+  const Masks masks = select_present_features(checks, present, head, features[0]);
   FilmBackward grads(head, grad_outputs, film, biases[0], encoder_leak, head_leak);
   std::vector<Tensor> results;
   const auto add = [&](bool needed, const Tensor& like, auto compute) {
@@ -233,8 +248,14 @@ std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> f
     results.push_back(empty_cpu(shape_of(like), head.compute));
     compute(MatrixView::from_rows(results.back()));
   };
-  add(needs_features[0], features[0], [&](const MatrixView& out) { grads.grad_x(out); });
-  add(needs_features[1], features[1], [&](const MatrixView& out) { grads.grad_y(out); });
+  add(needs_features[0], features[0], [&](const MatrixView& out) {
+    grads.grad_x(out);
+    clear_absent(0, head.rows, masks[0], out);
+  });
+  add(needs_features[1], features[1], [&](const MatrixView& out) {
+    grads.grad_y(out);
+    clear_absent(0, head.rows, masks[1], out);
+  });
   add(needs_weights[0], weights[0], [&](const MatrixView& out) { grads.grad_film_weight(out); });
   add(needs_weights[1], weights[1], [&](const MatrixView& out) { grads.grad_out_weight(out); });
   if (needs_biases[0]) results.push_back(grads.grad_film_bias());

@@ -26,8 +26,8 @@ class FilmStep {
         head_leak_(head_leak),
         film_bias_(bias_or_zeros(biases[0], 2 * head.hidden, head.compute)),
         out_bias_(bias_or_zeros(biases[1], head.classes, head.compute)),
-        x_(select_present<T>(head.x, losses.present(0))),
-        y_(select_present<T>(head.y, losses.present(1))),
+        x_(select_present(head.x, losses.present(0))),
+        y_(select_present(head.y, losses.present(1))),
         film_bias_totals_(needs.biases[0] ? 2 * head.hidden : 0, 0.0),
         out_bias_totals_(needs.biases[1] ? head.classes : 0, 0.0) {
     const bool trains_head = needs.head();
@@ -160,7 +160,7 @@ class FilmStep {
 
   void clear_absent_rows(int64_t modality, const MatrixView& grad) const {
     const bool* present = losses_.present(modality);
-    if (present != nullptr) clear_absent<T>(0, rows_, present + first_row_, grad);
+    if (present != nullptr) clear_absent(0, rows_, present + first_row_, grad);
   }
 
   // d_x W_beta, and encoder_leak of what the fused branch sends to x

@@ -9,14 +9,28 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/present.h"
+
 namespace dgl_ext::cpu {
 namespace {
 
+Masks select_present_features(const Checks& checks, const OptionalTensors& present,
+                              LinearHead& head, const Tensor& like) {
+  checks.masks(present, head.features.size(), head.leading, like);
+  Masks masks(present, head.modalities(), head.rows);
+  for (int64_t i = 0; i < head.modalities(); ++i) {
+    head.features[i] = select_present(head.features[i], masks[i]);
+  }
+  return masks;
+}
+
 std::vector<Tensor> forward(std::vector<Tensor> features, std::vector<Tensor> weights,
-                            OptionalTensors biases, bool /* allow_tf32 */, bool /* kernel_only */) {
+                            OptionalTensors biases, OptionalTensors present, bool /* allow_tf32 */,
+                            bool /* kernel_only */) {
   const Checks checks("linear_head_forward");
-  const LinearHead head = parse_linear_head(checks, features, weights);
+  LinearHead head = parse_linear_head(checks, features, weights);
   checks.biases(biases, weights, features[0]);
+  select_present_features(checks, present, head, features[0]);
 
   Shape shape = head.leading;
   shape.push_back(head.classes);
@@ -56,14 +70,16 @@ std::vector<Tensor> forward(std::vector<Tensor> features, std::vector<Tensor> we
 }
 
 std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> features,
-                             std::vector<Tensor> weights, std::vector<bool> needs_features,
-                             std::vector<bool> needs_weights, std::vector<bool> needs_biases,
-                             double encoder_leak, double head_leak, bool /* allow_tf32 */,
-                             bool /* kernel_only */) {
+                             std::vector<Tensor> weights, OptionalTensors present,
+                             std::vector<bool> needs_features, std::vector<bool> needs_weights,
+                             std::vector<bool> needs_biases, double encoder_leak, double head_leak,
+                             bool /* allow_tf32 */, bool /* kernel_only */) {
   const Checks checks("linear_head_backward");
-  const LinearHead head = parse_linear_head(checks, features, weights);
+  LinearHead head = parse_linear_head(checks, features, weights);
   checks.grad_outputs(grad_outputs, features.size() + 1, head.leading, head.classes, features[0]);
   checks.needs(needs_features, needs_weights, needs_biases, features.size(), weights.size());
+
+  const Masks masks = select_present_features(checks, present, head, features[0]);
 
   std::vector<std::optional<MatrixView>> grads;  // of the logits, fused first
   for (const auto& grad : grad_outputs) {
@@ -78,7 +94,9 @@ std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> f
     results.push_back(empty_cpu(shape_of(features[i]), head.compute));
     const MatrixView residual = mixed({{grads[i + 1], 1}, {grad_fused, encoder_leak}}, head.rows,
                                       head.classes, head.compute);
-    multiply(residual, head.weights[i], MatrixView::from_rows(results.back()));
+    const MatrixView grad = MatrixView::from_rows(results.back());
+    multiply(residual, head.weights[i], grad);
+    clear_absent(0, head.rows, masks[i], grad);
   }
 
   // grad W_i = (g + head_leak g_i)^T h_i

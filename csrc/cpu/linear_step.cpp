@@ -33,7 +33,7 @@ class LinearStep {
       for (int64_t c = 0; c < head.classes; ++c) fused_bias_[c] += data[c];
     }
     for (int64_t i = 0; i < head.modalities(); ++i) {
-      features_.push_back(select_present<T>(head.features[i], losses.present(i)));
+      features_.push_back(select_present(head.features[i], losses.present(i)));
     }
     fused_residual_ = needs.head() || (encoder_leak != 0 && Needs::any(needs.features));
     mixes_features_ = encoder_leak != 0 && Needs::any(needs.features);
@@ -117,7 +117,7 @@ class LinearStep {
 
   // Whether everything is so small that calling a library costs more than it saves.
   bool is_small_step() const {
-    constexpr int64_t kMultiplyAdds = int64_t{1} << 24;
+    constexpr int64_t kMultiplyAdds = int64_t{1} << 27;
     constexpr int64_t kLongSum = 1024;
     if (chunk_ < head_.rows || head_.rows > kLongSum || head_.classes > kLongSum) return false;
     int64_t width = 0;
@@ -155,7 +155,7 @@ class LinearStep {
         const MatrixView& grad = *grad_features_[i];
         small_product<T>(begin, end, 0, grad.cols, classes, row_major(feature_plane(i)),
                          head_.weights[i].template strided<T>(), grad.data<T>(), grad.row_stride());
-        clear_absent<T>(begin, end, losses_.present(i), grad);
+        clear_absent(begin, end, losses_.present(i), grad);
       }
     });
     losses_.finish_chunk();
@@ -206,7 +206,7 @@ class LinearStep {
       const MatrixView grad = grad_features_[i]->row_block(first_row, rows);
       multiply(matrix(feature_plane(i)), head_.weights[i], grad);
       const bool* present = losses_.present(i);
-      clear_absent<T>(0, rows, present != nullptr ? present + first_row : nullptr, grad);
+      clear_absent(0, rows, present != nullptr ? present + first_row : nullptr, grad);
     }
     for (int64_t i = 0; i < head_.modalities(); ++i) {
       if (!grad_weights_[i]) continue;

@@ -13,24 +13,21 @@
 
 #include "cpu/cross_entropy.h"
 #include "cpu/matrix.h"
+#include "cpu/present.h"
 
 namespace dgl_ext::cpu {
-
-// The data of a tensor of one element per row. `held` keeps it alive.
-template <typename T>
-const T* flat_data(const Tensor& tensor, std::vector<Tensor>& held) {
-  held.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
-  return static_cast<const T*>(held.back().data_ptr());
-}
 
 // Gradients of float16 problems stay in float32: they have yet to meet the incoming gradient.
 inline ScalarType gradient_dtype(ScalarType storage) {
   return storage == ScalarType::Half ? ScalarType::Float : storage;
 }
 
-// How many rows at a time keep within the workspace; equal chunks, at least one row.
+// How many rows at a time keep within the workspace; equal chunks, at least one row. Part of it is
+// left to the buffers into which the library packs its operands.
 inline int64_t chunk_rows(int64_t rows, int64_t bytes_each, int64_t workspace_limit) {
-  const int64_t most = std::max<int64_t>(1, workspace_limit / std::max<int64_t>(1, bytes_each));
+  constexpr int64_t kLibrary = int64_t{16} << 20;
+  const int64_t planes = workspace_limit - std::min(workspace_limit / 4, kLibrary);
+  const int64_t most = std::max<int64_t>(1, planes / std::max<int64_t>(1, bytes_each));
   if (rows <= most) return rows;
   const int64_t chunks = (rows + most - 1) / most;
   return (rows + chunks - 1) / chunks;
@@ -74,19 +71,19 @@ class StepLosses {
       : options_(options),
         modalities_(static_cast<int64_t>(options.alpha.size())),
         target_(flat_data<int64_t>(target, held_)),
-        present_(modalities_, nullptr),
+        masks_(present, modalities_, rows),
         counts_(modalities_ + 1, 0),
         sums_(modalities_ + 1, 0.0),
         correct_(modalities_ + 1) {
     count(checks, rows, classes);
-    for (size_t i = 0; i < present.size(); ++i) {
-      if (present[i]) count_present(i, rows, flat_data<bool>(*present[i], held_));
+    for (int64_t i = 0; i < modalities_; ++i) {
+      if (masks_[i] != nullptr) count_present(i, rows, masks_[i]);
     }
   }
 
   int64_t branches() const { return modalities_ + 1; }
   // Null where no row lacks the modality.
-  const bool* present(int64_t modality) const { return present_[modality]; }
+  const bool* present(int64_t modality) const { return masks_[modality]; }
 
   // Room for the row losses of the largest chunk.
   void start_chunk(int64_t first_row, int64_t rows) {
@@ -98,7 +95,7 @@ class StepLosses {
   template <typename T>
   void add_rows(int64_t begin, int64_t end, int64_t classes, int64_t branch, bool residual,
                 T* logits) {
-    const bool* mask = branch > 0 ? present_[branch - 1] : nullptr;
+    const bool* mask = branch > 0 ? masks_[branch - 1] : nullptr;
     const int64_t chunk = static_cast<int64_t>(row_losses_.size()) / branches();
     const LossRows<T> rows{target_ + first_row_,
                            options_.ignore_index,
@@ -157,8 +154,6 @@ class StepLosses {
   }
 
   void count_present(int64_t modality, int64_t rows, const bool* present) {
-    if (std::all_of(present, present + rows, [](bool there) { return there; })) return;
-    present_[modality] = present;
     int64_t counted = 0;
     for (int64_t r = 0; r < rows; ++r) {
       counted += present[r] && target_[r] != options_.ignore_index;
@@ -181,7 +176,7 @@ class StepLosses {
   int64_t modalities_;
   std::vector<Tensor> held_;
   const int64_t* target_;
-  std::vector<const bool*> present_;
+  Masks masks_;
   std::vector<int64_t> counts_;  // rows that count
   std::vector<double> sums_;
   std::vector<std::atomic<int64_t>> correct_;
@@ -194,35 +189,6 @@ inline std::vector<Tensor> with_gradients(std::vector<Tensor> results, std::vect
                                           ScalarType storage) {
   for (Tensor& grad : grads) results.push_back(to_dtype(grad, gradient_dtype(storage)));
   return results;
-}
-
-// A copy of a feature in which absent rows are zero, whatever is stored there; the feature itself
-// where no row is absent.
-template <typename T>
-MatrixView select_present(const MatrixView& feature, const bool* present) {
-  if (present == nullptr) return feature;
-  const MatrixView out = empty_matrix(feature.rows, feature.cols, feature.dtype());
-  const Strided<T> from = feature.strided<T>();
-  T* to = out.data<T>();
-  parallel_ranges(feature.rows, feature.cols, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const T* row = from.row(r);
-      T* out_row = to + r * feature.cols;
-      for (int64_t c = 0; c < feature.cols; ++c) {
-        out_row[c] = present[r] ? row[c * from.col_stride] : T(0);
-      }
-    }
-  });
-  return out;
-}
-
-// Zeros in the absent ones of a range of rows.
-template <typename T>
-void clear_absent(int64_t begin, int64_t end, const bool* present, const MatrixView& rows) {
-  if (present == nullptr) return;
-  for (int64_t r = begin; r < end; ++r) {
-    if (!present[r]) std::fill_n(rows.data<T>() + r * rows.row_stride(), rows.cols, T(0));
-  }
 }
 
 }  // namespace dgl_ext::cpu

@@ -8,6 +8,7 @@
 #include <optional>
 #include <vector>
 
+#include "cpu/cross_entropy.h"
 #include "cpu/row_passes.h"
 #include "cpu/small_gemm.h"
 
@@ -106,6 +107,21 @@ void bind_small(py::module_& m) {
   });
 }
 
+// One branch's losses and residuals, in both compilations; the residuals replace the logits.
+template <typename T>
+void bind_cross_entropy(py::module_& m) {
+  m.def("cross_entropy_rows",
+        [](Array<T>& logits, const Array<int64_t>& target, int64_t ignore_index,
+           const std::optional<Array<bool>>& present, double label_smoothing, double scale,
+           bool residual, Array<double>& losses, Range rows, bool fma) {
+          auto* body = fma ? dgl_ext::cross_entropy::rows_fma<T> : dgl_ext::cross_entropy::rows<T>;
+          return body(rows.first, rows.second, logits.shape(1),
+                      {target.data(), ignore_index, data_or_null(present), label_smoothing, scale,
+                       residual, losses.mutable_data()},
+                      logits.mutable_data());
+        });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(dgl_core, m) {
@@ -115,5 +131,7 @@ PYBIND11_MODULE(dgl_core, m) {
   bind<double>(f64);
   bind_small<float>(f32);
   bind_small<double>(f64);
+  bind_cross_entropy<float>(f32);
+  bind_cross_entropy<double>(f64);
   m.def("has_fma", &dgl_ext::small_gemm::has_fma);
 }

@@ -1,0 +1,196 @@
+"""Whole training steps: two encoders, a fusion head, losses, backward pass, optimiser.
+
+All providers run the same network from the same weights on the same batch. The optimiser is SGD
+with momentum and a learning rate of 0: it does all its arithmetic, and the network stays as it is,
+so that a step does the same work however often it is repeated.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from problems import plain_head
+from providers import Unavailable
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dgl_ext.nn import MODULES
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+Step = Callable[[], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Network:
+    """Two encoders and what goes through them.
+
+    Attributes:
+        shapes: of one row of both inputs.
+        width: of the features.
+        classes: of the head.
+        encoders: makes both encoders.
+    """
+
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    width: int
+    classes: int
+    encoders: Callable[[], tuple[nn.Module, nn.Module]]
+
+
+def _digits() -> Network:
+    """Small CNNs for 8 x 8 digits and a second of log-mel features."""
+
+    def conv(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.ReLU())
+
+    def pool() -> tuple[nn.Module, nn.Module]:
+        return nn.AdaptiveAvgPool2d(1), nn.Flatten()
+
+    def encoders() -> tuple[nn.Module, nn.Module]:
+        image = nn.Sequential(conv(1, 16, 1), conv(16, 32, 2), conv(32, 64, 2), *pool())
+        audio = nn.Sequential(conv(1, 16, 2), conv(16, 32, 2), conv(32, 64, 2), *pool())
+        return image, audio
+
+    return Network(((1, 8, 8), (1, 32, 51)), 64, 10, encoders)
+
+
+def _resnet18(width: int, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> Network:
+    """The encoders of examples/crema_d: spectrograms and frames."""
+    if str(EXAMPLES) not in sys.path:
+        sys.path.append(str(EXAMPLES))
+    try:
+        from crema_d.models import ResNet18
+    except ImportError as error:  # Pillow
+        raise Unavailable(f"examples/crema_d does not load: {error}") from error
+    return Network(shapes, 8 * width, 6, lambda: (ResNet18(1, width), ResNet18(3, width)))
+
+
+NETWORKS: dict[str, Callable[[], Network]] = {
+    "digits": _digits,
+    "resnet18": lambda: _resnet18(64, ((1, 257, 188), (3, 224, 224))),
+    "tiny_resnet18": lambda: _resnet18(4, ((1, 65, 47), (3, 32, 32))),
+}
+
+
+class Training:
+    """A network with an optimiser and a batch.
+
+    Args:
+        network: a name in `NETWORKS`.
+        fusion: "concat", "sum" or "film".
+        batch: number of rows.
+        device: of everything.
+        dtype: of everything.
+    """
+
+    def __init__(
+        self, network: str, fusion: str, batch: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        kind = NETWORKS[network]()
+        random = torch.Generator().manual_seed(0)
+        self.fusion = fusion
+        self.inputs = [
+            torch.randn(batch, *shape, generator=random).to(device, dtype) for shape in kind.shapes
+        ]
+        self.target = torch.randint(kind.classes, (batch,), generator=random).to(device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.encoders = nn.ModuleList(kind.encoders()).to(device, dtype)
+            head = MODULES[fusion]((kind.width, kind.width), kind.classes)
+            self.head = head.to(device, dtype)
+        self.parameters = [*self.encoders.parameters(), *self.head.parameters()]
+        self.optimizer = torch.optim.SGD(self.parameters, lr=0.0, momentum=0.9, weight_decay=1e-4)
+
+    def features(self) -> tuple[Tensor, Tensor]:
+        """Of both encoders."""
+        x, y = (encode(value) for encode, value in zip(self.encoders, self.inputs, strict=True))
+        return x, y
+
+    def plain(self) -> tuple[Callable[..., Tensor], object, object]:
+        """The head as one would write it without the method, its weight and its bias."""
+        head = self.head
+        layers = {"concat": [head], "sum": [*getattr(head, "linears", [])]}
+        if self.fusion == "film":
+            layers["film"] = [head.film, head.out]
+        weights = [layer.weight for layer in layers[self.fusion]]
+        biases = [layer.bias for layer in layers[self.fusion]]
+        one = self.fusion == "concat"
+        return plain_head(self.fusion), weights[0] if one else weights, biases[0] if one else biases
+
+    def gradients(self) -> dict[str, Tensor | None]:
+        """Of all parameters, by name."""
+        named = {"encoders": self.encoders, "head": self.head}
+        return {
+            f"{part}.{name}": parameter.grad
+            for part, module in named.items()
+            for name, parameter in module.named_parameters()
+        }
+
+
+def _joint(training: Training) -> Step:
+    """Plain joint training: one head, one loss. No DGL; the cost to be measured against."""
+    head, weight, bias = training.plain()
+
+    def step() -> tuple[Tensor, ...]:
+        training.optimizer.zero_grad()
+        loss = F.cross_entropy(head(*training.features(), weight, bias), training.target)
+        loss.backward()
+        training.optimizer.step()
+        return (loss.detach(),)
+
+    return step
+
+
+def _two_pass(training: Training) -> Step:
+    """The published recipe: two backward passes, the head's gradients dropped in between.
+
+    As in `providers.py`, for sum the absent modality's layer is left out.
+    """
+    head, weight, bias = training.plain()
+    target, head_parameters = training.target, [*training.head.parameters()]
+
+    def unimodal(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if training.fusion == "sum":
+            return F.linear(x, weight[0], bias[0]), F.linear(y, weight[1], bias[1])
+        only_x = head(x, torch.zeros_like(y), weight, bias)
+        return only_x, head(torch.zeros_like(x), y, weight, bias)
+
+    def step() -> tuple[Tensor, ...]:
+        training.optimizer.zero_grad()
+        x, y = training.features()
+        fused = F.cross_entropy(head(x.detach(), y.detach(), weight, bias), target)
+        parts = [F.cross_entropy(logits, target) for logits in unimodal(x, y)]
+        (parts[0] + parts[1]).backward(retain_graph=True)
+        for parameter in head_parameters:
+            parameter.grad = None
+        fused.backward()
+        training.optimizer.step()
+        return (fused.detach(), *(part.detach() for part in parts))
+
+    return step
+
+
+def _dgl_ext(training: Training) -> Step:
+    """This package: one call, one backward pass."""
+    head = training.head
+
+    def step() -> tuple[Tensor, ...]:
+        training.optimizer.zero_grad()
+        loss = head.cross_entropy(*training.features(), target=training.target)
+        loss.total.backward()
+        training.optimizer.step()
+        return (loss.fused, *loss.unimodal)
+
+    return step
+
+
+PROVIDERS: dict[str, Callable[[Training], Step]] = {
+    "joint": _joint,
+    "two_pass": _two_pass,
+    "dgl_ext": _dgl_ext,
+}
