@@ -351,3 +351,16 @@ def test_linear_rows_without_a_modality(kernels, tile, dtype, layout, direction)
         )  # fmt: skip
         _, tensors = run(kernels, case, direction, races=splits == 3)
         assert all(np.isfinite(t.values).all() for t in tensors)
+
+
+@directions
+@layouts
+@pytest.mark.parametrize("leak", [0.0, 0.5])
+@pytest.mark.parametrize("absent", [(0.3, 0.0), (0.0, 0.3), (1.0, 0.3)])
+def test_film_rows_without_a_modality(kernels, absent, leak, layout, direction):
+    case = FilmCase(
+        70, 72, 48, 11, layout=layout, encoder_leak=leak, head_leak=leak, absent=absent,
+        splits=3 if leak else 0,
+    )  # fmt: skip
+    _, tensors = run(kernels, case, direction, races=leak > 0)
+    assert all(np.isfinite(t.values).all() for t in tensors)

@@ -70,6 +70,10 @@ struct StepLosses {
       const Accumulator found = find_totals(step, writes_totals);
       if (plan.mixed) weight = found;
     }
+    // what a perfect prediction would be: one-hot, or smoothed
+    const double smoothing = step.loss.label_smoothing;
+    const Accumulator rest = smoothing / double(step.classes);
+    const Accumulator at_target = 1 - smoothing + smoothing / double(step.classes);
     double loss_sum = 0;
     int64_t hits = 0;
     const int groups = plan.mixed ? 1 : plan.branches;
@@ -112,7 +116,7 @@ struct StepLosses {
             const Accumulator factor = warp_broadcast(weight, k);
             if (!(counting >> k & 1) || column >= step.classes) return Accumulator(0);
             const Accumulator p = exponential(logit(k, row, column) - max) * inverse;
-            return factor * (p - wanted(step, column == target));
+            return factor * (p - (column == target ? at_target : rest));
           };
           Accumulator v = term(plane.first);
 #pragma unroll 1
@@ -182,12 +186,6 @@ struct StepLosses {
 #pragma unroll 1
     for (int mask = 16; mask > 0; mask /= 2) v += warp_exchange(v, mask);
     return v;
-  }
-
-  /// What a perfect prediction would be: one-hot, or smoothed.
-  static __device__ __forceinline__ Accumulator wanted(const StepContext& step, bool is_target) {
-    const double smoothing = step.loss.label_smoothing, rest = smoothing / double(step.classes);
-    return Accumulator(is_target ? 1 - smoothing + rest : rest);
   }
 
   /// Softmax and loss of one row of one branch, by one warp. As in PyTorch a row with +inf or with

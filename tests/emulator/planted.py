@@ -239,11 +239,12 @@ BUGS = [
     ),
     Bug(
         "the residual lacks the target", LOSSES,
-        "(p - wanted(step, column == target))", "(p - wanted(step, false))", WRONG,
+        "(column == target ? at_target : rest)", "rest", WRONG,
     ),
     Bug(
         "smoothing takes the target's own share away", LOSSES,
-        "1 - smoothing + rest", "1 - smoothing", WRONG,
+        "at_target = 1 - smoothing + smoothing / double(step.classes)", "at_target = 1 - smoothing",
+        WRONG,
     ),
     Bug(
         "the last of equal maxima is the prediction", LOSSES,
