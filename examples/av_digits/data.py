@@ -54,7 +54,9 @@ class Pairs:
         return self.images, self.speech
 
 
-def coloured_noise(shape: tuple[int, int], slopes: np.ndarray, draw: np.random.Generator):
+def coloured_noise(
+    shape: tuple[int, int], slopes: np.ndarray, draw: np.random.Generator
+) -> np.ndarray:
     """Gaussian noise of power 1 with a power spectrum f^-s, one exponent per row."""
     spectrum = np.fft.rfft(draw.standard_normal(shape), axis=1)
     frequency = np.fft.rfftfreq(shape[1])
@@ -84,7 +86,8 @@ def place_and_disturb(
         wave[start : start + length] = spoken
     snr_db = draw.uniform(*config.snr_db, size=(len(clips), 1))
     slopes = draw.uniform(*config.noise_slopes, size=len(clips))
-    return waves + coloured_noise(clips.shape, slopes, draw) * 10 ** (-snr_db / 20)
+    noise = coloured_noise(waves.shape, slopes, draw)
+    return waves + noise * 10 ** (-snr_db / 20)
 
 
 def pair_speech(bank: Bank, digits: np.ndarray, draw: np.random.Generator) -> np.ndarray:
@@ -116,8 +119,8 @@ def draw_images(config: DataConfig, seed: int) -> dict[str, tuple[np.ndarray, np
 def load_pairs(config: DataConfig, seed: int, cache: Path) -> dict[str, Pairs]:
     """Both splits, standardised with the training split's mean and deviation.
 
-    The seed decides the split of the images, the pairing and the noise. The noise on a pair is drawn
-    once: every epoch, and every method, sees the same.
+    The seed decides the split of the images, the pairing and the noise. The noise on a pair is
+    drawn once: every epoch, and every method, sees the same.
 
     Args:
         config: sizes and noise.

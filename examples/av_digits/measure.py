@@ -40,9 +40,9 @@ def probe(train: Tensor, train_digits: Tensor, test: Tensor, test_digits: Tensor
 def attenuation(network: Network, pairs: Pairs) -> list[float]:
     """How much smaller the multimodal gradient is than the unimodal one, per modality.
 
-    The norm of the gradient that the fused loss has at feature i, over that of the gradient that its
-    own unimodal loss has there, both through the present head. It is taken whether or not training
-    lets the fused loss pass: what it tells of DGL is what the encoders are spared.
+    The norm of the gradient that the fused loss has at feature i, over that of the gradient that
+    its own unimodal loss has there, both through the present head. It is taken whether or not
+    training lets the fused loss pass: for DGL it tells what the encoders would get.
 
     Args:
         network: with two or more encoders.

@@ -16,24 +16,36 @@ MODALITIES = ("image", "audio")
 WIDTH = 64  # of every feature
 
 
-def conv(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    """A 3 x 3 convolution and ReLU."""
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.ReLU())
+def conv(inputs: int, outputs: int, stride: int, batch_norm: bool) -> nn.Sequential:
+    """A 3 x 3 convolution, BatchNorm if asked for, and ReLU."""
+    layers: list[nn.Module] = [nn.Conv2d(inputs, outputs, 3, stride, padding=1)]
+    if batch_norm:
+        layers.append(nn.BatchNorm2d(outputs))
+    return nn.Sequential(*layers, nn.ReLU())
 
 
-def image_encoder() -> nn.Sequential:
+def image_encoder(batch_norm: bool) -> nn.Sequential:
     """(N, 1, 8, 8) to (N, WIDTH)."""
-    return nn.Sequential(conv(1, 16, 1), conv(16, 32, 2), conv(32, WIDTH, 2), *pool())
+    return nn.Sequential(
+        conv(1, 16, 1, batch_norm),
+        conv(16, 32, 2, batch_norm),
+        conv(32, WIDTH, 2, batch_norm),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
 
 
-def audio_encoder() -> nn.Sequential:
+def audio_encoder(batch_norm: bool) -> nn.Sequential:
     """(N, 1, 32, 51) to (N, WIDTH)."""
-    return nn.Sequential(conv(1, 16, 2), conv(16, 32, 2), conv(32, 32, 2), nn.AdaptiveAvgPool2d((4,2)), nn.Flatten(), nn.Linear(256,WIDTH), nn.ReLU())
-
-
-def pool() -> tuple[nn.Module, nn.Module]:
-    """Mean over all positions."""
-    return nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(
+        conv(1, 8, 2, batch_norm),
+        conv(8, 16, 2, batch_norm),
+        conv(16, 32, 2, batch_norm),
+        nn.AdaptiveAvgPool2d((4, 2)),  # what is high or low, early or late, stays apart
+        nn.Flatten(),
+        nn.Linear(32 * 8, WIDTH),
+        nn.ReLU(),
+    )
 
 
 ENCODERS = {"image": image_encoder, "audio": audio_encoder}
@@ -48,6 +60,7 @@ class Network(nn.Module):
         seed: of the initial weights. An encoder starts the same in every network of a seed.
         encoder_leak: see `dgl_ext.fused_decouple`.
         head_leak: see `dgl_ext.fused_decouple`.
+        batch_norm: whether the encoders have BatchNorm.
     """
 
     def __init__(
@@ -57,12 +70,13 @@ class Network(nn.Module):
         seed: int,
         encoder_leak: float,
         head_leak: float,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
         self.encoders = nn.ModuleDict()
         for modality in modalities:
             torch.manual_seed(1000 * seed + MODALITIES.index(modality))
-            self.encoders[modality] = ENCODERS[modality]()
+            self.encoders[modality] = ENCODERS[modality](batch_norm)
         torch.manual_seed(1000 * seed + len(MODALITIES))
         self.head = MODULES[fusion](
             [WIDTH] * len(self.encoders),

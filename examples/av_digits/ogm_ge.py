@@ -1,8 +1,8 @@
 """OGM-GE, written from the equations of the paper.
 
 Peng, Wei, Deng, Wang, Hu: "Balanced Multimodal Learning via On-the-fly Gradient Modulation",
-CVPR 2022. The encoder of the modality that is ahead gets a smaller gradient (OGM), and noise with the
-deviation of the gradient is added to both (GE).
+CVPR 2022. The encoder of the modality that is ahead gets a smaller gradient (OGM), and noise with
+the deviation of the gradient is added to both (GE).
 """
 
 from __future__ import annotations

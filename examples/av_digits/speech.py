@@ -32,8 +32,8 @@ ACCENTS = (
     "en-gb-x-gbclan",
     "en-gb-x-gbcwmd",
 )
-# A variant of espeak-ng is a speaker: another vocal tract, another glottis. The splits share none, so
-# that every voice of the test split is unseen. They share the accents: there are too few to part.
+# A variant of espeak-ng is a speaker: another vocal tract, another glottis. The splits share none,
+# so that every voice of the test split is unseen. They share the accents: there are too few.
 VARIANTS = {
     "train": ("m1", "m2", "m3", "m4", "m8", "f1", "f2", "f3", "croak", "klatt2", "whisper"),
     "test": ("m5", "m6", "m7", "f4", "f5", "klatt4", "whisperf"),

@@ -21,12 +21,21 @@ WATCHED = 256  # training pairs on which attenuation is measured
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The schedule, the same for every method but for `film_lr`: plain SGD, cosine to zero."""
+    """The same for every method but for `film_lr`: plain SGD, cosine schedule to zero.
+
+    Attributes:
+        epochs: number of passes over the training pairs.
+        batch: pairs of a step.
+        lr: at the start, for all heads but FiLM.
+        film_lr: at the start, for FiLM.
+        batch_norm: whether the encoders have BatchNorm.
+    """
 
     epochs: int = 40
     batch: int = 64
     lr: float = 0.2
     film_lr: float = 0.05
+    batch_norm: bool = False
 
 
 @dataclass
@@ -68,8 +77,8 @@ def train_network(
         seed: of the batches and of OGM-GE's noise.
 
     Returns:
-        Per epoch and modality: the mean gradient norm of the encoder; the attenuation (empty for one
-        modality).
+        Per epoch and modality: the mean gradient norm of the encoder; the attenuation (empty for
+        one modality).
     """
     optimizer = torch.optim.SGD(
         network.parameters(), lr=config.film_lr if method.slow else config.lr
@@ -93,7 +102,9 @@ def train_network(
         schedule.step()
         norms.append(torch.stack(steps).mean(0).tolist())
         if len(network.encoders) > 1:
+            network.eval()
             ratios.append(attenuation(network, watched))
+            network.train()
     return norms, ratios
 
 
@@ -126,7 +137,14 @@ def run_method(
     method = METHODS[name]
     pairs = load_pairs(data, seed, cache)
     train, test = pairs["train"], pairs["test"]
-    network = Network(method.modalities, method.fusion, seed, method.encoder_leak, method.head_leak)
+    network = Network(
+        method.modalities,
+        method.fusion,
+        seed,
+        method.encoder_leak,
+        method.head_leak,
+        config.batch_norm,
+    )
     norms, ratios = train_network(network, method, train, config, seed)
 
     network.eval()
