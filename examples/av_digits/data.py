@@ -35,8 +35,8 @@ class DataConfig:
     train_per_digit: int = 100
     test_per_digit: int = 70
     clips_per_digit: int = 110
-    image_noise: float = 0.45
-    snr_db: tuple[float, float] = (-3.0, 9.0)
+    image_noise: float = 0.35
+    snr_db: tuple[float, float] = (0.0, 12.0)
     noise_slopes: tuple[float, float] = (0.0, 1.5)
 
 

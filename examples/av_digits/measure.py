@@ -8,6 +8,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -33,8 +34,9 @@ def accuracy(logits: Tensor, digits: Tensor) -> float:
 def probe(train: Tensor, train_digits: Tensor, test: Tensor, test_digits: Tensor) -> float:
     """Test accuracy in percent of a linear classifier trained on an encoder's features."""
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    classifier.fit(train.numpy(), train_digits.numpy())
-    return 100 * float(classifier.score(test.numpy(), test_digits.numpy()))
+    with threadpool_limits(1):  # every core has a run of its own
+        classifier.fit(train.numpy(), train_digits.numpy())
+        return 100 * float(classifier.score(test.numpy(), test_digits.numpy()))
 
 
 def attenuation(network: Network, pairs: Pairs) -> list[float]:

@@ -123,6 +123,8 @@ def make(
             "python": platform.python_version(),
         },
         "cpus": os.cpu_count(),
+        "cpu_seconds": round(sum(run.cpu_seconds for run in runs)),
+        "load": round(os.getloadavg()[2], 1),
         "data": asdict(data),
         "training": asdict(config),
         "summary": summary,
@@ -174,7 +176,10 @@ def conditions(document: dict[str, Any]) -> str:
             f"    {document['command']}",
             "",
             f"- {len(seeds)} seeds: {', '.join(map(str, seeds))}. Date: {document['date']}. "
-            f"Wall time: {document['seconds']} s on a machine with {document['cpus']} CPUs.",
+            f"Wall time: {document['seconds']} s; time on the CPU of all runs together: "
+            f"{document['cpu_seconds']} s.",
+            f"- Machine: {document['cpus']} CPUs, load average over the last 15 minutes "
+            f"{document['load']}. Above the number of CPUs, the runs waited for others.",
             f"- {versions}.",
             f"- Data: `{document['data']}`.",
             f"- Training: `{document['training']}`.",

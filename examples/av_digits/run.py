@@ -28,7 +28,6 @@ from av_digits.speech import SpeechError, load_bank  # noqa: E402
 from av_digits.train import Run, TrainConfig, run_method  # noqa: E402
 
 SMOKE_DATA = DataConfig(train_per_digit=8, test_per_digit=4, clips_per_digit=8)
-SMOKE_TRAIN = TrainConfig(epochs=1)
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -37,8 +36,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--epochs", type=int, default=TrainConfig.epochs)
-    parser.add_argument("--lr", type=float, default=TrainConfig.lr, help="of all but FiLM")
-    parser.add_argument("--film-lr", type=float, default=TrainConfig.film_lr)
+    parser.add_argument("--lr", type=float, default=TrainConfig.lr)
     parser.add_argument("--batch-norm", action="store_true", help="in the encoders")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--cache", type=Path, default=HERE / "cache", help="of the speech")
@@ -47,7 +45,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(words)
     options.data = SMOKE_DATA if options.smoke else DataConfig()
     if options.smoke:
-        options.seeds, options.epochs = options.seeds[:1], SMOKE_TRAIN.epochs
+        # One process: starting a second one takes longer than the work.
+        options.seeds, options.epochs, options.workers = options.seeds[:1], 1, 1
     options.out = options.out or HERE / "results" / ("smoke" if options.smoke else "")
     return options
 
@@ -96,7 +95,6 @@ def main(words: list[str] | None = None) -> int:
     config = TrainConfig(
         epochs=options.epochs,
         lr=options.lr,
-        film_lr=options.film_lr,
         batch_norm=options.batch_norm,
     )
     runs = run_all(options, config, console)
