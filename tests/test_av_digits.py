@@ -192,6 +192,11 @@ def test_differences_are_paired() -> None:
     assert difference == {"mean": 1.0, "standard_error": pytest.approx(1 / math.sqrt(3))}
 
 
+def test_one_seed_has_no_spread() -> None:
+    assert report.spread([3.0]) == {"mean": 3.0, "std": None}
+    assert report.cell({"fused": {"mean": 3.0, "std": None}}, "fused") == "3.0"
+
+
 # --- end to end ---
 
 
@@ -222,3 +227,20 @@ def test_the_committed_table_is_that_of_the_committed_runs() -> None:
         if values:
             assert summary["fused"]["mean"] == pytest.approx(sum(values) / len(values))
             assert len(values) == len(document["seeds"]) >= 5
+
+
+def test_the_readme_says_what_was_measured() -> None:
+    document = json.loads((FOLDER / "results" / "results.json").read_text())
+    assert report.table(document) in (FOLDER / "README.md").read_text()
+    fused = {(run["method"], run["seed"]): run["fused"] for run in document["runs"]}
+
+    def difference(name: str, other: str) -> dict[str, float]:
+        series = [[fused[one, seed] for seed in document["seeds"]] for one in (name, other)]
+        return report.paired(*series)
+
+    # "DGL beats joint training and OGM-GE", "the unimodal losses do as well or better".
+    for dgl in ("dgl_1", "dgl_2", "dgl_sum"):
+        for weaker in ("joint", "ogm_ge"):
+            gain = difference(dgl, weaker)
+            assert gain["mean"] > 2 * gain["standard_error"]
+        assert difference(dgl, "regularised")["mean"] < 0

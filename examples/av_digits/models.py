@@ -99,4 +99,5 @@ class Network(nn.Module):
         Returns:
             What the head returns.
         """
-        return self.head(*self.features(inputs))
+        out: DecoupledLogits = self.head(*self.features(inputs))
+        return out

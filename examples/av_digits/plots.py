@@ -35,7 +35,7 @@ def accuracy(document: dict[str, Any]) -> Figure:
         axes.errorbar(
             [value["mean"] for _, value in shown],
             [row for row, _ in shown],
-            xerr=[value["std"] for _, value in shown],
+            xerr=[value["std"] or 0 for _, value in shown],
             fmt="o",
             capsize=3,
         )

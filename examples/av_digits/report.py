@@ -29,22 +29,27 @@ BASELINE = "joint"
 Measures = dict[str, list[float]]
 
 
-def spread(values: Sequence[float]) -> dict[str, float] | None:
-    """Mean and sample deviation; None where there is nothing, deviation 0 for one value."""
-    if not values:
-        return None
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"mean": statistics.fmean(values), "std": deviation}
+Summary = dict[str, float | None]
 
 
-def paired(values: Sequence[float], baseline: Sequence[float]) -> dict[str, float] | None:
-    """Mean of the differences seed by seed, and its standard error."""
-    if not values or not baseline:
+def deviation(values: Sequence[float]) -> float | None:
+    """Sample deviation; None for one value, which has none."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def spread(values: Sequence[float]) -> Summary:
+    """Mean and sample deviation."""
+    return {"mean": statistics.fmean(values), "std": deviation(values)}
+
+
+def paired(values: Sequence[float], baseline: Sequence[float]) -> Summary | None:
+    """Mean of the differences seed by seed, and its standard error; None without a baseline."""
+    if not baseline:
         return None
     differences = [value - other for value, other in zip(values, baseline, strict=True)]
-    summary = spread(differences)
-    assert summary is not None
-    return {"mean": summary["mean"], "standard_error": summary["std"] / len(differences) ** 0.5}
+    std = deviation(differences)
+    error = None if std is None else std / len(differences) ** 0.5
+    return {"mean": statistics.fmean(differences), "standard_error": error}
 
 
 def late_fusion(image: Run, audio: Run, digits: torch.Tensor) -> dict[str, float]:
@@ -105,7 +110,7 @@ def make(
     for name in [name for name in LABELS if name in values]:
         summary[name] = {
             measure: {
-                **(spread(series) or {}),
+                **spread(series),
                 "minus_joint": paired(series, baseline.get(measure, [])),
             }
             for measure, series in values[name].items()
@@ -119,7 +124,7 @@ def make(
             "dgl_ext": dgl_ext.__version__,
             "torch": torch.__version__,
             "scikit-learn": sklearn.__version__,
-            "espeak-ng": espeak_version(),
+            "espeak-ng": espeak_version().split()[-1],
             "python": platform.python_version(),
         },
         "cpus": os.cpu_count(),
@@ -134,16 +139,21 @@ def make(
     }
 
 
+def plus_minus(width: float | None) -> str:
+    """The second half of a cell; nothing for a single seed."""
+    return "" if width is None else f" ± {width:.1f}"
+
+
 def cell(summary: dict[str, Any], measure: str) -> str:
     """`mean ± deviation`, or a dash."""
     value = summary.get(measure)
-    return f"{value['mean']:.1f} ± {value['std']:.1f}" if value else "-"
+    return f"{value['mean']:.1f}{plus_minus(value['std'])}" if value else "-"
 
 
 def difference(summary: dict[str, Any], measure: str) -> str:
     """`mean difference ± its standard error`, or a dash."""
     value = (summary.get(measure) or {}).get("minus_joint")
-    return f"{value['mean']:+.1f} ± {value['standard_error']:.1f}" if value else "-"
+    return f"{value['mean']:+.1f}{plus_minus(value['standard_error'])}" if value else "-"
 
 
 def table(document: dict[str, Any]) -> str:
