@@ -1,0 +1,1 @@
+"""Digits seen and heard: what disentangled gradient learning (DGL) does, and what it does not."""
