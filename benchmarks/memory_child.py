@@ -1,8 +1,8 @@
 """One provider at one size of the memory benchmark, in a process of its own.
 
 `bench_memory.py` starts it with a request as JSON and reads one line of JSON. A process of its own,
-because what an earlier step left in the allocator would hide what a later one takes. `peak_memory.py`
-says what a peak is.
+because what an earlier step left in the allocator would hide what a later one takes.
+`peak_memory.py` says what a peak is.
 """
 
 from __future__ import annotations
