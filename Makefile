@@ -35,7 +35,7 @@ test-slow: $(VENV)/.dev cpp-tests  ## run the slow tests
 	$(PY) -m pytest -m slow $(ARGS)
 
 # The venv is made in the recipe: without a GPU nothing is built.
-gpu-check:  ## on a machine with a GPU: tests, sanitizers, benchmark, one JSON report
+gpu-check:  ## on a machine with a GPU: tests, sanitizers, benchmarks, one JSON report
 	@$(PYTHON) tests/gpu_check.py --look
 	@$(MAKE) --no-print-directory $(VENV)/.dev
 	$(PY) tests/gpu_check.py $(ARGS)

@@ -124,6 +124,8 @@ def check(rows: int, classes: int, options: argparse.Namespace) -> dict[str, tup
         fusion_cells.right_steps(cell, timing, None)
     finally:
         dgl_ext.set_workspace_limit(before)
+    if options.device.type == "cuda":
+        torch.cuda.empty_cache()  # the children need it, and what is free is asked for
     return {candidate.provider: verdict for candidate, verdict in timing.excluded.items()}
 
 

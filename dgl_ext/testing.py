@@ -264,9 +264,9 @@ def assert_two_references(
 ) -> None:
     """Asserts that no error against float64 exceeds that of the same-dtype PyTorch composition.
 
-    The margin is so many roundings of the largest value in that dtype. In float32 two orders of summing
-    a dot product differ by as much as each is off, so there twice the composition's error is
-    allowed; a 16-bit result is summed in float32 and rounded once, whatever the order.
+    The margin is so many roundings of the largest value in that dtype. In float32 two orders of
+    summing a dot product differ by as much as each is off, so there twice the composition's error
+    is allowed; a 16-bit result is summed in float32 and rounded once, whatever the order.
     """
     assert_same_names(actual, truth)
     assert_same_names(composition, truth)

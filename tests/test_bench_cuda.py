@@ -281,6 +281,15 @@ def test_a_replay_that_misses_a_gradient_is_wrong_and_eager_is_not(spoiled):
     assert rows[1]["launches"] is None
 
 
+@pytest.mark.parametrize("spoiled", [None, "features[0]"])
+def test_every_way_to_a_step_s_losses_can_be_a_graph(spoiled):
+    names = [name for name in providers.PROVIDERS["step"] if name not in ("joint", "compiled")]
+    here, timing = plain.cell(mode="step"), fusion_cells.Timing(names, BOTH)
+    fusion_cells.measure(here, timing, 1e-9, min_rounds=2, gpu=FakeGpu(spoil=spoiled))
+    wrong = {candidate: status for candidate, (status, _) in timing.excluded.items()}
+    assert wrong == ({(name, "graph"): "wrong" for name in names} if spoiled else {})
+
+
 def test_what_cannot_be_captured_is_left_out_in_graphs_only():
     class CannotCapture(FakeGpu):
         def capture(self, step, leaves):

@@ -226,6 +226,16 @@ def test_what_would_not_fit_is_skipped_with_its_need(monkeypatch, tmp_path):
     assert rows[1]["note"] == f"needs about {need / 2**30:.1f} GiB, and 8.0 GiB are free"
 
 
+def test_what_the_comparison_took_is_given_back_to_the_gpu(monkeypatch, tmp_path):
+    options, calls = parse(tmp_path), []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
+    steps = lambda cell, *_: calls.append(cell.device.type)  # noqa: E731
+    monkeypatch.setattr(bench_memory.fusion_cells, "right_steps", steps)
+    for options.device in (CPU, torch.device("cuda")):
+        bench_memory.check(8, 16, options)
+    assert calls == ["cpu", "cuda", "empty"]
+
+
 def test_free_memory_is_what_the_system_says(monkeypatch):
     if Path("/proc/meminfo").exists():
         assert 2**26 < bench_memory.free_memory(CPU) < 2**50
