@@ -10,7 +10,7 @@ This is what a user of the method sees, where `bench_fusion.py` shows the head a
     two_pass    the published DGL recipe: two backward passes, head grads dropped in between
     dgl_ext     dgl_ext.nn.*.cross_entropy and one backward pass
 
-Networks: "digits", CNNs for 8 x 8 images and a second of log-mel features; "resnet18", the encoders
+Networks: "digits", the small CNNs of examples/av_digits; "resnet18", the encoders
 of examples/crema_d on 257 x 188 spectrograms and 224 x 224 frames.
 
 Before anything is timed, the losses and all gradients of dgl_ext are compared with those of

@@ -43,26 +43,28 @@ class Network:
 
 
 def _digits() -> Network:
-    """Small CNNs for 8 x 8 digits and a second of log-mel features."""
+    """The encoders of examples/av_digits: 8 x 8 digits and a second of log-mel features."""
+    _see_examples()
+    try:
+        from av_digits import models
+    except ImportError as error:  # scikit-learn
+        raise Unavailable(f"examples/av_digits does not load: {error}") from error
+    return Network(
+        ((1, 8, 8), (1, 32, 51)),
+        models.WIDTH,
+        models.CLASSES,
+        lambda: (models.image_encoder(False), models.audio_encoder(False)),
+    )
 
-    def conv(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-        return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.ReLU())
 
-    def pool() -> tuple[nn.Module, nn.Module]:
-        return nn.AdaptiveAvgPool2d(1), nn.Flatten()
-
-    def encoders() -> tuple[nn.Module, nn.Module]:
-        image = nn.Sequential(conv(1, 16, 1), conv(16, 32, 2), conv(32, 64, 2), *pool())
-        audio = nn.Sequential(conv(1, 16, 2), conv(16, 32, 2), conv(32, 64, 2), *pool())
-        return image, audio
-
-    return Network(((1, 8, 8), (1, 32, 51)), 64, 10, encoders)
+def _see_examples() -> None:
+    if str(EXAMPLES) not in sys.path:
+        sys.path.append(str(EXAMPLES))
 
 
 def _resnet18(width: int, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> Network:
     """The encoders of examples/crema_d: spectrograms and frames."""
-    if str(EXAMPLES) not in sys.path:
-        sys.path.append(str(EXAMPLES))
+    _see_examples()
     try:
         from crema_d.models import ResNet18
     except ImportError as error:  # Pillow
