@@ -40,9 +40,11 @@ def test_no_less_exact_than_the_same_dtype_composition(
     exact = problem.to(torch.float64)
     truth = results(exact, cotangents, "reference", **options)
     composition = results(problem, cotangents, "reference", **options)
+    # In float32 the sums of up to three products (an open leak's) are rounded in between.
+    roundings = 3 if dtype == torch.float32 else 1
     for backend in ("cpu", "composed"):
         actual = results(problem, cotangents, backend, **options)
-        assert_two_references(actual, composition, truth)
+        assert_two_references(actual, composition, truth, roundings)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
