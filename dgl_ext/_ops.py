@@ -50,14 +50,6 @@ def scale_gradients_(grads: Sequence[Tensor], scale: Tensor) -> None:
     _call(torch.ops.dgl_ext.scale_gradients_.default, grads, scale)
 
 
-def unbind(losses: Tensor) -> Sequence[Tensor]:
-    """The entries of a vector without a gradient, at a third of what it costs above autograd."""
-    if torch.compiler.is_compiling():
-        return losses.unbind()
-    with torch._C._AutoDispatchBelowAutograd():
-        return losses.unbind()
-
-
 def _call(op: Callable[..., list[Tensor]], *args: Any) -> list[Tensor]:
     """Goes past the checking kernels below, which would cost 5 us a call."""
     if torch.compiler.is_compiling():  # Dynamo does not trace the guard

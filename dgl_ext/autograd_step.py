@@ -137,5 +137,5 @@ def apply(
     total, losses, correct = TrainingStep.apply(
         options, loss.target, *features, *weights, *biases, *loss.present
     )
-    fused, *unimodal = _ops.unbind(losses)
+    fused, *unimodal = losses.unbind()
     return DecoupledLoss(total, fused, tuple(unimodal), correct)

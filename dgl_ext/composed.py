@@ -359,7 +359,7 @@ def film_grads(
 ) -> None:
     """The gradients of FiLM that are needed, from and to matrices, as `linear_grads` has it.
 
-    `hidden` are the hidden rows; the gradient of the output layer's weight needs them.
+    `hidden` are the hidden rows; where they are not at hand, they are made again.
     """
     result = iter(results)
     x, y = features
@@ -389,7 +389,8 @@ def film_grads(
         grad, unit = to_film(1.0, head_leak)
         _put(next(result), grad.t(), x, unit, add)
     if needs.weights[1]:
-        assert hidden is not None
+        if hidden is None:
+            hidden = _film_hidden(film, y, biases[0])
         out = next(result)
         if not add:
             out.zero_()
@@ -425,13 +426,12 @@ def film_head_backward(
     needs = Needs(needs_features, needs_weights, needs_biases)
     x, y = _present_rows(features, present)
     film = rows(film)
-    hidden = _film_hidden(film, y, biases[0]) if needs.weights[1] else None
     results = empty_grads(features, weights, needs)
     outs = _as_matrices(results, needs)
     wide = sum(map(bool, (*needs.features, needs.weights[0])))
     if needs.weights[1]:  # a sum over branches
         outs[wide] = outs[wide].to(accumulator(outs[wide].dtype))
-    film_grads(branches, like, (x, y), weights, biases, film, hidden, needs, encoder_leak,
+    film_grads(branches, like, (x, y), weights, biases, film, None, needs, encoder_leak,
                head_leak, outs, False)  # fmt: skip
     if needs.weights[1]:
         results[wide] = outs[wide].to(results[wide].dtype)

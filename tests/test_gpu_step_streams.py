@@ -29,7 +29,14 @@ from test_gpu import (
     sizes,
 )
 from test_gpu_step import MIXED, TINY, WHOLE, Results, evaluate, limits, workspace
-from test_gpu_streams import OTHER_SEED, SLEEP_CYCLES, copies, device_work
+from test_gpu_streams import (
+    OTHER_SEED,
+    SLEEP_CYCLES,
+    check_current_stream,
+    check_streams_at_once,
+    copies,
+    device_work,
+)
 from torch import Tensor
 
 import dgl_ext
@@ -241,39 +248,13 @@ def test_the_host_does_not_wait(head, backend, dtype, limit):
 @dtypes
 @heads
 def test_work_goes_to_the_current_stream(head, dtype):
-    """The side stream's inputs come late; the default stream, which is idle, would see old ones."""
-    step = Step(head, dtype, RAGGED)
-    old = copies(step())
-    values = step.other_values(OTHER_SEED)
-    torch.cuda.synchronize()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        torch.cuda._sleep(SLEEP_CYCLES)
-        step.fill(values)
-        found = copies(step())
-    side.synchronize()
-    found = {name: t.cpu() for name, t in found.items()}
-    torch.cuda.current_stream().wait_stream(side)
-    assert_bitwise(found, {name: t.cpu() for name, t in step().items()})
-    assert not torch.equal(found["total"], old["total"].cpu())
+    check_current_stream(Step(head, dtype, RAGGED), "total")
 
 
 @heads
 def test_two_streams_at_once(head):
     """Each launch needs all its CTAs on the GPU together, and two are under way."""
-    steps = [Step(head, torch.float32, size) for size in (ALIGNED, RAGGED)]
-    expected = [copies(step()) for step in steps]
-    streams = [torch.cuda.Stream() for _ in steps]
-    torch.cuda.synchronize()
-    for _ in range(20):
-        found = []
-        for step, stream in zip(steps, streams, strict=True):
-            with torch.cuda.stream(stream):
-                found.append(step())
-        torch.cuda.synchronize()
-        for results, truth in zip(found, expected, strict=True):
-            assert_bitwise(results, truth)
+    check_streams_at_once([Step(head, torch.float32, size) for size in (ALIGNED, RAGGED)])
 
 
 class Training:

@@ -5,7 +5,8 @@ Compared bitwise with the same call as `test_gpu.py` checks it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -140,11 +141,11 @@ def test_a_cuda_graph_replays_on_new_values(head, dtype, size):
         assert_bitwise(static, replayed)
 
 
-@dtypes
-@heads
-def test_work_goes_to_the_current_stream(head, dtype):
-    """The side stream's inputs come late; the default stream, which is idle, would see old ones."""
-    step = Step(head, dtype, RAGGED)
+def check_current_stream(step: Any, name: str) -> None:
+    """The side stream's inputs come late; the default stream, which is idle, would see old ones.
+
+    `step` has `fill` and `other_values`, and returns results by name, among them `name`.
+    """
     old = copies(step())
     values = step.other_values(OTHER_SEED)
     torch.cuda.synchronize()
@@ -155,15 +156,14 @@ def test_work_goes_to_the_current_stream(head, dtype):
         step.fill(values)
         found = copies(step())
     side.synchronize()
-    found = {name: t.cpu() for name, t in found.items()}
+    found = {key: t.cpu() for key, t in found.items()}
     torch.cuda.current_stream().wait_stream(side)
-    assert_bitwise(found, {name: t.cpu() for name, t in step().items()})
-    assert not torch.equal(found["logits[0]"], old["logits[0]"].cpu())
+    assert_bitwise(found, {key: t.cpu() for key, t in step().items()})
+    assert not torch.equal(found[name], old[name].cpu())
 
 
-@heads
-def test_two_streams_at_once(head):
-    steps = [Step(head, torch.float32, size) for size in (ALIGNED, RAGGED)]
+def check_streams_at_once(steps: Sequence[Any]) -> None:
+    """Every step on a stream of its own, again and again, gives what it gives alone."""
     expected = [copies(step()) for step in steps]
     streams = [torch.cuda.Stream() for _ in steps]
     torch.cuda.synchronize()
@@ -175,6 +175,17 @@ def test_two_streams_at_once(head):
         torch.cuda.synchronize()
         for results, truth in zip(found, expected, strict=True):
             assert_bitwise(results, truth)
+
+
+@dtypes
+@heads
+def test_work_goes_to_the_current_stream(head, dtype):
+    check_current_stream(Step(head, dtype, RAGGED), "logits[0]")
+
+
+@heads
+def test_two_streams_at_once(head):
+    check_streams_at_once([Step(head, torch.float32, size) for size in (ALIGNED, RAGGED)])
 
 
 @dtypes

@@ -115,7 +115,8 @@ class LinearStep {
     }
   }
 
-  // Whether everything is so small that calling a library costs more than it saves.
+  // Whether our own products, fused by rows, replace the library's. The bound was found by timing:
+  // at 256 x 512 x 309, which is within it, they were faster in both of two pairs of runs.
   bool is_small_step() const {
     constexpr int64_t kMultiplyAdds = int64_t{1} << 27;
     constexpr int64_t kLongSum = 1024;
