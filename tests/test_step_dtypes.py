@@ -7,6 +7,7 @@ import torch
 from two_pass import named_loss
 
 import dgl_ext
+from dgl_ext import _ops
 from dgl_ext.testing import (
     assert_same,
     assert_two_references,
@@ -83,6 +84,22 @@ def test_float16_gradients_do_not_underflow_before_they_are_scaled(fusion, backe
         exact = truth[f"features[{i}]"]
         error = (actual[f"features[{i}]"].double() - exact).abs().max()
         assert error <= 2**-8 * exact.abs().max()
+
+
+def test_float16_gradients_are_scaled_and_rounded_in_one_pass(fusion, monkeypatch):
+    """Autograd would round float32 ones, too, but each in a pass of its own."""
+    problem = make_problem(fusion, dtype=torch.float16)
+    dtypes = set()
+
+    def spy(*args):
+        results = original(*args)
+        dtypes.update(result.dtype for result in results)
+        return results
+
+    original = _ops.scale_gradients
+    monkeypatch.setattr(_ops, "scale_gradients", spy)
+    results(problem, make_target(problem), "cpu", 65536.0)
+    assert dtypes == {torch.float16}
 
 
 class TestAutocast:
