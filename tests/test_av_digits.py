@@ -218,6 +218,20 @@ def test_smoke_run(tmp_path: Path) -> None:
     assert all(method.label in table for method in METHODS.values())
 
 
+@needs_espeak
+def test_runs_that_diverge_are_reported_and_stop_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, str(FOLDER / "run.py"), "--smoke", "--lr", "1e30"]
+    command += ["--methods", "joint", "dgl_1", "--cache", str(tmp_path / "c")]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert all(run["diverged"] for run in document["runs"])
+    text = (tmp_path / "results.md").read_text()
+    assert "Diverged, weights no longer finite: joint, seed 0; DGL concat, alpha 1, seed 0" in text
+
+
 def test_the_committed_table_is_that_of_the_committed_runs() -> None:
     document = json.loads((FOLDER / "results" / "results.json").read_text())
     table = report.table(document)

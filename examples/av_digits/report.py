@@ -81,10 +81,12 @@ def collect(runs: Sequence[Run], data: DataConfig, cache: Path) -> dict[str, Mea
 
 
 def mean_curves(runs: Sequence[Run], kind: str) -> dict[str, dict[str, list[float]]]:
-    """Per method and modality a curve over epochs, averaged over seeds."""
+    """Per method and modality a curve over epochs, averaged over the seeds that stayed finite."""
     curves: dict[str, dict[str, list[float]]] = {}
     for name in dict.fromkeys(run.method for run in runs):
-        of_seeds = [getattr(run, kind) for run in runs if run.method == name]
+        of_seeds = [getattr(run, kind) for run in runs if run.method == name and not run.diverged]
+        if not of_seeds:
+            continue
         curves[name] = {
             modality: [
                 statistics.fmean(epoch)
@@ -177,6 +179,21 @@ def table(document: dict[str, Any]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def divergence(document: dict[str, Any]) -> list[str]:
+    """Names the runs that diverged, if there are any."""
+    names = [
+        f"{LABELS[run['method']]}, seed {run['seed']}"
+        for run in document["runs"]
+        if run["diverged"]
+    ]
+    if not names:
+        return []
+    return [
+        f"- Diverged, weights no longer finite: {'; '.join(names)}. In the table such a run counts "
+        "with the accuracy of a constant answer; the curves leave it out."
+    ]
+
+
 def conditions(document: dict[str, Any]) -> str:
     """How the numbers were made."""
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
@@ -193,6 +210,7 @@ def conditions(document: dict[str, Any]) -> str:
             f"- {versions}.",
             f"- Data: `{document['data']}`.",
             f"- Training: `{document['training']}`.",
+            *divergence(document),
         ]
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,11 +50,18 @@ class Run:
     grad_norms: dict[str, list[float]]
     attenuation: dict[str, list[float]]
     cpu_seconds: float
+    diverged: bool  # the weights are no longer finite
     logits: Tensor = field(repr=False)
 
     def document(self) -> dict[str, Any]:
-        """Everything but the logits, for JSON."""
-        return {key: value for key, value in vars(self).items() if key != "logits"}
+        """Everything but the logits, for JSON, which has no word for what is not finite."""
+        document = {key: value for key, value in vars(self).items() if key != "logits"}
+        for kind in ("grad_norms", "attenuation"):
+            document[kind] = {
+                name: [value if math.isfinite(value) else None for value in curve]
+                for name, curve in document[kind].items()
+            }
+        return document
 
 
 def gradient_norm(encoder: torch.nn.Module) -> Tensor:
@@ -161,5 +169,6 @@ def run_method(name: str, seed: int, data: DataConfig, config: TrainConfig, cach
         grad_norms=by_modality(network, norms),
         attenuation=by_modality(network, ratios),
         cpu_seconds=round(time.process_time() - start, 1),
+        diverged=not all(bool(p.isfinite().all()) for p in network.parameters()),
         logits=out.fused,
     )
