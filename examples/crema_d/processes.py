@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,5 +99,11 @@ def start(device: str) -> Processes:
 
 def stop() -> None:
     """Leaves the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if not dist.is_initialized():
+        return
+    gloo = dist.get_backend() == "gloo"
+    dist.destroy_process_group()
+    if gloo:
+        # Its threads may still hold the last collective's tensors. One that lets go of them while the
+        # interpreter shuts down aborts the process (torch 2.13).
+        time.sleep(0.5)
