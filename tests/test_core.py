@@ -160,11 +160,12 @@ def test_film_grad_target(core, draw, absent):
     check(out, 0.5 * film[:, :4] * d + bias[:4] * d_y)
 
 
-@pytest.fixture(params=[False, True], ids=["portable", "fma"])
-def fma(request, modules):
-    if request.param and not modules.has_fma():
-        pytest.skip("this processor has no AVX2 and FMA")
-    return request.param
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request, modules):
+    wanted = getattr(modules.Isa, request.param)
+    if int(wanted) > int(modules.isa()):
+        pytest.skip(f"this processor has no {request.param}")
+    return wanted
 
 
 SIZES = [1, 3, 4, 7, 8, 9, 31, 64, 65]
@@ -173,33 +174,49 @@ SIZES = [1, 3, 4, 7, 8, 9, 31, 64, 65]
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("classes", SIZES)
 @pytest.mark.parametrize("width", SIZES)
-def test_small_rows_by_rows(core, draw, fma, rows, classes, width):
+def test_dots(core, draw, isa, rows, classes, width):
     x = draw(rows, width + 3)[:, :width]  # rows that lie further apart than they are long
     w = draw(classes, width + 1)[:, 1:]
     out = poisoned(x, rows, classes)
-    core.small_rows_by_rows(x, w, out, (0, rows), fma)
+    core.dots(x, w, out, (0, rows), isa)
     check(out, x @ w.T)
 
 
 @pytest.mark.parametrize("rows", SIZES)
 @pytest.mark.parametrize("columns", SIZES)
-@pytest.mark.parametrize("count", [0, 1, 6, 33])
-@pytest.mark.parametrize("flipped", [False, True])
-def test_small_product(core, draw, fma, rows, columns, count, flipped):
-    a = draw(rows, count, flipped=flipped)
-    b = draw(count, columns + 2)[:, :columns]
-    out = poisoned(a, rows, columns + 5)[:, :columns]
-    core.small_product(a, b, out, (0, rows), (0, columns), fma)
-    check(out, a @ b)
+@pytest.mark.parametrize("flipped", ["none", "a", "b", "out"])
+def test_product(core, draw, isa, rows, columns, flipped):
+    for count in (0, 1, 6, 33, 600):  # the last in several blocks
+        a = draw(rows, count, flipped=flipped == "a")
+        b = draw(count, columns + 2, flipped=flipped == "b")[:, :columns]
+        out = poisoned(a, rows, columns + 5)
+        out = (np.asfortranarray(out) if flipped == "out" else out)[:, :columns]
+        core.product(a, b, out, (0, rows), (0, columns), isa)
+        check(out, a @ b)
 
 
-def test_small_products_write_their_ranges_only(core, draw, fma):
+def test_products_write_their_ranges_only(core, draw, isa):
     a, b = draw(9, 4), draw(4, 40)
     out = poisoned(a, 9, 40)
-    core.small_product(a, b, out, (2, 7), (3, 30), fma)
+    core.product(a, b, out, (2, 7), (3, 30), isa)
     check(out[2:7, 3:30], (a @ b)[2:7, 3:30])
     out[2:7, 3:30] = np.nan
     assert np.isnan(out).all()
+
+
+def test_bits_do_not_depend_on_ranges(core, draw, isa):
+    a, b, w = draw(40, 300), draw(300, 70), draw(9, 300)
+    whole, cut = poisoned(a, 40, 70), poisoned(a, 40, 70)
+    core.product(a, b, whole, (0, 40), (0, 70), isa)
+    for rows in ((0, 7), (7, 40)):
+        for columns in ((0, 64), (64, 67), (67, 70)):
+            core.product(a, b, cut, rows, columns, isa)
+    np.testing.assert_array_equal(cut, whole)
+    whole, cut = poisoned(a, 40, 9), poisoned(a, 40, 9)
+    core.dots(a, w, whole, (0, 40), isa)
+    for rows in ((0, 13), (13, 40)):
+        core.dots(a, w, cut, rows, isa)
+    np.testing.assert_array_equal(cut, whole)
 
 
 def softmax_loss(logits, target, smoothing, scale):
@@ -215,15 +232,15 @@ def softmax_loss(logits, target, smoothing, scale):
 
 
 def cross_entropy(
-    core, logits, target, fma, *, ignore=-100, present=None, smoothing=0.0, scale=1.0
+    core, logits, target, isa, *, ignore=-100, present=None, smoothing=0.0, scale=1.0
 ):
     """Losses, residuals and hits; losses and untouched rows start as NaN."""
     values, losses = logits.copy(), np.full(len(logits), np.nan)
     arguments = (values, target, ignore, present, smoothing, scale, True, losses)
-    correct = core.cross_entropy_rows(*arguments, (0, len(logits)), fma)
+    correct = core.cross_entropy_rows(*arguments, (0, len(logits)), isa)
     kept, again = logits.copy(), np.full(len(logits), np.nan)
     only = (kept, target, ignore, present, smoothing, scale, False, again)
-    assert core.cross_entropy_rows(*only, (0, len(logits)), fma) == correct
+    assert core.cross_entropy_rows(*only, (0, len(logits)), isa) == correct
     np.testing.assert_array_equal(kept, logits)  # without residuals the logits stay
     np.testing.assert_array_equal(again, losses)
     return losses, values, correct
@@ -231,11 +248,11 @@ def cross_entropy(
 
 @pytest.mark.parametrize("classes", [1, 2, 7, 8, 9, 33, 64, 500, 5000])
 @pytest.mark.parametrize("smoothing", [0.0, 0.25])
-def test_cross_entropy_rows(core, draw, fma, classes, smoothing):
+def test_cross_entropy_rows(core, draw, isa, classes, smoothing):
     logits = draw(6, classes) * 5
     target = np.random.default_rng(1).integers(0, classes, 6)
     losses, residuals, correct = cross_entropy(
-        core, logits, target, fma, smoothing=smoothing, scale=0.375
+        core, logits, target, isa, smoothing=smoothing, scale=0.375
     )
     want_losses, want_residuals = softmax_loss(logits, target, smoothing, 0.375)
     limit = 4 * np.finfo(logits.dtype).eps
@@ -244,12 +261,12 @@ def test_cross_entropy_rows(core, draw, fma, classes, smoothing):
     assert correct == (logits.argmax(axis=1) == target).sum()
 
 
-def test_rows_that_do_not_count_lose_nothing_and_get_zeros(core, draw, fma):
+def test_rows_that_do_not_count_lose_nothing_and_get_zeros(core, draw, isa):
     logits = draw(5, 9)
     logits[[1, 3]] = np.nan  # whatever is in such a row
     target = np.array([2, -7, 0, 4, 8])
     present = np.array([True, True, True, False, True])
-    losses, residuals, _ = cross_entropy(core, logits, target, fma, ignore=-7, present=present)
+    losses, residuals, _ = cross_entropy(core, logits, target, isa, ignore=-7, present=present)
     assert (losses[[1, 3]] == 0).all()
     assert (residuals[[1, 3]] == 0).all()
     counted = [0, 2, 4]
@@ -259,39 +276,39 @@ def test_rows_that_do_not_count_lose_nothing_and_get_zeros(core, draw, fma):
 
 
 @pytest.mark.parametrize("classes", [3, 40])
-def test_the_first_of_equal_maxima_and_the_first_nan_are_on_top(core, draw, fma, classes):
+def test_the_first_of_equal_maxima_and_the_first_nan_are_on_top(core, draw, isa, classes):
     ties = np.zeros((3, classes), dtype=draw(1).dtype)
     ties[:, 1:3] = 1
-    assert cross_entropy(core, ties, np.array([0, 1, 2]), fma)[2] == 1
+    assert cross_entropy(core, ties, np.array([0, 1, 2]), isa)[2] == 1
     ties[:, 2] = np.nan
-    losses, residuals, correct = cross_entropy(core, ties, np.array([0, 1, 2]), fma)
+    losses, residuals, correct = cross_entropy(core, ties, np.array([0, 1, 2]), isa)
     assert correct == 1
     assert np.isnan(losses).all()
     assert np.isnan(residuals).all()
-    assert cross_entropy(core, ties * np.nan, np.array([0, 1, 2]), fma)[2] == 1
+    assert cross_entropy(core, ties * np.nan, np.array([0, 1, 2]), isa)[2] == 1
 
 
 @pytest.mark.parametrize("classes", [5, 29])
-def test_masked_classes(core, draw, fma, classes):
+def test_masked_classes(core, draw, isa, classes):
     logits = draw(3, classes)
     logits[:, 1] = -np.inf
     target = np.array([0, 2, 1])
-    losses, residuals, _ = cross_entropy(core, logits, target, fma)
+    losses, residuals, _ = cross_entropy(core, logits, target, isa)
     assert np.isfinite(losses[:2]).all()
     assert losses[2] == np.inf  # a target that is masked
     assert (residuals[:2, 1] == 0).all()
     assert np.isfinite(residuals).all()
-    losses, residuals, _ = cross_entropy(core, logits, target, fma, smoothing=0.1)
+    losses, residuals, _ = cross_entropy(core, logits, target, isa, smoothing=0.1)
     assert (losses == np.inf).all()
     assert np.isfinite(residuals).all()
 
 
-def test_exponentials_are_exact_to_two_units_in_the_last_place(modules, fma):
+def test_exponentials_are_exact_to_two_units_in_the_last_place(modules, isa):
     # With two logits the residual of the class that is not the target is e / (1 + e).
     x = -np.concatenate([np.linspace(0, 20, 40_001), np.linspace(20, 87, 10_001), [88, 104, 1e30]])
     logits = np.stack([np.zeros_like(x), x], axis=1).astype(np.float32)
     target = np.zeros(len(x), dtype=np.int64)
-    _, residuals, _ = cross_entropy(modules.float32, logits, target, fma)
+    _, residuals, _ = cross_entropy(modules.float32, logits, target, isa)
     exact = np.exp(logits[:, 1].astype(np.float64))
     exact = exact / (1 + exact)
     normal = exact > np.finfo(np.float32).tiny
@@ -300,29 +317,29 @@ def test_exponentials_are_exact_to_two_units_in_the_last_place(modules, fma):
     assert (residuals[:, 1][~normal] == 0).all()
 
 
-def test_many_classes_lose_no_bits(modules, fma):
+def test_many_classes_lose_no_bits(modules, isa):
     logits = np.full((1, 1_000_000), -3.0, dtype=np.float32)
     logits[0, 1::2] = -3.0 + 1e-3
-    losses, _, _ = cross_entropy(modules.float32, logits, np.array([0]), fma, smoothing=0.5)
+    losses, _, _ = cross_entropy(modules.float32, logits, np.array([0]), isa, smoothing=0.5)
     want, _ = softmax_loss(logits, np.array([0]), 0.5, 1.0)
     np.testing.assert_allclose(losses, want, rtol=1e-7)
 
 
-def test_a_range_of_rows_depends_on_no_other(core, draw, fma):
+def test_a_range_of_rows_depends_on_no_other(core, draw, isa):
     logits, target = draw(7, 37), np.arange(7)
-    losses, residuals, _ = cross_entropy(core, logits, target, fma)
+    losses, residuals, _ = cross_entropy(core, logits, target, isa)
     values, cut = logits.copy(), np.full(7, np.nan)
-    core.cross_entropy_rows(values, target, -100, None, 0.0, 1.0, True, cut, (2, 5), fma)
+    core.cross_entropy_rows(values, target, -100, None, 0.0, 1.0, True, cut, (2, 5), isa)
     np.testing.assert_array_equal(values[2:5], residuals[2:5])
     np.testing.assert_array_equal(cut[2:5], losses[2:5])
     np.testing.assert_array_equal(values[[0, 1, 5, 6]], logits[[0, 1, 5, 6]])
     assert np.isnan(cut[[0, 1, 5, 6]]).all()
 
 
-def test_a_nan_stays_one_whatever_its_payload(modules, fma):
+def test_a_nan_stays_one_whatever_its_payload(modules, isa):
     logits = np.zeros((1, 11), dtype=np.float32)
     logits[0, 3] = np.array([0x7FC00001], dtype=np.uint32).view(np.float32)[0]
-    losses, residuals, correct = cross_entropy(modules.float32, logits, np.array([3]), fma)
+    losses, residuals, correct = cross_entropy(modules.float32, logits, np.array([3]), isa)
     assert np.isnan(losses).all()
     assert np.isnan(residuals).all()
     assert correct == 1

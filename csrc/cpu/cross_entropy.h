@@ -1,5 +1,5 @@
 // The cross-entropy of rows of logits, which become the gradient of the logits in place. Free of
-// torch, like row_passes.h; vectors and the choice of the processor as in small_gemm.h.
+// torch, like row_passes.h.
 //
 // A row is read three times while it is in cache: for its maximum, for the exponentials and their
 // sum, and for the residuals. Sums over classes run in T over short blocks and in double over the
@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "cpu/small_gemm.h"
+#include "cpu/vectors.h"
 
 namespace dgl_ext {
 
@@ -29,9 +29,6 @@ struct LossRows {
 };
 
 namespace cross_entropy {
-
-using small_gemm::Lanes;
-using small_gemm::load;
 
 // exp(x) for x <= 0 or NaN, within one ulp where the processor has FMA; 0 where a float32 would be
 // subnormal. By reference, since passing vectors by value depends on what the caller is compiled
@@ -80,7 +77,7 @@ DGL_EXT_INLINE T maximum(const T* row, int64_t classes, bool& has_nan) {
   for (; c + kChains * kLanes <= classes; c += kChains * kLanes) {
     for (int64_t k = 0; k < kChains; ++k) {
       Vector values;
-      load<T>(values, row + c + k * kLanes);
+      load(values, row + c + k * kLanes);
       most[k] = values > most[k] ? values : most[k];
       unordered |= values != values;
     }
@@ -128,7 +125,7 @@ DGL_EXT_INLINE double exponentials(T* row, int64_t classes, T most, bool keep) {
     int64_t c = begin;
     for (; c + kLanes <= end; c += kLanes) {
       Vector values;
-      load<T>(values, row + c);
+      load(values, row + c);
       values -= most;
       exponential(values);
       sums += values;
@@ -195,7 +192,7 @@ DGL_EXT_INLINE int64_t rows(int64_t row_begin, int64_t row_end, int64_t classes,
     int64_t c = 0;
     for (; c + kLanes <= classes; c += kLanes) {
       Vector values;
-      load<T>(values, row + c);
+      load(values, row + c);
       values = values * factor - less;
       std::memcpy(row + c, &values, sizeof(values));
     }
@@ -206,9 +203,18 @@ DGL_EXT_INLINE int64_t rows(int64_t row_begin, int64_t row_end, int64_t classes,
 }
 
 template <typename T>
-DGL_EXT_TARGET_FMA int64_t rows_fma(int64_t row_begin, int64_t row_end, int64_t classes,
-                                    const LossRows<T>& loss, T* logits) {
+DGL_EXT_TARGET_AVX2 int64_t rows_avx2(int64_t row_begin, int64_t row_end, int64_t classes,
+                                      const LossRows<T>& loss, T* logits) {
   return rows<T>(row_begin, row_end, classes, loss, logits);
+}
+
+template <typename T>
+using Rows = int64_t (*)(int64_t, int64_t, int64_t, const LossRows<T>&, T*);
+
+// Wider vectors than these would be half empty in the rows of few classes.
+template <typename T>
+Rows<T> rows_for(Isa isa) {
+  return isa == Isa::kPortable ? rows<T> : rows_avx2<T>;
 }
 
 }  // namespace cross_entropy
@@ -219,8 +225,7 @@ DGL_EXT_TARGET_FMA int64_t rows_fma(int64_t row_begin, int64_t row_end, int64_t 
 template <typename T>
 int64_t cross_entropy_rows(int64_t row_begin, int64_t row_end, int64_t classes,
                            const LossRows<T>& loss, T* logits) {
-  auto* body = small_gemm::has_fma() ? cross_entropy::rows_fma<T> : cross_entropy::rows<T>;
-  return body(row_begin, row_end, classes, loss, logits);
+  return cross_entropy::rows_for<T>(isa())(row_begin, row_end, classes, loss, logits);
 }
 
 }  // namespace dgl_ext

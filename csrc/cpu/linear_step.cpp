@@ -41,7 +41,8 @@ class LinearStep {
     const int64_t planes =
         losses.branches() + head.modalities() * (mixes_features_ + mixes_weights_);
     chunk_ = choose_chunk(planes, workspace_limit);
-    small_ = is_small_step();
+    dots_ = prefers_dots();
+    by_rows_ = runs_by_rows();
     workspace_ = std::unique_ptr<T[]>(new T[planes * chunk_ * head.classes]);
     for (int64_t b = 0; b < static_cast<int64_t>(biases.size()); ++b) {
       bias_totals_.emplace_back(needs.biases[b] ? head.classes : 0, 0.0);
@@ -108,34 +109,42 @@ class LinearStep {
   void run_chunk(int64_t first_row, int64_t rows) {
     rows_ = rows;
     losses_.start_chunk(first_row, rows);
-    if (small_) {
-      run_small();
+    if (by_rows_) {
+      run_by_rows();
     } else {
-      run_large(first_row, rows);
+      run_by_products(first_row, rows);
     }
   }
 
-  // Whether our own products, fused by rows, replace the library's. The bound was found by timing:
-  // at 256 x 512 x 309, which is within it, they were faster in both of two pairs of runs.
-  bool is_small_step() const {
-    constexpr int64_t kMultiplyAdds = int64_t{1} << 27;
-    constexpr int64_t kLongSum = 1024;
-    if (chunk_ < head_.rows || head_.rows > kLongSum || head_.classes > kLongSum) return false;
+  // Whether the logits are taken by `dots`, which copy nothing, rather than by `product`.
+  bool prefers_dots() const {
+    constexpr int64_t kFewClasses = 128;  // with more, packing the features pays ...
+    constexpr int64_t kHalfPanel = 16;    // ... if a thread has rows enough to fill a panel
+    const int64_t threads = torch::stable::get_num_threads();
+    return head_.classes <= kFewClasses || head_.rows < kHalfPanel * threads;
+  }
+
+  // Whether our own products, fused by rows, replace the library's. The bounds on the multiply-adds
+  // are the largest that were timed, on two cores; up to there ours were faster.
+  bool runs_by_rows() const {
+    constexpr int64_t kLongSum = 1024;  // `dots` have one running total per lane
+    const int64_t most = int64_t{1} << (dots_ || isa() == Isa::kPortable ? 27 : 32);
+    if (chunk_ < head_.rows) return false;
     int64_t width = 0;
     for (int64_t i = 0; i < head_.modalities(); ++i) {
       const int64_t each = features_[i].cols;
       if (!features_[i].has_contiguous_rows() || !head_.weights[i].has_contiguous_rows() ||
-          each > kLongSum) {
+          (dots_ && each > kLongSum)) {
         return false;
       }
       width += each;
     }
-    return head_.rows * head_.classes * width <= kMultiplyAdds;
+    return head_.rows * head_.classes * width <= most;
   }
 
   // Two passes over the threads: rows to their losses and features' gradients, while they are in
   // cache; then columns of the weights' gradients.
-  void run_small() {
+  void run_by_rows() {
     const int64_t classes = head_.classes;
     std::vector<LogitsBranch<T>> branches;
     int64_t width = 0;
@@ -146,16 +155,23 @@ class LinearStep {
     }
     parallel_ranges(rows_, classes * (width / 4 + 16), [&](int64_t begin, int64_t end) {
       for (int64_t i = 0; i < head_.modalities(); ++i) {
-        small_rows_by_rows<T>(begin, end, classes, features_[i].cols,
-                              features_[i].template strided<T>(),
-                              head_.weights[i].template strided<T>(), plane(i + 1));
+        const MatrixView& feature = features_[i];
+        const Strided<T> weight = head_.weights[i].template strided<T>();
+        if (dots_) {
+          dots<T>(begin, end, classes, feature.cols, feature.template strided<T>(), weight,
+                  plane(i + 1));
+        } else {  // the logits' transpose, so that the features are packed: the weight is larger
+          product<T>(0, classes, begin, end, feature.cols, weight,
+                     feature.transposed().template strided<T>(), plane(i + 1), /*row_stride=*/1,
+                     /*col_stride=*/classes);
+        }
       }
       residual_rows(begin, end, branches);
       for (int64_t i = 0; i < head_.modalities(); ++i) {
         if (!grad_features_[i]) continue;
         const MatrixView& grad = *grad_features_[i];
-        small_product<T>(begin, end, 0, grad.cols, classes, row_major(feature_plane(i)),
-                         head_.weights[i].template strided<T>(), grad.data<T>(), grad.row_stride());
+        product<T>(begin, end, 0, grad.cols, classes, row_major(feature_plane(i)),
+                   head_.weights[i].template strided<T>(), grad.data<T>(), grad.row_stride());
         clear_absent(begin, end, losses_.present(i), grad);
       }
     });
@@ -170,9 +186,9 @@ class LinearStep {
       for (int64_t i = 0; i < head_.modalities(); ++i) {
         const int64_t cols = features_[i].cols;
         if (grad_weights_[i] && first < cols && last > 0) {
-          small_product<T>(0, classes, std::max<int64_t>(0, first), std::min(cols, last), rows_,
-                           {weight_plane(i), 1, classes}, features_[i].template strided<T>(),
-                           grad_weights_[i]->template data<T>(), grad_weights_[i]->row_stride());
+          product<T>(0, classes, std::max<int64_t>(0, first), std::min(cols, last), rows_,
+                     {weight_plane(i), 1, classes}, features_[i].template strided<T>(),
+                     grad_weights_[i]->template data<T>(), grad_weights_[i]->row_stride());
         }
         first -= cols;
         last -= cols;
@@ -190,7 +206,7 @@ class LinearStep {
     }
   }
 
-  void run_large(int64_t first_row, int64_t rows) {
+  void run_by_products(int64_t first_row, int64_t rows) {
     std::vector<LogitsBranch<T>> branches;
     std::vector<MatrixView> partials;
     for (int64_t i = 0; i < head_.modalities(); ++i) {
@@ -274,7 +290,8 @@ class LinearStep {
   bool mixes_features_;
   bool mixes_weights_;
   int64_t chunk_;
-  bool small_;
+  bool dots_;
+  bool by_rows_;
   std::unique_ptr<T[]> workspace_;
   std::vector<std::vector<double>> bias_totals_;
   std::vector<std::optional<MatrixView>> grad_features_;

@@ -21,8 +21,8 @@
 #include <vector>
 
 #include "checks.h"
+#include "cpu/gemm.h"
 #include "cpu/row_passes.h"
-#include "cpu/small_gemm.h"
 #include "row_stride.h"
 
 namespace dgl_ext {
@@ -197,10 +197,9 @@ inline void multiply(const MatrixView& a, const MatrixView& b, const MatrixView&
     const bool by_rows = out.rows >= out.cols;
     parallel_ranges(by_rows ? out.rows : out.cols, (by_rows ? out.cols : out.rows) * a.cols,
                     [&](int64_t begin, int64_t end) {
-                      small_product<T>(by_rows ? begin : 0, by_rows ? end : out.rows,
-                                       by_rows ? 0 : begin, by_rows ? out.cols : end, a.cols,
-                                       a.strided<T>(), b.strided<T>(), out.data<T>(),
-                                       out.row_stride());
+                      product<T>(by_rows ? begin : 0, by_rows ? end : out.rows, by_rows ? 0 : begin,
+                                 by_rows ? out.cols : end, a.cols, a.strided<T>(), b.strided<T>(),
+                                 out.data<T>(), out.row_stride());
                     });
   });
 }
@@ -221,8 +220,7 @@ inline MatrixView multiply_weight(const MatrixView& x, const MatrixView& w, cons
     dispatch_dtype(out.dtype(), [&](auto type) {
       using T = decltype(type);
       parallel_ranges(x.rows, w.rows * x.cols, [&](int64_t begin, int64_t end) {
-        small_rows_by_rows<T>(begin, end, w.rows, x.cols, x.strided<T>(), w.strided<T>(),
-                              out.data<T>());
+        dots<T>(begin, end, w.rows, x.cols, x.strided<T>(), w.strided<T>(), out.data<T>());
       });
     });
     return out;

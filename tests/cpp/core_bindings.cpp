@@ -9,12 +9,14 @@
 #include <vector>
 
 #include "cpu/cross_entropy.h"
+#include "cpu/gemm.h"
 #include "cpu/row_passes.h"
-#include "cpu/small_gemm.h"
 
 namespace py = pybind11;
 
 namespace {
+
+using dgl_ext::Isa;
 
 template <typename T>
 using Array = py::array_t<T, py::array::forcecast>;
@@ -89,49 +91,51 @@ void bind(py::module_& m) {
   });
 }
 
-// Both compilations of the small products; the package takes the one that the processor has.
+// Every compilation of the products; the package takes the best that the processor has.
 template <typename T>
-void bind_small(py::module_& m) {
-  m.def("small_rows_by_rows",
-        [](const Array<T>& x, const Array<T>& w, Array<T>& out, Range rows, bool fma) {
-          auto* body =
-              fma ? dgl_ext::small_gemm::rows_by_rows_fma<T> : dgl_ext::small_gemm::rows_by_rows<T>;
-          body(rows.first, rows.second, w.shape(0), x.shape(1), strided(x), strided(w),
-               out.mutable_data());
-        });
-  m.def("small_product", [](const Array<T>& a, const Array<T>& b, Array<T>& out, Range rows,
-                            Range columns, bool fma) {
-    auto* body = fma ? dgl_ext::small_gemm::product_fma<T> : dgl_ext::small_gemm::product<T>;
-    body(rows.first, rows.second, columns.first, columns.second, a.shape(1), strided(a), strided(b),
-         out.mutable_data(), out.strides(0) / static_cast<int64_t>(sizeof(T)));
+void bind_gemm(py::module_& m) {
+  m.def("dots", [](const Array<T>& x, const Array<T>& w, Array<T>& out, Range rows, Isa isa) {
+    dgl_ext::gemm_bodies::dots_for<T>(isa)(rows.first, rows.second, w.shape(0), x.shape(1),
+                                           strided(x), strided(w), out.mutable_data());
+  });
+  m.def("product", [](const Array<T>& a, const Array<T>& b, Array<T>& out, Range rows,
+                      Range columns, Isa isa) {
+    const dgl_ext::Strided<T> to = strided(out);
+    dgl_ext::gemm_bodies::product_for<T>(isa)(rows.first, rows.second, columns.first,
+                                              columns.second, a.shape(1), strided(a), strided(b),
+                                              out.mutable_data(), to.row_stride, to.col_stride);
   });
 }
 
-// One branch's losses and residuals, in both compilations; the residuals replace the logits.
+// One branch's losses and residuals, in every compilation; the residuals replace the logits.
 template <typename T>
 void bind_cross_entropy(py::module_& m) {
   m.def("cross_entropy_rows",
         [](Array<T>& logits, const Array<int64_t>& target, int64_t ignore_index,
            const std::optional<Array<bool>>& present, double label_smoothing, double scale,
-           bool residual, Array<double>& losses, Range rows, bool fma) {
-          auto* body = fma ? dgl_ext::cross_entropy::rows_fma<T> : dgl_ext::cross_entropy::rows<T>;
-          return body(rows.first, rows.second, logits.shape(1),
-                      {target.data(), ignore_index, data_or_null(present), label_smoothing, scale,
-                       residual, losses.mutable_data()},
-                      logits.mutable_data());
+           bool residual, Array<double>& losses, Range rows, Isa isa) {
+          return dgl_ext::cross_entropy::rows_for<T>(isa)(
+              rows.first, rows.second, logits.shape(1),
+              {target.data(), ignore_index, data_or_null(present), label_smoothing, scale, residual,
+               losses.mutable_data()},
+              logits.mutable_data());
         });
 }
 
 }  // namespace
 
 PYBIND11_MODULE(dgl_core, m) {
+  py::enum_<Isa>(m, "Isa")
+      .value("portable", Isa::kPortable)
+      .value("avx2", Isa::kAvx2)
+      .value("avx512", Isa::kAvx512);
+  m.def("isa", &dgl_ext::isa);
   py::module_ f32 = m.def_submodule("float32");
   py::module_ f64 = m.def_submodule("float64");
   bind<float>(f32);
   bind<double>(f64);
-  bind_small<float>(f32);
-  bind_small<double>(f64);
+  bind_gemm<float>(f32);
+  bind_gemm<double>(f64);
   bind_cross_entropy<float>(f32);
   bind_cross_entropy<double>(f64);
-  m.def("has_fma", &dgl_ext::small_gemm::has_fma);
 }
