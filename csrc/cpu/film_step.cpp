@@ -225,11 +225,7 @@ class FilmStep {
 
   void add_weight_grad(const MatrixView& residual, const MatrixView& inputs,
                        const MatrixView& out) const {
-    if (first_row_ == 0) {
-      multiply(residual.transposed(), inputs, out);
-    } else {
-      gemm_add(residual.transposed(), inputs, out);
-    }
+    multiply(residual.transposed(), inputs, out, /*add=*/first_row_ > 0);
   }
 
   static void add_sums(const std::vector<Term<T>>& terms, int64_t rows,

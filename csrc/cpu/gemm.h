@@ -15,6 +15,16 @@
 #include "cpu/vectors.h"
 
 namespace dgl_ext {
+
+// Where a product goes: its values are set, or added to what is there.
+template <typename T>
+struct Output {
+  T* data;
+  int64_t row_stride;
+  int64_t col_stride = 1;
+  bool add = false;
+};
+
 namespace gemm_bodies {
 
 // The sum over a vector's lanes, halves onto halves.
@@ -95,20 +105,10 @@ DGL_EXT_INLINE void dots_body(int64_t row_begin, int64_t row_end, int64_t classe
   }
 }
 
-// Where a tile of outputs goes: rows x cols of them, set or added to.
-template <typename T>
-struct TileOut {
-  T* data;
-  int64_t row_stride;
-  int64_t col_stride;
-  int64_t cols;
-  bool add;
-};
-
 // kRows rows of a times a packed panel of kVectors vectors of columns, in registers.
 template <typename T, int kBytes, int64_t kRows, int64_t kVectors>
 DGL_EXT_INLINE void tile(int64_t count, const Strided<T>& a, const T* b, int64_t b_stride,
-                         const TileOut<T>& out) {
+                         int64_t cols, const Output<T>& out) {
   using Vector = typename Lanes<T, kBytes>::Vector;
   constexpr int64_t kLanes = Lanes<T, kBytes>::kCount;
   if (out.col_stride == 1) {  // the outputs' lines are on their way while the sums are computed
@@ -133,7 +133,7 @@ DGL_EXT_INLINE void tile(int64_t count, const Strided<T>& a, const T* b, int64_t
       for (int64_t v = 0; v < kVectors; ++v) sums[i][v] += factor * parts[v];
     }
   }
-  if (out.col_stride == 1 && out.cols == kVectors * kLanes) {
+  if (out.col_stride == 1 && cols == kVectors * kLanes) {
 #pragma GCC unroll 6
     for (int64_t i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
@@ -152,7 +152,7 @@ DGL_EXT_INLINE void tile(int64_t count, const Strided<T>& a, const T* b, int64_t
   T values[kRows][kVectors * kLanes];
 #pragma GCC unroll 6
   for (int64_t i = 0; i < kRows; ++i) std::memcpy(values[i], sums[i], sizeof(sums[i]));
-  for (int64_t c = 0; c < out.cols; ++c) {
+  for (int64_t c = 0; c < cols; ++c) {
     for (int64_t i = 0; i < kRows; ++i) {
       T& at = out.data[i * out.row_stride + c * out.col_stride];
       at = out.add ? at + values[i][c] : values[i][c];
@@ -164,32 +164,32 @@ DGL_EXT_INLINE void tile(int64_t count, const Strided<T>& a, const T* b, int64_t
 // blocks evenly, since a block of one or two waits for its own sums.
 template <typename T, int kBytes, int64_t kVectors>
 DGL_EXT_INLINE void panel(int64_t rows, int64_t count, const Strided<T>& a, const T* b,
-                          int64_t b_stride, const TileOut<T>& out) {
+                          int64_t b_stride, int64_t cols, const Output<T>& out) {
   constexpr int64_t kMostRows = 6;
   const int64_t blocks = (rows + kMostRows - 1) / kMostRows;
   for (int64_t block = 0, row = 0; block < blocks; ++block) {
     const int64_t end = rows * (block + 1) / blocks;
     const Strided<T> part{a.row(row), a.row_stride, a.col_stride};
-    TileOut<T> at = out;
+    Output<T> at = out;
     at.data += row * out.row_stride;
     switch (end - row) {
       case 6:
-        tile<T, kBytes, 6, kVectors>(count, part, b, b_stride, at);
+        tile<T, kBytes, 6, kVectors>(count, part, b, b_stride, cols, at);
         break;
       case 5:
-        tile<T, kBytes, 5, kVectors>(count, part, b, b_stride, at);
+        tile<T, kBytes, 5, kVectors>(count, part, b, b_stride, cols, at);
         break;
       case 4:
-        tile<T, kBytes, 4, kVectors>(count, part, b, b_stride, at);
+        tile<T, kBytes, 4, kVectors>(count, part, b, b_stride, cols, at);
         break;
       case 3:
-        tile<T, kBytes, 3, kVectors>(count, part, b, b_stride, at);
+        tile<T, kBytes, 3, kVectors>(count, part, b, b_stride, cols, at);
         break;
       case 2:
-        tile<T, kBytes, 2, kVectors>(count, part, b, b_stride, at);
+        tile<T, kBytes, 2, kVectors>(count, part, b, b_stride, cols, at);
         break;
       default:
-        tile<T, kBytes, 1, kVectors>(count, part, b, b_stride, at);
+        tile<T, kBytes, 1, kVectors>(count, part, b, b_stride, cols, at);
     }
     row = end;
   }
@@ -221,8 +221,7 @@ DGL_EXT_INLINE void pack(int64_t count, int64_t cols, const Strided<T>& b, T* pa
 template <typename T, int kBytes>
 DGL_EXT_INLINE void product_body(int64_t row_begin, int64_t row_end, int64_t col_begin,
                                  int64_t col_end, int64_t count, const Strided<T>& a,
-                                 const Strided<T>& b, T* out, int64_t row_stride,
-                                 int64_t col_stride) {
+                                 const Strided<T>& b, const Output<T>& out) {
   constexpr int64_t kLanes = Lanes<T, kBytes>::kCount;
   constexpr int64_t kWidth = 2 * kLanes;
   constexpr int64_t kBlock = 256;  // inputs: a panel of them stays in cache
@@ -234,7 +233,7 @@ DGL_EXT_INLINE void product_body(int64_t row_begin, int64_t row_end, int64_t col
   const int64_t rows = row_end - row_begin;
   const bool direct = b.col_stride == 1 && (rows <= kFewRows || count <= kFewInputs);
   int64_t j = 0;
-  do {  // once if there are no inputs: the outputs are zero then
+  do {  // once if there are no inputs: a sum of none is zero
     const int64_t inputs = std::min(kBlock, count - j);
     const Strided<T> part{a.row(row_begin) + j * a.col_stride, a.row_stride, a.col_stride};
     for (int64_t begin = col_begin; begin < col_end; begin += kWidth) {
@@ -244,12 +243,12 @@ DGL_EXT_INLINE void product_body(int64_t row_begin, int64_t row_end, int64_t col
         pack<T, kWidth>(inputs, cols, from, packed);
         from = {packed, kWidth, 1};
       }
-      const TileOut<T> to{out + row_begin * row_stride + begin * col_stride, row_stride, col_stride,
-                          cols, j > 0};
+      const Output<T> to{out.data + row_begin * out.row_stride + begin * out.col_stride,
+                         out.row_stride, out.col_stride, out.add || j > 0};
       if (cols > kLanes) {
-        panel<T, kBytes, 2>(rows, inputs, part, from.data, from.row_stride, to);
+        panel<T, kBytes, 2>(rows, inputs, part, from.data, from.row_stride, cols, to);
       } else {
-        panel<T, kBytes, 1>(rows, inputs, part, from.data, from.row_stride, to);
+        panel<T, kBytes, 1>(rows, inputs, part, from.data, from.row_stride, cols, to);
       }
     }
     j += inputs;
@@ -260,7 +259,7 @@ template <typename T>
 using Dots = void (*)(int64_t, int64_t, int64_t, int64_t, const Strided<T>&, const Strided<T>&, T*);
 template <typename T>
 using Product = void (*)(int64_t, int64_t, int64_t, int64_t, int64_t, const Strided<T>&,
-                         const Strided<T>&, T*, int64_t, int64_t);
+                         const Strided<T>&, const Output<T>&);
 
 template <typename T>
 DGL_EXT_TARGET_AVX2 void dots_avx2(int64_t row_begin, int64_t row_end, int64_t classes,
@@ -272,19 +271,15 @@ DGL_EXT_TARGET_AVX2 void dots_avx2(int64_t row_begin, int64_t row_end, int64_t c
 template <typename T>
 DGL_EXT_TARGET_AVX2 void product_avx2(int64_t row_begin, int64_t row_end, int64_t col_begin,
                                       int64_t col_end, int64_t count, const Strided<T>& a,
-                                      const Strided<T>& b, T* out, int64_t row_stride,
-                                      int64_t col_stride) {
-  product_body<T, 32>(row_begin, row_end, col_begin, col_end, count, a, b, out, row_stride,
-                      col_stride);
+                                      const Strided<T>& b, const Output<T>& out) {
+  product_body<T, 32>(row_begin, row_end, col_begin, col_end, count, a, b, out);
 }
 
 template <typename T>
 DGL_EXT_TARGET_AVX512 void product_avx512(int64_t row_begin, int64_t row_end, int64_t col_begin,
                                           int64_t col_end, int64_t count, const Strided<T>& a,
-                                          const Strided<T>& b, T* out, int64_t row_stride,
-                                          int64_t col_stride) {
-  product_body<T, 64>(row_begin, row_end, col_begin, col_end, count, a, b, out, row_stride,
-                      col_stride);
+                                          const Strided<T>& b, const Output<T>& out) {
+  product_body<T, 64>(row_begin, row_end, col_begin, col_end, count, a, b, out);
 }
 
 // Wider vectors gain nothing in `dots`, where the sums over lanes cost more.
@@ -301,14 +296,11 @@ Product<T> product_for(Isa isa) {
 
 }  // namespace gemm_bodies
 
-// out[i, k] = sum_j a[i, j] b[j, k] for ranges of rows and columns; any strides, out's rows
-// `row_stride` apart and its columns `col_stride`.
+// out[i, k] = sum_j a[i, j] b[j, k] for ranges of rows and columns; any strides.
 template <typename T>
 void product(int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end, int64_t count,
-             const Strided<T>& a, const Strided<T>& b, T* out, int64_t row_stride,
-             int64_t col_stride = 1) {
-  gemm_bodies::product_for<T>(isa())(row_begin, row_end, col_begin, col_end, count, a, b, out,
-                                     row_stride, col_stride);
+             const Strided<T>& a, const Strided<T>& b, const Output<T>& out) {
+  gemm_bodies::product_for<T>(isa())(row_begin, row_end, col_begin, col_end, count, a, b, out);
 }
 
 // out[r, c] = sum_k x[r, k] w[c, k] for a range of rows. The rows of x and w are contiguous, out is

@@ -119,9 +119,9 @@ class LinearStep {
   // Whether the logits are taken by `dots`, which copy nothing, rather than by `product`.
   bool prefers_dots() const {
     constexpr int64_t kFewClasses = 128;  // with more, packing the features pays ...
-    constexpr int64_t kHalfPanel = 16;    // ... if a thread has rows enough to fill a panel
+    constexpr int64_t kPanel = 32;        // ... if a thread has so many rows
     const int64_t threads = torch::stable::get_num_threads();
-    return head_.classes <= kFewClasses || head_.rows < kHalfPanel * threads;
+    return head_.classes <= kFewClasses || head_.rows < kPanel * threads;
   }
 
   // Whether our own products, fused by rows, replace the library's. The bounds on the multiply-adds
@@ -162,8 +162,7 @@ class LinearStep {
                   plane(i + 1));
         } else {  // the logits' transpose, so that the features are packed: the weight is larger
           product<T>(0, classes, begin, end, feature.cols, weight,
-                     feature.transposed().template strided<T>(), plane(i + 1), /*row_stride=*/1,
-                     /*col_stride=*/classes);
+                     feature.transposed().template strided<T>(), {plane(i + 1), 1, classes});
         }
       }
       residual_rows(begin, end, branches);
@@ -171,7 +170,7 @@ class LinearStep {
         if (!grad_features_[i]) continue;
         const MatrixView& grad = *grad_features_[i];
         product<T>(begin, end, 0, grad.cols, classes, row_major(feature_plane(i)),
-                   head_.weights[i].template strided<T>(), grad.data<T>(), grad.row_stride());
+                   head_.weights[i].template strided<T>(), {grad.data<T>(), grad.row_stride()});
         clear_absent(begin, end, losses_.present(i), grad);
       }
     });
@@ -188,7 +187,7 @@ class LinearStep {
         if (grad_weights_[i] && first < cols && last > 0) {
           product<T>(0, classes, std::max<int64_t>(0, first), std::min(cols, last), rows_,
                      {weight_plane(i), 1, classes}, features_[i].template strided<T>(),
-                     grad_weights_[i]->template data<T>(), grad_weights_[i]->row_stride());
+                     {grad_weights_[i]->template data<T>(), grad_weights_[i]->row_stride()});
         }
         first -= cols;
         last -= cols;
@@ -229,11 +228,7 @@ class LinearStep {
       if (!grad_weights_[i]) continue;
       const MatrixView residual = matrix(weight_plane(i)).transposed();
       const MatrixView feature = features_[i].row_block(first_row, rows);
-      if (first_row == 0) {
-        multiply(residual, feature, *grad_weights_[i]);
-      } else {
-        gemm_add(residual, feature, *grad_weights_[i]);
-      }
+      multiply(residual, feature, *grad_weights_[i], /*add=*/first_row > 0);
     }
     if (!Needs::any(needs_.biases)) return;
     parallel_ranges(head_.classes, rows,

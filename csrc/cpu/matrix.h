@@ -154,18 +154,17 @@ inline MatrixView empty_matrix(int64_t rows, int64_t cols, ScalarType dtype) {
 // Up to here a head counts as narrow.
 constexpr int64_t kFewOutputs = 64;
 
-// out = a b, by the library
-inline void gemm(const MatrixView& a, const MatrixView& b, const MatrixView& out) {
+// out = a b, or out += a b, by the library
+inline void gemm(const MatrixView& a, const MatrixView& b, const MatrixView& out,
+                 bool add = false) {
   if (out.rows == 0 || out.cols == 0) return;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.view().get(), a.view().get(), b.view().get()));
-}
-
-// out += a b, by the library
-inline void gemm_add(const MatrixView& a, const MatrixView& b, const MatrixView& out) {
-  if (out.rows == 0 || out.cols == 0) return;
-  const Tensor sum = out.view();
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(sum.get(), sum.get(), a.view().get(),
-                                                  b.view().get(), /*beta=*/1, /*alpha=*/1));
+  const Tensor to = out.view();
+  if (add) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(to.get(), to.get(), a.view().get(),
+                                                    b.view().get(), /*beta=*/1, /*alpha=*/1));
+  } else {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(to.get(), a.view().get(), b.view().get()));
+  }
 }
 
 // Rows or columns in ranges over torch's threads, none so small that starting it costs more.
@@ -176,31 +175,43 @@ void parallel_ranges(int64_t count, int64_t elements_each, const F& f) {
   torch::stable::parallel_for(0, count, grain, f);
 }
 
-// Whether a product is so small that calling a library costs more than it saves. Sums are over one
-// running total each, so long ones are left to the library, which splits them.
-inline bool is_small(int64_t m, int64_t n, int64_t k) {
-  constexpr int64_t kFewMultiplyAdds = int64_t{1} << 21;
-  constexpr int64_t kLongSum = 1024;
-  return k <= kLongSum && m * n * k <= kFewMultiplyAdds;
+// Up to here a call of the library costs more than it saves, whatever the shape.
+constexpr int64_t kFewMultiplyAdds = int64_t{1} << 21;
+
+// Whether our own blocked product replaces the library's: where it was timed (on two cores) and was
+// faster. Every thread packs for itself, which must be little beside what it then computes.
+inline bool prefers_product(int64_t m, int64_t n, int64_t k) {
+  constexpr int64_t kMostMultiplyAdds = int64_t{1} << 32;
+  constexpr int64_t kOutputsEach = 64;
+  if (m * n * k <= kFewMultiplyAdds) return true;
+  return isa() != Isa::kPortable && m * n * k <= kMostMultiplyAdds &&
+         std::max(m, n) >= kOutputsEach * torch::stable::get_num_threads();
 }
 
-// out = a b
-inline void multiply(const MatrixView& a, const MatrixView& b, const MatrixView& out) {
-  const bool small = is_small(a.rows, b.cols, a.cols) && std::min(a.rows, a.cols) <= kFewOutputs;
-  if (!small || !b.has_contiguous_rows() || !out.has_contiguous_rows()) {
-    gemm(a, b, out);
+// out = a b, or out += a b
+inline void multiply(const MatrixView& a, const MatrixView& b, const MatrixView& out,
+                     bool add = false) {
+  if (!prefers_product(a.rows, b.cols, a.cols)) {
+    gemm(a, b, out, add);
     return;
   }
   dispatch_dtype(out.dtype(), [&](auto type) {
     using T = decltype(type);
-    // A wide product of few rows is cut along its columns.
+    const Strided<T> strides = out.strided<T>();
+    const Output<T> to{out.data<T>(), strides.row_stride, strides.col_stride, add};
+    // Cut along the longer side, columns in whole vectors.
+    constexpr int64_t kVectors = 64;
     const bool by_rows = out.rows >= out.cols;
-    parallel_ranges(by_rows ? out.rows : out.cols, (by_rows ? out.cols : out.rows) * a.cols,
-                    [&](int64_t begin, int64_t end) {
-                      product<T>(by_rows ? begin : 0, by_rows ? end : out.rows, by_rows ? 0 : begin,
-                                 by_rows ? out.cols : end, a.cols, a.strided<T>(), b.strided<T>(),
-                                 out.data<T>(), out.row_stride());
-                    });
+    const int64_t unit = by_rows ? 1 : kVectors;
+    const int64_t longer = by_rows ? out.rows : out.cols;
+    const int64_t shorter = by_rows ? out.cols : out.rows;
+    parallel_ranges(
+        (longer + unit - 1) / unit, unit * shorter * a.cols / 8, [&](int64_t first, int64_t last) {
+          const int64_t begin = first * unit;
+          const int64_t end = std::min(longer, last * unit);
+          product<T>(by_rows ? begin : 0, by_rows ? end : out.rows, by_rows ? 0 : begin,
+                     by_rows ? out.cols : end, a.cols, a.strided<T>(), b.strided<T>(), to);
+        });
   });
 }
 
@@ -215,14 +226,19 @@ inline bool may_flip(int64_t rows, int64_t outputs) {
 // matrix with the rows along the other axis: with few outputs, or few logits, the library is 1.1 to
 // 1.5 times faster that way round, and the pass over the logits that follows reads either.
 inline MatrixView multiply_weight(const MatrixView& x, const MatrixView& w, const MatrixView& out) {
-  if (is_small(x.rows, w.rows, x.cols) && w.rows <= kFewOutputs && x.has_contiguous_rows() &&
-      w.has_contiguous_rows()) {
+  constexpr int64_t kLongSum = 1024;  // `dots` have one running total per lane
+  if (w.rows <= kFewOutputs && x.cols <= kLongSum && x.has_contiguous_rows() &&
+      w.has_contiguous_rows() && x.rows * w.rows * x.cols <= kFewMultiplyAdds) {
     dispatch_dtype(out.dtype(), [&](auto type) {
       using T = decltype(type);
       parallel_ranges(x.rows, w.rows * x.cols, [&](int64_t begin, int64_t end) {
         dots<T>(begin, end, w.rows, x.cols, x.strided<T>(), w.strided<T>(), out.data<T>());
       });
     });
+    return out;
+  }
+  if (prefers_product(w.rows, x.rows, x.cols)) {
+    multiply(w, x.transposed(), out.transposed());
     return out;
   }
   if (!may_flip(x.rows, w.rows)) {

@@ -99,11 +99,11 @@ void bind_gemm(py::module_& m) {
                                            strided(x), strided(w), out.mutable_data());
   });
   m.def("product", [](const Array<T>& a, const Array<T>& b, Array<T>& out, Range rows,
-                      Range columns, Isa isa) {
+                      Range columns, Isa isa, bool add) {
     const dgl_ext::Strided<T> to = strided(out);
-    dgl_ext::gemm_bodies::product_for<T>(isa)(rows.first, rows.second, columns.first,
-                                              columns.second, a.shape(1), strided(a), strided(b),
-                                              out.mutable_data(), to.row_stride, to.col_stride);
+    dgl_ext::gemm_bodies::product_for<T>(isa)(
+        rows.first, rows.second, columns.first, columns.second, a.shape(1), strided(a), strided(b),
+        {out.mutable_data(), to.row_stride, to.col_stride, add});
   });
 }
 
