@@ -93,10 +93,26 @@ def test_numbers_of_modalities(fusion, backend, modalities, bias):
     check_against_two_pass(backend, fusion=fusion, widths=WIDTHS[modalities], bias=bias)
 
 
+@pytest.fixture(params=[1, 5], ids=["one thread", "five threads"])
+def threads(request):
+    """How rows and columns are cut, and which of the CPU's products run, depends on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("backend", BACKENDS[1:])
-@pytest.mark.parametrize(("rows", "widths", "classes"), [(64, (96, 64), 34), (70, (40, 300), 309)])
-def test_sizes_of_a_real_head(fusion, backend, rows, widths, classes):
+@pytest.mark.parametrize(("rows", "widths", "classes"), [(64, (96, 64), 34), (300, (40, 300), 309)])
+def test_sizes_of_a_real_head(fusion, backend, rows, widths, classes, threads):
     check_against_two_pass(backend, fusion=fusion, leading=(rows,), widths=widths, classes=classes)
+
+
+@pytest.mark.parametrize("rows", [33, 97])
+def test_many_classes_with_masks_and_leaks(fusion, rows, threads):
+    problem = make_problem(fusion, leading=(rows,), widths=(70, 41), classes=200)
+    options = {"encoder_leak": 0.5, "head_leak": 0.25, "present": make_present(problem)}
+    check_against_reference(problem, make_target(problem, ignored=0.2), "cpu", **options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 
 #include "cpu/vectors.h"
@@ -64,6 +65,30 @@ DGL_EXT_INLINE void load_part(typename Lanes<T>::Vector& vector, const T* data, 
   std::memcpy(&vector, data, count * sizeof(T));
 }
 
+// The largest of a vector's lanes, none of them NaN; halves onto halves.
+DGL_EXT_INLINE float lane_maximum(const Lanes<float>::Vector& v) {
+  typedef int32_t Order __attribute__((vector_size(32)));
+  Lanes<float>::Vector other = __builtin_shuffle(v, Order{4, 5, 6, 7, 0, 1, 2, 3});
+  const Lanes<float>::Vector halves = v > other ? v : other;
+  other = __builtin_shuffle(halves, Order{2, 3, 0, 1, 6, 7, 4, 5});
+  const Lanes<float>::Vector pairs = halves > other ? halves : other;
+  return std::max(pairs[0], pairs[1]);
+}
+DGL_EXT_INLINE double lane_maximum(const Lanes<double>::Vector& v) {
+  return std::max(std::max(v[0], v[2]), std::max(v[1], v[3]));
+}
+
+// The sum over a vector's lanes, in double.
+DGL_EXT_INLINE double wide_sum(const Lanes<float>::Vector& v) {
+  double sums[4];
+  for (int64_t k = 0; k < 4; ++k)
+    sums[k] = static_cast<double>(v[k]) + static_cast<double>(v[k + 4]);
+  return (sums[0] + sums[2]) + (sums[1] + sums[3]);
+}
+DGL_EXT_INLINE double wide_sum(const Lanes<double>::Vector& v) {
+  return (v[0] + v[2]) + (v[1] + v[3]);
+}
+
 // The largest value that is not NaN (-inf if there is none), and whether there is a NaN.
 template <typename T>
 DGL_EXT_INLINE T maximum(const T* row, int64_t classes, bool& has_nan) {
@@ -88,13 +113,11 @@ DGL_EXT_INLINE T maximum(const T* row, int64_t classes, bool& has_nan) {
     most[0] = values > most[0] ? values : most[0];
     unordered |= values != values;
   }
-  T result = -std::numeric_limits<T>::infinity();
-  has_nan = false;
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    for (const Vector& chain : most) result = std::max(result, chain[lane]);
-    has_nan |= unordered[lane] != 0;
-  }
-  return result;
+  for (int64_t k = 1; k < kChains; ++k) most[0] = most[k] > most[0] ? most[k] : most[0];
+  uint64_t bits[4];
+  std::memcpy(bits, &unordered, sizeof(bits));
+  has_nan = (bits[0] | bits[1] | bits[2] | bits[3]) != 0;
+  return lane_maximum(most[0]);
 }
 
 // Whether the first of the largest values, as torch.argmax takes it, is the target's.
@@ -139,7 +162,7 @@ DGL_EXT_INLINE double exponentials(T* row, int64_t classes, T most, bool keep) {
       sums += values;
       if (keep) std::memcpy(row + c, &values, (end - c) * sizeof(T));
     }
-    for (int64_t lane = 0; lane < kLanes; ++lane) sum += sums[lane];
+    sum += wide_sum(sums);
   }
   return sum;
 }

@@ -1,5 +1,5 @@
 // The linear head (concat and sum) on the CPU: 2 units of work forward and 4 backward for two
-// modalities, as library GEMMs on views of the weight, without a cat and without zero blocks.
+// modalities, as products on views of the weight, without a cat and without zero blocks.
 //
 // concat and sum are one head here. They differ in where a modality's weight lies (columns of one
 // weight, or a weight of its own) and in whose bias a modality's logits get (the shared one, or its

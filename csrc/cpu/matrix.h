@@ -1,6 +1,6 @@
-// Tensors as matrices, and library GEMMs on views of them through torch's C shims, which call the
-// kernel without the dispatcher (quicker) and take the scalars of addmm (the stable ABI's
-// dispatcher call does not).
+// Tensors as matrices, and products of views of them: our own (gemm.h), or the library's through
+// torch's C shims, which call it without the dispatcher (quicker) and take the scalars of addmm
+// (the stable ABI's dispatcher call does not).
 //
 // Heads on the CPU compute in float64 or float32 only: float16 and bfloat16 are converted at the
 // op's border (`to_compute`, `to_storage`), so that sums over modalities and rows are never rounded
@@ -44,10 +44,23 @@ inline std::vector<Tensor> to_storage(std::vector<Tensor> tensors, ScalarType dt
   return tensors;
 }
 
-// An uninitialised row-major CPU tensor.
+// An uninitialised row-major CPU tensor. Not by torch::stable::empty, which looks its op up by
+// name: a step makes seven tensors, and that would be a tenth of a small one.
 inline Tensor empty_cpu(const Shape& shape, ScalarType dtype) {
-  return torch::stable::empty(shape, dtype, std::nullopt,
-                              torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  Shape strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) {
+    strides[i - 1] = strides[i] * std::max<int64_t>(1, shape[i]);
+  }
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), /*device_index=*/0, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor to_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 // Calls f with a value of the C++ type of a compute dtype.
@@ -252,7 +265,7 @@ inline MatrixView multiply_weight(const MatrixView& x, const MatrixView& w, cons
 
 // A bias in the compute dtype, or zeros.
 inline Tensor bias_or_zeros(const std::optional<Tensor>& bias, int64_t size, ScalarType dtype) {
-  if (bias) return torch::stable::contiguous(to_compute(*bias));
+  if (bias) return to_contiguous(to_compute(*bias));
   Tensor zeros = empty_cpu({size}, dtype);
   torch::stable::zero_(zeros);
   return zeros;

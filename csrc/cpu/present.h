@@ -12,7 +12,7 @@ namespace dgl_ext::cpu {
 // The data of a tensor of one element per row. `held` keeps it alive.
 template <typename T>
 const T* flat_data(const Tensor& tensor, std::vector<Tensor>& held) {
-  held.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
+  held.push_back(to_contiguous(tensor));
   return static_cast<const T*>(held.back().data_ptr());
 }
 

@@ -1,7 +1,7 @@
-// What is left of a head on the CPU when library GEMMs have done the multiplications: passes over
-// rows that add biases, sum modalities and mix gradients. Free of torch, so that the C++ tests can
-// drive them with numpy; each works on a range of rows or columns, which the caller spreads over
-// threads. Results do not depend on how the range is cut.
+// What is left of a head on the CPU when its products are taken: passes over rows that add biases,
+// sum modalities and mix gradients. Free of torch, so that the C++ tests can drive them with numpy;
+// each works on a range of rows or columns, which the caller spreads over threads. Results do not
+// depend on how the range is cut.
 //
 // The loops carry `ivdep`: an output may be the very buffer of an input, element for element, which
 // is no hazard but would keep the compiler from vectorising.
