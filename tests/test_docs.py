@@ -68,3 +68,25 @@ def test_the_readme_table_shows_the_committed_results():
         ratios = " | ".join(f"{float(row[name]):.2f}" for name in columns)
         pattern = rf"^\| {row['fusion']} \| {size} \| .* \| {re.escape(ratios)} \|$"
         assert re.search(pattern, readme, re.M), (row["fusion"], size)
+
+
+def test_the_readme_shows_the_committed_memory():
+    results = ROOT / "benchmarks" / "results" / "bench_memory_cpu_float32.csv"
+    with results.open() as lines:
+        measured = {
+            (row["rows"], row["classes"], row["provider"]): row for row in csv.DictReader(lines)
+        }
+    readme = (ROOT / "README.md").read_text()
+    shown = re.findall(r"^\| ([\d,]+) x ([\d,]+) \| (\d+) \| (.*) \|$", readme, re.M)
+    assert len(shown) == 4
+    for rows, classes, gradients, cells in shown:
+        for provider, cell in zip(
+            ("joint", "dgl_ext_logits", "linear_cross_entropy", "dgl_ext"),
+            cells.split(" | "),
+            strict=True,
+        ):
+            row = measured[rows.replace(",", ""), classes.replace(",", ""), provider]
+            seconds = float(row["median_us"]) / 1e6
+            memory = f"{int(row['extra_bytes']) / 2**20:,.0f} MiB"
+            assert cell == f"{memory}, {seconds:.{1 if seconds >= 1 else 2}f} s"
+            assert gradients == f"{int(row['gradient_bytes']) / 2**20:.0f}"

@@ -1,6 +1,7 @@
-// The products of a head on the CPU where a library call does not pay. Small ones are dominated by
-// the call, by packing and by waking threads. Middle-sized ones are cut by rows here, so that
-// logits, losses and gradients of a row follow one another while they are in cache. Free of torch.
+// The products of a head on the CPU, for the sizes at which a library's were measured to be slower.
+// Small ones a library spends on its call, on packing and on waking threads; larger ones can be cut
+// by rows here, so that logits, losses and gradients of a row follow one another while they are in
+// cache. Free of torch.
 //
 // Two bodies. `dots` reads both operands along their contiguous rows and copies nothing: the logits
 // of few classes. `product` is the blocked kind: a panel of b is packed once and every row of a
