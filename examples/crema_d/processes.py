@@ -104,6 +104,6 @@ def stop() -> None:
     gloo = dist.get_backend() == "gloo"
     dist.destroy_process_group()
     if gloo:
-        # Its threads may still hold the last collective's tensors. One that lets go of them while the
-        # interpreter shuts down aborts the process (torch 2.13).
+        # Its threads may still hold the last collective's tensors. One that lets go of them while
+        # the interpreter shuts down aborts the process (torch 2.13).
         time.sleep(0.5)
