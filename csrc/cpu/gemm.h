@@ -304,6 +304,9 @@ void product(int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_
   gemm_bodies::product_for<T>(isa())(row_begin, row_end, col_begin, col_end, count, a, b, out);
 }
 
+// The widest rows for `dots`, which have one running total per lane.
+constexpr int64_t kLongestDots = 1024;
+
 // out[r, c] = sum_k x[r, k] w[c, k] for a range of rows. The rows of x and w are contiguous, out is
 // row-major with `classes` columns. Faster than `product` for few classes or few rows.
 template <typename T>

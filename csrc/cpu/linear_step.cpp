@@ -127,14 +127,13 @@ class LinearStep {
   // Whether our own products, fused by rows, replace the library's. The bounds on the multiply-adds
   // are the largest that were timed, on two cores; up to there ours were faster.
   bool runs_by_rows() const {
-    constexpr int64_t kLongSum = 1024;  // `dots` have one running total per lane
     const int64_t most = int64_t{1} << (dots_ || isa() == Isa::kPortable ? 27 : 32);
     if (chunk_ < head_.rows) return false;
     int64_t width = 0;
     for (int64_t i = 0; i < head_.modalities(); ++i) {
       const int64_t each = features_[i].cols;
       if (!features_[i].has_contiguous_rows() || !head_.weights[i].has_contiguous_rows() ||
-          (dots_ && each > kLongSum)) {
+          (dots_ && each > kLongestDots)) {
         return false;
       }
       width += each;

@@ -239,8 +239,7 @@ inline bool may_flip(int64_t rows, int64_t outputs) {
 // matrix with the rows along the other axis: with few outputs, or few logits, the library is 1.1 to
 // 1.5 times faster that way round, and the pass over the logits that follows reads either.
 inline MatrixView multiply_weight(const MatrixView& x, const MatrixView& w, const MatrixView& out) {
-  constexpr int64_t kLongSum = 1024;  // `dots` have one running total per lane
-  if (w.rows <= kFewOutputs && x.cols <= kLongSum && x.has_contiguous_rows() &&
+  if (w.rows <= kFewOutputs && x.cols <= kLongestDots && x.has_contiguous_rows() &&
       w.has_contiguous_rows() && x.rows * w.rows * x.cols <= kFewMultiplyAdds) {
     dispatch_dtype(out.dtype(), [&](auto type) {
       using T = decltype(type);
