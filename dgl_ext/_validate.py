@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_PLAIN_OR_NONE = _PLAIN | {type(None)}
 
 Shape = tuple[int | None, ...]
 
@@ -48,6 +52,18 @@ def check_sequence(name: str, value: object, what: str) -> tuple[object, ...]:
     ):
         raise TypeError(f"{name}: expected {what}, got {type(value).__name__}")
     return tuple(value[i] for i in range(len(value)))
+
+
+def plain_tuple(value: object, or_none: bool = False) -> tuple[Any, ...] | None:
+    """Returns the entries of a list or tuple if all are tensors (or None, if so asked), else None.
+
+    A parameter is a tensor like any other; no other subclass passes, which may make of an op what
+    it will.
+    """
+    if not isinstance(value, (list, tuple)):
+        return None
+    values = tuple(value)
+    return values if (_PLAIN_OR_NONE if or_none else _PLAIN).issuperset(map(type, values)) else None
 
 
 def check_features(features: object) -> tuple[Tensor, ...]:

@@ -19,11 +19,11 @@ from .heads import Biases, Features, Weights
 from .settings import workspace_limit
 from .types import DecoupledLoss
 
-_OPS = {"concat": "linear_head_step", "sum": "linear_head_step", "film": "film_head_step"}
+OPS = {"concat": "linear_head_step", "sum": "linear_head_step", "film": "film_head_step"}
 
 
 class StepOptions(NamedTuple):
-    """What a step is told besides tensors: the op, how it runs, and numbers."""
+    """What makes up a step besides tensors: the op, how it runs, and the user's numbers."""
 
     op: str
     path: Path
@@ -35,10 +35,10 @@ class StepOptions(NamedTuple):
     label_smoothing: float
     encoder_leak: float
     head_leak: float
-    workspace_limit: int
-    grad_enabled: bool  # in forward it no longer is
 
-    def call(self, target: Tensor, tensors: Sequence[Any], needs: Sequence[bool]) -> list[Tensor]:
+    def call(
+        self, limit: int, target: Tensor, tensors: Sequence[Any], needs: Sequence[bool]
+    ) -> list[Tensor]:
         """Calls the op; `tensors` are features, weights, biases and masks."""
         weights = self.modalities
         biases = weights + self.parameters
@@ -61,8 +61,13 @@ class StepOptions(NamedTuple):
             needs[biases:end],
             self.encoder_leak,
             self.head_leak,
-            self.workspace_limit,
+            limit,
         )
+
+
+# forward's arguments before the tensors, and backward's results for them and the target.
+_OPTIONS = 3
+_NO_GRADS = (None,) * (_OPTIONS + 1)
 
 
 class TrainingStep(torch.autograd.Function):
@@ -70,11 +75,16 @@ class TrainingStep(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, options: StepOptions, target: Tensor, *tensors: Any
+        ctx: Any,
+        options: StepOptions,
+        limit: int,
+        grad_enabled: bool,  # here it no longer is
+        target: Tensor,
+        *tensors: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Takes features, weights, biases and masks in one flat list; returns loss, parts, hits."""
-        needs = ctx.needs_input_grad[2:] if options.grad_enabled else (False,) * len(tensors)
-        total, losses, correct, *grads = options.call(target, tensors, needs)
+        needs = ctx.needs_input_grad[_OPTIONS + 1 :] if grad_enabled else (False,) * len(tensors)
+        total, losses, correct, *grads = options.call(limit, target, tensors, needs)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(losses, correct)
         # Freed before autograd stores them, which so can take them for `.grad` without a copy.
@@ -88,20 +98,20 @@ class TrainingStep(torch.autograd.Function):
         """Scales the gradients that forward computed by that of the total."""
         scale = grad_outputs[0]
         if scale is None:
-            return (None, None, *(None for _ in ctx.needs))
+            return (*_NO_GRADS, *(None for _ in ctx.needs))
         if torch.is_grad_enabled():  # backward(create_graph=True)
             raise RuntimeError(
                 "dgl_ext: a training step has no second derivatives; "
                 'use backend="reference" for them'
             )
         grads = iter(_scaled(ctx.saved_tensors, scale, ctx.to_float16))
-        return (None, None, *[next(grads) if need else None for need in ctx.needs])
+        return (*_NO_GRADS, *[next(grads) if need else None for need in ctx.needs])
 
 
 def _scaled(grads: Sequence[Tensor], scale: Tensor, to_float16: bool) -> Sequence[Tensor]:
     """Multiplies by `scale`, in place where nobody will ask for the gradients again."""
     if not torch.compiler.is_compiling() and not to_float16:
-        if scale.device.type == "cpu" and scale.item() == 1:
+        if scale.is_cpu and scale.item() == 1:
             return grads
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             _ops.scale_gradients_(grads, scale)
@@ -121,7 +131,7 @@ def apply(
 ) -> DecoupledLoss:
     """Returns the loss of a head, with disentangled gradients behind its total."""
     options = StepOptions(
-        _OPS[fusion],
+        OPS[fusion],
         path,
         len(features),
         len(weights),
@@ -131,11 +141,28 @@ def apply(
         loss.label_smoothing,
         encoder_leak,
         head_leak,
+    )
+    return run(options, features, weights, biases, loss.target, loss.present)
+
+
+def run(
+    options: StepOptions,
+    features: Features,
+    weights: Weights,
+    biases: Biases,
+    target: Tensor,
+    present: Sequence[Tensor | None],
+) -> DecoupledLoss:
+    """Takes a step that `options` describe."""
+    total, losses, correct = TrainingStep.apply(
+        options,
         workspace_limit(),
         torch.is_grad_enabled(),
-    )
-    total, losses, correct = TrainingStep.apply(
-        options, loss.target, *features, *weights, *biases, *loss.present
+        target,
+        *features,
+        *weights,
+        *biases,
+        *present,
     )
     fused, *unimodal = losses.unbind()
     return DecoupledLoss(total, fused, tuple(unimodal), correct)

@@ -50,9 +50,22 @@ class CrossEntropy(NamedTuple):
         """Checks a user's arguments; each error names its own."""
         return cls(
             check_target(target, features[0]),
-            check_alpha(alpha, len(features)),
-            check_reduction(reduction),
-            check_ignore_index(ignore_index),
-            check_share("label_smoothing", label_smoothing),
+            *check_numbers(len(features), alpha, reduction, ignore_index, label_smoothing),
             check_present(present, features),
         )
+
+
+def check_numbers(
+    modalities: int,
+    alpha: object,
+    reduction: object,
+    ignore_index: object,
+    label_smoothing: object,
+) -> tuple[tuple[float, ...], bool, int, float]:
+    """Checks what a loss takes besides tensors, in the order of `CrossEntropy`."""
+    return (
+        check_alpha(alpha, modalities),
+        check_reduction(reduction),
+        check_ignore_index(ignore_index),
+        check_share("label_smoothing", label_smoothing),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
 
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from . import _extension, autograd, autograd_step, reference
 from ._ops import Path
-from ._validate import check_present, check_share
-from .cross_entropy import CrossEntropy
-from .heads import Features, get_head
+from ._validate import check_present, check_share, plain_tuple
+from .autograd_step import StepOptions
+from .cross_entropy import CrossEntropy, check_numbers
+from .heads import Biases, Features, Head, Weights, get_head
 from .types import DecoupledLogits, DecoupledLoss
 
 BACKENDS = ("auto", "reference", "composed", "cpu", "cuda")
@@ -100,12 +102,20 @@ def fused_decouple(
         >>> audio.grad is None, weight.grad is None
         (True, False)
     """
-    tensors, weights, biases = get_head(fusion).check(features, weight, bias)
-    encoder_leak = check_share("encoder_leak", encoder_leak)
-    head_leak = check_share("head_leak", head_leak)
-    masks = check_present(present, tensors)
-    path = _choose_path(backend, tensors)
-    arguments = (fusion, tensors, weights, biases, encoder_leak, head_leak, masks)
+    head = get_head(fusion)
+    leaks = check_share("encoder_leak", encoder_leak), check_share("head_leak", head_leak)
+    plain = _arrange(backend, head, features, weight, bias, present)
+    if plain is not None:
+        tensors, masks = plain
+        try:
+            outputs = autograd.apply(fusion, *tensors, *leaks, masks)
+            return DecoupledLogits(outputs[0], outputs[1:])
+        except RuntimeError:
+            pass  # What follows raises it again, in the user's terms.
+    tensors = head.check(features, weight, bias)
+    masks = check_present(present, tensors[0])
+    path = _choose_path(backend, tensors[0])
+    arguments = (fusion, *tensors, *leaks, masks)
     if path is None:
         return reference.compute(*arguments)
     outputs = autograd.apply(*arguments, path)
@@ -183,17 +193,61 @@ def fused_decouple_cross_entropy(
         >>> audio.grad.shape, weight.grad.shape, loss.correct.shape
         (torch.Size([8, 32]), torch.Size([5, 96]), torch.Size([3]))
     """
-    tensors, weights, biases = get_head(fusion).check(features, weight, bias)
+    head = get_head(fusion)
+    plain = _arrange(backend, head, features, weight, bias, present)
+    if plain is not None and plain_tuple((target,)):
+        tensors, masks = plain
+        # Among several, 1 and True would be one and the same to the cache.
+        plan = _plan_step if isinstance(alpha, (int, float)) else _plan_step.__wrapped__
+        try:
+            options = plan(
+                fusion,
+                len(tensors[0]),
+                len(tensors[1]),
+                alpha,
+                reduction,
+                ignore_index,
+                label_smoothing,
+                encoder_leak,
+                head_leak,
+            )
+            return autograd_step.run(options, *tensors, target, masks)
+        except (RuntimeError, TypeError, ValueError):
+            pass  # What follows raises it again, in the user's terms.
+    tensors = head.check(features, weight, bias)
     loss = CrossEntropy.check(
-        tensors, target, alpha, reduction, ignore_index, label_smoothing, present
+        tensors[0], target, alpha, reduction, ignore_index, label_smoothing, present
     )
-    encoder_leak = check_share("encoder_leak", encoder_leak)
-    head_leak = check_share("head_leak", head_leak)
-    path = _choose_path(backend, tensors)
-    step = (fusion, tensors, weights, biases, loss, encoder_leak, head_leak)
+    leaks = check_share("encoder_leak", encoder_leak), check_share("head_leak", head_leak)
+    path = _choose_path(backend, tensors[0])
+    step = (fusion, *tensors, loss, *leaks)
     if path is None:
         return reference.compute_cross_entropy(*step)
     return autograd_step.apply(*step, path)
+
+
+@functools.lru_cache(typed=True)  # a loop asks for the same step again and again
+def _plan_step(
+    fusion: str,
+    modalities: int,
+    parameters: int,
+    alpha: object,
+    reduction: object,
+    ignore_index: object,
+    label_smoothing: object,
+    encoder_leak: object,
+    head_leak: object,
+) -> StepOptions:
+    """Checks a step's numbers."""
+    return StepOptions(
+        autograd_step.OPS[fusion],
+        Path.PLANNED,
+        modalities,
+        parameters,
+        *check_numbers(modalities, alpha, reduction, ignore_index, label_smoothing),
+        check_share("encoder_leak", encoder_leak),
+        check_share("head_leak", head_leak),
+    )
 
 
 def check_backend(backend: str) -> str:
@@ -202,6 +256,32 @@ def check_backend(backend: str) -> str:
         names = ", ".join(f'"{name}"' for name in BACKENDS)
         raise ValueError(f"backend: expected one of {names}, got {backend!r}")
     return backend
+
+
+def _arrange(
+    backend: str, head: Head, features: object, weight: object, bias: object, present: object
+) -> tuple[tuple[Features, Weights, Biases], tuple[Tensor | None, ...]] | None:
+    """Returns what `head.check` and `check_present` do if this is a plain call that fits, or None.
+
+    Nearly all calls are plain: tensors in lists or tuples, eager, no autocast, the best backend.
+    Then the op alone checks shapes, dtypes and devices, as it does for everyone, in 8 us; a look
+    at each tensor from Python takes ten times as long within a training step, where it is cold.
+    """
+    if backend != "auto" or torch.compiler.is_compiling():
+        return None
+    tensors = head.arrange(features, weight, bias)
+    masks = () if present is None else plain_tuple(present, or_none=True)
+    if tensors is None or masks is None:
+        return None
+    if present is not None and len(masks) != len(tensors[0]):
+        return None
+    like = tensors[0][0]
+    device = "cpu" if like.is_cpu else "cuda" if like.is_cuda else None
+    if device is None or not _extension.available(device):
+        return None
+    if torch.is_autocast_enabled(device) or torch._C._are_functorch_transforms_active():
+        return None
+    return tensors, masks
 
 
 def _choose_path(backend: str, features: Features) -> Path | None:

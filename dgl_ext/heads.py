@@ -20,6 +20,7 @@ from ._validate import (
     check_parameter,
     check_sequence,
     check_shape,
+    plain_tuple,
 )
 
 MAX_MODALITIES = 8
@@ -86,6 +87,26 @@ class Head:
             check_shape("bias", index, value, (expected,))
             checked_biases.append(value)
         return tensors, tuple(checked_weights), tuple(checked_biases)
+
+    def arrange(
+        self, features: object, weight: object, bias: object
+    ) -> tuple[Features, Weights, Biases] | None:
+        """Returns what `check` does where all fits, without a look into the tensors, or None.
+
+        None says that only `check` can tell: it knows more kinds of sequences and of tensors.
+        """
+        tensors = plain_tuple(features)
+        weights = plain_tuple((weight,) if self.bare else weight)
+        if not tensors or weights is None:
+            return None
+        # One for each modality: a linear op takes a single weight for that of concat.
+        if not self.bare and len(weights) != len(tensors):
+            return None
+        given = (None,) * len(weights) if bias is None else (bias,) if self.bare else bias
+        biases = plain_tuple(given, or_none=True)
+        if biases is None:
+            return None
+        return tensors, weights, biases
 
     def check_count(self, argument: str, count: int, what: str) -> None:
         """Raises unless the head takes `count` modalities."""

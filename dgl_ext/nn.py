@@ -221,7 +221,8 @@ class SumFusion(_Fusion):
             linear.reset_parameters()
 
     def _head_parameters(self) -> tuple[list[Tensor], list[Tensor | None]]:
-        return [linear.weight for linear in self.linears], [linear.bias for linear in self.linears]
+        linears = list(self.linears)
+        return [linear.weight for linear in linears], [linear.bias for linear in linears]
 
 
 class FiLMFusion(_Fusion):
