@@ -1,6 +1,6 @@
 """Times whole training steps: two encoders, a fusion head, losses, backward pass, optimiser.
 
-    python benchmarks/bench_training.py                     # small CNNs, every fusion, minutes
+    python benchmarks/bench_training.py                     # small CNNs, every fusion, 10 minutes
     python benchmarks/bench_training.py --networks resnet18 --batch 8
     python benchmarks/bench_training.py --smoke             # does it all still run?
 
@@ -43,7 +43,7 @@ except ImportError as error:
     sys.exit(f"bench_training needs dgl_ext, rich and matplotlib installed: {error}")
 
 FUSIONS = ("concat", "sum", "film")
-PROCESSES = 3  # fresh ones, for the peak memory of one provider
+PROCESSES = 9  # fresh ones, for the peak memory of one provider
 REPETITIONS = 7  # steps in each
 BASELINES = ("joint", "two_pass")
 # Relative to the largest value of a tensor; rounding in encoders is amplified by their depth.
