@@ -1,5 +1,6 @@
-// Checks of what the ops receive. Python checks first and in the user's terms; these hold for those
-// who call `torch.ops.dgl_ext` themselves, so that bad input is an error and never a crash.
+// Checks of what the ops receive, so that bad input is an error and never a crash. A plain call
+// from Python has no others (dgl_ext/functional.py); where one fails here, Python then says why in
+// the user's terms.
 
 #pragma once
 

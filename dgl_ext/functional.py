@@ -1,4 +1,4 @@
-"""The functions: validate, choose a backend, call it."""
+"""The functions: a plain call goes to the op, which checks it; all others are checked here."""
 
 from __future__ import annotations
 
