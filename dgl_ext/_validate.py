@@ -1,8 +1,8 @@
 """Checks of what a user passes in: a message names the argument, what was expected, what came.
 
 They run where the ops' own do not suffice (`functional.py`). They read attributes and compare,
-never touch a tensor's data, and make text only on the way out. Wrong types and dtypes raise `TypeError`,
-everything else `ValueError`.
+never touch a tensor's data, and make text only on the way out. Wrong types and dtypes raise
+`TypeError`, everything else `ValueError`.
 """
 
 from __future__ import annotations
