@@ -28,9 +28,9 @@ bench: $(VENV)/.bench  ## time the training step, the README's table (options in
 bench-memory: $(VENV)/.bench  ## measure peak memory and time of large heads (options in ARGS)
 	$(PY) benchmarks/bench_memory.py $(ARGS)
 
-# Most tests use one core, so a process each; worksteal runs a file's fixtures in one of them, mostly.
+# Most tests keep one core busy, hence several processes.
 test: $(VENV)/.dev cpp-tests  ## run the tests, without the slow ones (pytest's options in ARGS)
-	$(PY) -m pytest -m "not slow" -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+	$(PY) -m pytest -m "not slow" -n auto --maxprocesses 4 $(ARGS)
 
 test-slow: $(VENV)/.dev cpp-tests  ## run the slow tests
 	$(PY) -m pytest -m slow $(ARGS)
