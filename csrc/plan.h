@@ -194,6 +194,7 @@ struct StepSums {
 struct StepTotals {
   int64_t counted;  ///< rows that count
   double scale;     ///< of the branch's planes in the gradients
+  float scale32;    ///< the same, for products that take it from memory
 };
 
 struct LinearStepPlan {

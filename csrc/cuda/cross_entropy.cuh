@@ -1,11 +1,11 @@
 // The losses of a training step, for any head: which rows count, softmax and residuals by rows,
 // sums.
 //
-// Lane k of a warp keeps what there is to know of branch k (0 fused): arrays over branches would
-// not stay in registers.
+// A group of threads, a warp or a CTA, has all branches of a row in registers (rows.cuh): each
+// partial sum is read once, up to about 2,048 classes, and twice beyond.
 #pragma once
 
-#include "phases.cuh"
+#include "rows.cuh"
 
 namespace dgl_ext {
 
@@ -16,12 +16,39 @@ struct StepContext {
   const uint8_t* const* present;
   int64_t rows, classes;
   void* workspace;
+  int64_t counting_ctas, summing_ctas;  ///< how many have counted rows, and summed losses
 };
 
 template <class C>
 struct StepLosses {
   using T = typename C::T;
   using Accumulator = typename C::Accumulator;
+
+ private:
+  /// What a thread adds up over its rows: of branch k, in a thread that is the k-th of its group.
+  struct Sums {
+    double loss = 0;
+    int64_t hits = 0;
+  };
+  /// What a warp knows of its columns of one branch.
+  struct Peak {
+    Accumulator largest, sum;  // of the logits; of exp(logit - largest)
+    double plain;              // sum of the logits, for smoothing
+    uint32_t best;             // column of the largest logit, the first of equal ones
+  };
+  static constexpr uint32_t kNone = 0xffffffffu;
+  static constexpr int kMaxBranches = kMaxModalities + 1;
+
+  /// Shared memory of run_rows: what the warps of a CTA tell each other of a row, twice, so that a
+  /// row needs one barrier.
+  struct Shared {
+    Accumulator weight[kMaxBranches];
+    Accumulator at_target[2][kMaxBranches];
+    Peak peaks[2][kMaxBranches][C::kWarps];
+  };
+
+ public:
+  static constexpr int kSharedBytes = sizeof(Shared);
 
   /// Counts the rows of this CTA's share, before anything else is known of them. The first grid
   /// sync of the launch must follow.
@@ -55,77 +82,39 @@ struct StepLosses {
     __syncthreads();  // shared memory is free again
   }
 
-  /// Losses, hits and residual planes of a chunk of rows. logit(k, row, column) is a logit of
-  /// branch k; `row` counts from the first of the chunk. Where planes mix branches, a warp takes a
-  /// whole row, else one branch of it. A grid sync must follow.
-  template <class Logit>
+  /// Losses, hits and residual planes of a chunk of rows; `source` has their logits. A grid sync
+  /// must follow.
+  template <class Source>
   static __device__ __forceinline__ void run_rows(const StepContext& step, T* shared, RowRange rows,
-                                                  Logit&& logit) {
-    const StepPlan& plan = step.plan;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int64_t first_item = int64_t(blockIdx.x) * C::kWarps + warp;
-    Accumulator weight = 1;  // of branch `lane` in the planes
-    const bool writes_totals = rows.begin == 0 && first_item == 0;
-    if (plan.mixed || writes_totals) {
-      const Accumulator found = find_totals(step, writes_totals);
-      if (plan.mixed) weight = found;
-    }
-    // what a perfect prediction would be: one-hot, or smoothed
-    const double smoothing = step.loss.label_smoothing;
-    const Accumulator rest = smoothing / double(step.classes);
-    const Accumulator at_target = 1 - smoothing + smoothing / double(step.classes);
-    double loss_sum = 0;
-    int64_t hits = 0;
-    const int groups = plan.mixed ? 1 : plan.branches;
-#pragma unroll 1
-    for (int64_t item = first_item; item < rows.count * groups;
-         item += int64_t(gridDim.x) * C::kWarps) {
-      const int64_t row = item / groups;
-      const int first = plan.mixed ? 0 : int(item % groups);
-      const int last = plan.mixed ? plan.branches : first + 1;
-      const int64_t target = step.loss.target[rows.begin + row];
-      Accumulator largest = 0, inverse_sum = 0;  // of branch `lane`
-      uint32_t counting = 0;                     // a bit per branch
-#pragma unroll 1
-      for (int k = first; k < last; ++k) {
-        if (target == step.loss.ignore_index) break;
-        if (k > 0 && is_absent(step.present[k - 1], rows.begin + row)) continue;
-        counting |= 1u << k;
-        const auto z = [&](int64_t column) { return logit(k, row, column); };
-        const Branch branch = softmax(step, target, z);
-        if (lane == k) {
-          largest = branch.largest;
-          inverse_sum = Accumulator(1) / branch.sum;
-          loss_sum += branch.loss;
-          hits += branch.hit;
-        }
+                                                  const Source& source) {
+    if (needs_totals(step) || (rows.begin == 0 && blockIdx.x == 0)) {
+      find_totals(step, shared, rows);
+    } else if (step.plan.mixed) {
+      if (int(threadIdx.x) < step.plan.branches) {
+        reinterpret_cast<Shared*>(shared)->weight[threadIdx.x] = alpha_of(step, threadIdx.x);
       }
-#pragma unroll 1
-      for (int i = 0; i < plan.plane_count; ++i) {
-        const StepPlane& plane = plan.planes[i];
-        if (plane.first < first || plane.first >= last) continue;
-        T* to = workspace_at<T>(step.workspace, plan.plane_offset) +
-                (i * rows.count + row) * plan.padded_classes;
-#pragma unroll 1
-        for (int64_t begin = 0; begin < step.classes; begin += 32) {
-          const int64_t column = begin + lane;
-          const auto term = [&](int k) {
-            // all lanes are here: those beyond the last column take part in the shuffles
-            const Accumulator max = warp_broadcast(largest, k);
-            const Accumulator inverse = warp_broadcast(inverse_sum, k);
-            const Accumulator factor = warp_broadcast(weight, k);
-            if (!(counting >> k & 1) || column >= step.classes) return Accumulator(0);
-            const Accumulator p = exponential(logit(k, row, column) - max) * inverse;
-            return factor * (p - (column == target ? at_target : rest));
-          };
-          Accumulator v = term(plane.first);
-#pragma unroll 1
-          for (int k = plane.begin; k < plane.end; ++k) v += Accumulator(plane.leak) * term(k);
-          if (column < step.classes) to[column] = narrow<T>(v);
-        }
-      }
+      __syncthreads();
     }
-    add_to_sums(step, shared, rows, loss_sum, hits);
+    constexpr bool kWide = sizeof(Accumulator) == 8;
+    Sums sums;
+    if (step.classes <= 32 * kRun) {
+      run_group<32, Source::kParts, 1>(step, shared, rows, source, sums);
+    } else if (step.classes <= C::kThreads * kRun) {
+      run_group<C::kThreads, Source::kParts, 1>(step, shared, rows, source, sums);
+    } else if (Source::kParts <= 3 || source.parts() <= 3) {
+      run_group<C::kThreads, 3, kWide ? 2 : 4>(step, shared, rows, source, sums);
+    } else {
+      run_group<C::kThreads, Source::kParts, kWide ? 1 : 2>(step, shared, rows, source, sums);
+    }
+    __syncthreads();  // shared memory is free again
+    add_to_sums(step, shared, rows, sums);
+  }
+
+  /// The rows of a chunk that this CTA works on.
+  static __device__ __forceinline__ RowRange own_rows(RowRange rows) {
+    const int64_t share = ceil_div(rows.count, gridDim.x);
+    const int64_t begin = smaller(share * blockIdx.x, rows.count);
+    return {begin, smaller(share, rows.count - begin)};
   }
 
   /// One CTA sums what all have found; total, losses and hits are written.
@@ -138,7 +127,7 @@ struct StepLosses {
       double loss = 0;
       int64_t correct = 0;
 #pragma unroll 1
-      for (int64_t cta = lane; cta < gridDim.x; cta += 32) {
+      for (int64_t cta = lane; cta < step.summing_ctas; cta += 32) {
         const StepSums& sums = step_sums(step)[cta * plan.branches + k];
         loss += sums.loss;
         correct += sums.correct;
@@ -164,12 +153,6 @@ struct StepLosses {
   }
 
  private:
-  struct Branch {
-    Accumulator largest, sum;  // of the logits; of exp(logit - largest)
-    double loss;
-    bool hit;
-  };
-
   static __device__ __forceinline__ int64_t* counts(const StepContext& step) {
     return workspace_at<int64_t>(step.workspace, step.plan.counts_offset);
   }
@@ -188,44 +171,268 @@ struct StepLosses {
     return v;
   }
 
-  /// Softmax and loss of one row of one branch, by one warp. As in PyTorch a row with +inf or with
-  /// nothing but -inf has no finite loss.
-  template <class Z>
-  static __device__ __forceinline__ Branch softmax(const StepContext& step, int64_t target, Z&& z) {
-    const bool smooth = step.loss.label_smoothing != 0;
-    const Accumulator at_target = z(target);
-    Accumulator largest = lowest(), sum = 0;
-    double plain_sum = 0;
-    bool beaten = false;
+  /// Rows one after the other, each by a group of kGroup threads. Logits stay in registers if all
+  /// columns fit; else a second sweep reads them again.
+  template <int kGroup, int kParts, int kRuns, class Source>
+  static __device__ __forceinline__ void run_group(const StepContext& step, T* shared,
+                                                   RowRange rows, const Source& source,
+                                                   Sums& sums) {
+    using Row = LogitRow<C, Source, kGroup, kParts, kRuns>;
+    constexpr int kGroups = C::kThreads / kGroup;
+    const RowRange mine = own_rows(rows);
+    Row logits(source, step.classes);
+    int parity = 0;
 #pragma unroll 1
-    for (int64_t c = threadIdx.x % 32; c < step.classes; c += 32) {
-      const Accumulator v = z(c);
-      if (v > largest) {
-        sum = sum * exponential(largest - v) + 1;
-        largest = v;
-      } else {
-        sum += exponential(v - largest);
+    for (int64_t r = threadIdx.x / kGroup; r < mine.count; r += kGroups) {
+      const int64_t row = mine.begin + r;
+      const int64_t target = step.loss.target[rows.begin + row];
+      uint32_t counting = 0;  // a bit per branch
+      if (target != step.loss.ignore_index) {
+        counting = 1;
+        for (int k = 1; k < step.plan.branches; ++k) {
+          counting |= uint32_t(!is_absent(step.present[k - 1], rows.begin + row)) << k;
+        }
+        run_row(step, shared, rows, row, target, counting, parity, logits, sums);
+        parity ^= 1;
+      } else if (logits.is_first_replica()) {
+        clear_row(step, rows, row, logits);
       }
-      if (smooth) plain_sum += v;
-      beaten |= beats(v, at_target) || (c < target && !beats(at_target, v));
+    }
+  }
+
+  template <class Row>
+  static __device__ __forceinline__ void run_row(const StepContext& step, T* shared, RowRange rows,
+                                                 int64_t row, int64_t target, uint32_t counting,
+                                                 int parity, Row& logits, Sums& sums) {
+    constexpr int kBranches = Row::kBranches;
+    auto& board = *reinterpret_cast<Shared*>(shared);
+    const bool smooth = step.loss.label_smoothing != 0, once = step.classes <= logits.width();
+    const uint32_t taken = Row::kBranches > Row::kPartCount ? counting >> 1 : counting;
+    Peak peak[kBranches];
+    Accumulator at_target[kBranches];
+#pragma unroll
+    for (int k = 0; k < kBranches; ++k) {
+      peak[k] = {lowest(), 0, 0, kNone};
+      at_target[k] = 0;
     }
 #pragma unroll 1
-    for (int mask = 16; mask > 0; mask /= 2) {
-      const Accumulator other_largest = warp_exchange(largest, mask);
-      const Accumulator other_sum = warp_exchange(sum, mask);
-      const Accumulator both = largest > other_largest ? largest : other_largest;
-      sum = sum * exponential(largest - both) + other_sum * exponential(other_largest - both);
-      largest = both;
+    for (int64_t first = 0; first < step.classes; first += logits.width()) {
+      logits.load(row, first, taken);
+#pragma unroll
+      for (int k = 0; k < kBranches; ++k) {
+        if (counting >> k & 1) look(logits, k, target, smooth, once, peak[k], at_target[k]);
+      }
     }
-    const Accumulator log_sum = logarithm(sum);
-    Branch branch{largest, sum, log_sum - (at_target - largest), warp_count(beaten) == 0};
-    if (smooth) {
+    const int lane = threadIdx.x % 32;
+    Accumulator warp_largest[kBranches];
+#pragma unroll
+    for (int k = 0; k < kBranches; ++k) {
+      if (!(counting >> k & 1)) continue;
+      if (!once) {
+        const Accumulator before = peak[k].largest;
+        agree(logits.lanes(), peak[k]);
+        peak[k].sum *= exponential(before - peak[k].largest);
+      }
+      warp_largest[k] = peak[k].largest;
+#pragma unroll 1
+      for (int mask = logits.lanes() / 2; mask > 0; mask /= 2) {
+        if (mask >= 32) continue;
+        peak[k].sum += warp_exchange(peak[k].sum, mask);
+        if (smooth) peak[k].plain += warp_exchange(peak[k].plain, mask);
+      }
+      if constexpr (Row::kByWarp) {
+        at_target[k] = warp_broadcast(at_target[k], logits.owner(target));
+      } else {
+        if (lane == 0) board.peaks[parity][k][threadIdx.x / 32] = peak[k];
+        if (int(threadIdx.x) == logits.owner(target)) board.at_target[parity][k] = at_target[k];
+      }
+    }
+    if constexpr (!Row::kByWarp) {
+      __syncthreads();
+#pragma unroll
+      for (int k = 0; k < kBranches; ++k) {
+        if (!(counting >> k & 1)) continue;
+        at_target[k] = board.at_target[parity][k];
+        peak[k] = board.peaks[parity][k][0];
+#pragma unroll 1
+        for (int w = 1; w < C::kWarps; ++w) merge(peak[k], board.peaks[parity][k][w]);
+      }
+    }
+    const int thread = Row::kByWarp ? lane : threadIdx.x;
+    Peak mine{};  // of the branch whose losses this thread adds up
+    Accumulator mine_at_target = 0;
+    Accumulator factor[kBranches];  // the softmax is what the logits have become times this
+#pragma unroll
+    for (int k = 0; k < kBranches; ++k) {
+      if (!(counting >> k & 1)) continue;
+      factor[k] = Accumulator(1) / peak[k].sum;
+      if (once) factor[k] *= exponential(warp_largest[k] - peak[k].largest);
+      if (thread == k) {
+        mine = peak[k];
+        mine_at_target = at_target[k];
+      }
+    }
+    if (thread < kBranches && counting >> thread & 1) {
+      add_loss(step, target, mine, mine_at_target, sums);
+    }
+    if (once) {
+      if (logits.is_first_replica()) {
+        write_residuals(step, board, rows, row, target, counting, factor, logits);
+      }
+      return;
+    }
+#pragma unroll 1
+    for (int64_t first = 0; first < step.classes; first += logits.width()) {
+      logits.load(row, first, taken);
+#pragma unroll
+      for (int k = 0; k < kBranches; ++k) {
+        if (counting >> k & 1) exponentiate(logits, k, peak[k].largest);
+      }
+      write_residuals(step, board, rows, row, target, counting, factor, logits);
+    }
+  }
+
+  /// Takes the columns at hand into what is known of branch k. `once`: they are all there are; the
+  /// warp then agrees on the largest, and the logits become exp(logit - largest).
+  template <class Row>
+  static __device__ __forceinline__ void look(Row& logits, int k, int64_t target, bool smooth,
+                                              bool once, Peak& peak, Accumulator& at_target) {
+    const Accumulator before = peak.largest;
+    Accumulator plain = 0;
+#pragma unroll
+    for (int r = 0; r < Row::kRunCount; ++r) {
+      const int64_t column = logits.column(r);
+      const int count = logits.count(r);
+#pragma unroll
+      for (int e = 0; e < kRun; ++e) {
+        if (e >= count) continue;
+        const Accumulator z = logits.z[k][r][e];
+        if (peak.best == kNone || beats(z, peak.largest)) {
+          peak.best = uint32_t(column + e);
+          if (beats(z, peak.largest)) peak.largest = z;
+        }
+        if (column + e == target) at_target = z;
+        plain += z;
+      }
+    }
+    if (smooth) peak.plain += plain;
+    if (once) agree(logits.lanes(), peak);
+    peak.sum *= exponential(before - peak.largest);
+    peak.sum += exponentiate(logits, k, peak.largest);
+  }
+  template <class Row>
+  static __device__ __forceinline__ Accumulator exponentiate(Row& logits, int k,
+                                                             Accumulator largest) {
+    Accumulator sum = 0;
+#pragma unroll
+    for (int r = 0; r < Row::kRunCount; ++r) {
+      const int count = logits.count(r);
+#pragma unroll
+      for (int e = 0; e < kRun; ++e) {
+        if (e >= count) continue;
+        logits.z[k][r][e] = exponential(logits.z[k][r][e] - largest);
+        sum += logits.z[k][r][e];
+      }
+    }
+    return sum;
+  }
+
+  /// The lanes of a warp agree on the largest logit and its column.
+  static __device__ __forceinline__ void agree(int lanes, Peak& peak) {
+#pragma unroll 1
+    for (int mask = (lanes < 32 ? lanes : 32) / 2; mask > 0; mask /= 2) {
+      const Accumulator largest = warp_exchange(peak.largest, mask);
+      const uint32_t best = warp_exchange(peak.best, mask);
+      if (wins(largest, best, peak)) {
+        peak.largest = largest;
+        peak.best = best;
+      }
+    }
+  }
+  static __device__ __forceinline__ bool wins(Accumulator largest, uint32_t best,
+                                              const Peak& over) {
+    return beats(largest, over.largest) || (!beats(over.largest, largest) && best < over.best);
+  }
+  static __device__ __forceinline__ void merge(Peak& peak, const Peak& other) {
+    const Accumulator mine = peak.largest;
+    if (wins(other.largest, other.best, peak)) {
+      peak.largest = other.largest;
+      peak.best = other.best;
+    }
+    peak.sum = peak.sum * exponential(mine - peak.largest) +
+               other.sum * exponential(other.largest - peak.largest);
+    peak.plain += other.plain;
+  }
+
+  /// As in PyTorch a row with +inf or with nothing but -inf has no finite loss.
+  static __device__ __forceinline__ void add_loss(const StepContext& step, int64_t target,
+                                                  const Peak& peak, Accumulator at_target,
+                                                  Sums& sums) {
+    const Accumulator log_sum = logarithm(peak.sum);
+    double loss = log_sum - (at_target - peak.largest);
+    if (step.loss.label_smoothing != 0) {
       const double smoothing = step.loss.label_smoothing;
       const double uniform =
-          log_sum + (double(largest) - sum_lanes(plain_sum) / double(step.classes));
-      branch.loss = (1 - smoothing) * branch.loss + smoothing * uniform;
+          log_sum + (double(peak.largest) - peak.plain / double(step.classes));
+      loss = (1 - smoothing) * loss + smoothing * uniform;
     }
-    return branch;
+    sums.loss += loss;
+    sums.hits += peak.best == target;
+  }
+
+  static __device__ __forceinline__ T* plane_row(const StepContext& step, int plane, RowRange rows,
+                                                 int64_t row) {
+    return workspace_at<T>(step.workspace, step.plan.plane_offset) +
+           (plane * rows.count + row) * step.plan.padded_classes;
+  }
+
+  /// Residuals of the columns at hand, in every plane: factor times what the logits have become,
+  /// less what a perfect prediction would be, one-hot or smoothed.
+  template <class Row>
+  static __device__ __forceinline__ void write_residuals(
+      const StepContext& step, const Shared& board, RowRange rows, int64_t row, int64_t target,
+      uint32_t counting, const Accumulator (&factor)[Row::kBranches], const Row& logits) {
+    const double smoothing = step.loss.label_smoothing;
+    const Accumulator rest = smoothing / double(step.classes);
+    const Accumulator target_share = 1 - smoothing + smoothing / double(step.classes);
+#pragma unroll 1
+    for (int i = 0; i < step.plan.plane_count; ++i) {
+      const StepPlane& plane = step.plan.planes[i];
+      T* to = plane_row(step, i, rows, row);
+#pragma unroll
+      for (int r = 0; r < Row::kRunCount; ++r) {
+        const int64_t column = logits.column(r);
+        if (column >= step.classes) break;
+        Accumulator v[kRun] = {};
+#pragma unroll
+        for (int k = 0; k < Row::kBranches; ++k) {
+          const bool leaks = k >= plane.begin && k < plane.end;
+          if (!(counting >> k & 1) || (k != plane.first && !leaks)) continue;
+          Accumulator weight = k == plane.first ? Accumulator(1) : Accumulator(plane.leak);
+          if (step.plan.mixed) weight *= board.weight[k];
+#pragma unroll
+          for (int e = 0; e < kRun; ++e) {
+            const Accumulator wanted = column + e == target ? target_share : rest;
+            v[e] += weight * (logits.z[k][r][e] * factor[k] - wanted);
+          }
+        }
+        write_run(to + column, v, kRun);  // what lies beyond the last column is padding
+      }
+    }
+  }
+  template <class Row>
+  static __device__ __forceinline__ void clear_row(const StepContext& step, RowRange rows,
+                                                   int64_t row, const Row& logits) {
+    const Accumulator zeros[kRun] = {};
+    const int thread = Row::kByWarp ? threadIdx.x % 32 : threadIdx.x;
+#pragma unroll 1
+    for (int i = 0; i < step.plan.plane_count; ++i) {
+      T* to = plane_row(step, i, rows, row);
+#pragma unroll 1
+      for (int64_t c = thread * kRun; c < step.classes; c += logits.lanes() * kRun) {
+        write_run(to + c, zeros, kRun);
+      }
+    }
   }
 
   /// Whether a wins over b wherever the two stand: NaN counts as the largest.
@@ -238,50 +445,72 @@ struct StepLosses {
     return -3.402823466e38f;
   }
 
-  /// From all CTAs' counts: lane k learns the weight of branch k in planes that mix branches, and
-  /// one warp of the launch writes the totals.
-  static __device__ __forceinline__ Accumulator find_totals(const StepContext& step, bool write) {
-    const int lane = threadIdx.x % 32;
-    const int branches = step.plan.branches;
-    int64_t counted = 0;
-#pragma unroll 1
-    for (int k = 0; k < branches; ++k) {
-      int64_t sum = 0;
-#pragma unroll 1
-      for (int64_t cta = lane; cta < gridDim.x; cta += 32) sum += counts(step)[cta * branches + k];
-      sum = sum_lanes(sum);
-      if (lane == k) counted = sum;
-    }
-    const int64_t all = warp_broadcast(counted, 0);
-    if (lane >= branches) return 0;
-    const bool mean = step.loss.mean;
-    const double alpha = lane == 0 ? 1 : step.loss.alpha[lane - 1];
-    if (write) {
-      const double scale = !mean ? alpha : counted > 0 ? alpha / double(counted) : 0;
-      totals(step)[lane] = {counted, scale};
-    }
-    if (lane == 0 || !mean) return alpha;
-    return counted > 0 ? alpha * (double(all) / double(counted)) : 0;
+  static __device__ __forceinline__ double alpha_of(const StepContext& step, int k) {
+    return k == 0 ? 1 : step.loss.alpha[k - 1];
+  }
+  /// Whether planes mix branches whose means divide by different numbers of rows.
+  static __device__ __forceinline__ bool needs_totals(const StepContext& step) {
+    bool masked = false;
+    for (int k = 1; k < step.plan.branches; ++k) masked |= step.present[k - 1] != nullptr;
+    return step.plan.mixed && step.loss.mean && masked;
   }
 
-  /// Adds the warps' sums in order to what this CTA has of earlier chunks.
-  static __device__ __forceinline__ void add_to_sums(const StepContext& step, T* shared,
-                                                     RowRange rows, double loss, int64_t hits) {
-    auto* of_warp = reinterpret_cast<StepSums*>(shared);
-    of_warp[threadIdx.x] = {loss, hits};
-    __syncthreads();
-    if (int(threadIdx.x) >= step.plan.branches) return;
-    StepSums& kept = step_sums(step)[blockIdx.x * step.plan.branches + threadIdx.x];
+  /// From all CTAs' counts: the weights of the branches in planes that mix them, in shared memory;
+  /// one CTA of the launch writes the totals.
+  static __device__ __forceinline__ void find_totals(const StepContext& step, T* shared,
+                                                     RowRange rows) {
+    const int lane = threadIdx.x % 32, branches = step.plan.branches;
+    if (threadIdx.x < 32) {
+      int64_t counted = 0;
 #pragma unroll 1
-    for (int w = 1; w < C::kWarps; ++w) {
-      loss += of_warp[w * 32 + threadIdx.x].loss;
-      hits += of_warp[w * 32 + threadIdx.x].correct;
+      for (int k = 0; k < branches; ++k) {
+        int64_t sum = 0;
+#pragma unroll 1
+        for (int64_t cta = lane; cta < step.counting_ctas; cta += 32) {
+          sum += counts(step)[cta * branches + k];
+        }
+        sum = sum_lanes(sum);
+        if (lane == k) counted = sum;
+      }
+      const int64_t all = warp_broadcast(counted, 0);
+      if (lane < branches) set_totals(step, shared, rows, lane, counted, all);
     }
-    if (rows.begin > 0) {
-      loss += kept.loss;
-      hits += kept.correct;
+    __syncthreads();
+  }
+  static __device__ __forceinline__ void set_totals(const StepContext& step, T* shared,
+                                                    RowRange rows, int k, int64_t counted,
+                                                    int64_t all) {
+    const bool mean = step.loss.mean;
+    const double alpha = alpha_of(step, k);
+    if (rows.begin == 0 && blockIdx.x == 0) {
+      const double scale = !mean ? alpha : counted > 0 ? alpha / double(counted) : 0;
+      totals(step)[k] = {counted, scale, float(scale)};
     }
-    kept = {loss, hits};
+    double weight = alpha;
+    if (k > 0 && mean) weight = counted > 0 ? alpha * (double(all) / double(counted)) : 0;
+    reinterpret_cast<Shared*>(shared)->weight[k] = weight;
+  }
+
+  /// Adds the threads' sums in order to what this CTA has of earlier chunks.
+  static __device__ __forceinline__ void add_to_sums(const StepContext& step, T* shared,
+                                                     RowRange rows, Sums sums) {
+    auto* of_thread = reinterpret_cast<StepSums*>(shared);
+    of_thread[threadIdx.x] = {sums.loss, sums.hits};
+    __syncthreads();
+    if (int(threadIdx.x) < step.plan.branches) {
+      StepSums& kept = step_sums(step)[blockIdx.x * step.plan.branches + threadIdx.x];
+#pragma unroll 1
+      for (int w = 1; w < C::kWarps; ++w) {
+        sums.loss += of_thread[w * 32 + threadIdx.x].loss;
+        sums.hits += of_thread[w * 32 + threadIdx.x].correct;
+      }
+      if (rows.begin > 0) {
+        sums.loss += kept.loss;
+        sums.hits += kept.correct;
+      }
+      kept = {sums.loss, sums.hits};
+    }
+    __syncthreads();  // shared memory is free again
   }
 };
 

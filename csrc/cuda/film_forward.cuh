@@ -12,12 +12,11 @@ struct FilmForwardArguments {
   TileGrid film{}, head{};
 };
 
-/// An element of y, 0 where y is absent.
+/// A run of y, zeros where y is absent.
 template <class T>
-__device__ __forceinline__ accumulator_t<T> film_target(const FilmHead& head, int64_t row,
-                                                        int64_t column) {
-  if (is_absent(head.present[1], row)) return 0;
-  return element<T>(head.target, row, column);
+__device__ __forceinline__ void read_target(const FilmHead& head, int64_t row, int64_t column,
+                                            int count, accumulator_t<T> (&v)[kRun]) {
+  read_run<T>(head.target, row, column, is_absent(head.present[1], row) ? 0 : count, v);
 }
 
 template <class C>
@@ -44,7 +43,7 @@ struct FilmForward {
     multiply_head<false>(args, shared, all);
     if (args.plan.head_splits == 1) return;
     grid_sync();
-    write_logits(args);
+    write_logits(args, all);
   }
 
   // Rows count from the first of their chunk, as the workspace and the saved modulation do.
@@ -88,7 +87,7 @@ struct FilmForward {
                       head.hidden, begin,
                       smaller(begin + args.plan.film_depth, head.condition_width));
       tile.for_each_run(shared, m0, rows.count, n0, head.hidden,
-                        [&](int m, int n, Accumulator(&v)[Tile::kRun], int count) {
+                        [&](int m, int n, Accumulator(&v)[kRun], int count) {
                           write_run(film_partial(args, split, half, m0 + m, n0 + n), v, count);
                         });
     }
@@ -99,22 +98,29 @@ struct FilmForward {
     const FilmHeadForward& p = args.problem;
     const int64_t hidden = p.head.hidden, pitch = args.plan.padded_hidden;
     const int64_t plane = args.plan.plane_rows * 2 * pitch;
-    for_each_element<C>(rows.count, hidden, [&](int64_t row, int64_t column) {
-      const Accumulator bias_gamma = bias_at<T>(p.head.film_bias, column);
-      const Accumulator bias_beta = bias_at<T>(p.head.film_bias, hidden + column);
-      const Accumulator y = film_target<T>(p.head, rows.begin + row, column);
-      const int64_t splits = args.plan.film_splits;
-      Accumulator gamma = bias_gamma, beta = bias_beta;
+    for_each_run_of<C::kThreads>(rows.count, hidden, [&](int64_t row, int64_t column, int count) {
+      Accumulator bias_gamma[kRun], bias_beta[kRun], y[kRun], gamma[kRun] = {}, beta[kRun] = {};
       if (!is_absent(p.head.present[0], rows.begin + row)) {
-        gamma += sum_splits(film_partial(args, 0, 0, row, column), splits, plane);
-        beta += sum_splits(film_partial(args, 0, 1, row, column), splits, plane);
+        const int64_t splits = args.plan.film_splits;
+        add_splits(film_partial(args, 0, 0, row, column), splits, plane, count, gamma);
+        add_splits(film_partial(args, 0, 1, row, column), splits, plane, count, beta);
       }
-      *address<Accumulator>(p.modulation, row, column) = gamma;
-      *address<Accumulator>(p.modulation, row, hidden + column) = beta;
-      const int64_t at = row * pitch + column;
-      features(args, 0)[at] = narrow<T>(gamma * y + beta);
-      features(args, 1)[at] = narrow<T>(beta);
-      features(args, 2)[at] = narrow<T>(bias_gamma * y + bias_beta);
+      read_target<T>(p.head, rows.begin + row, column, count, y);
+      read_bias<T>(p.head.film_bias, column, count, bias_gamma);
+      read_bias<T>(p.head.film_bias, hidden + column, count, bias_beta);
+      Accumulator h[3][kRun];
+#pragma unroll
+      for (int e = 0; e < kRun; ++e) {
+        gamma[e] += bias_gamma[e];
+        beta[e] += bias_beta[e];
+        h[0][e] = gamma[e] * y[e] + beta[e];
+        h[1][e] = beta[e];
+        h[2][e] = bias_gamma[e] * y[e] + bias_beta[e];
+      }
+      write_run(address<Accumulator>(p.modulation, row, column), gamma, count);
+      write_run(address<Accumulator>(p.modulation, row, hidden + column), beta, count);
+#pragma unroll
+      for (int k = 0; k < 3; ++k) write_run(features(args, k) + row * pitch + column, h[k], count);
     });
   }
 
@@ -138,7 +144,7 @@ struct FilmForward {
                       operand<T>(p.head.out_weight), m0, rows.count, n0, p.head.classes, begin,
                       smaller(begin + args.plan.head_depth, p.head.hidden));
       tile.for_each_run(shared, m0, rows.count, n0, p.head.classes,
-                        [&](int m, int n, Accumulator(&v)[Tile::kRun], int count) {
+                        [&](int m, int n, Accumulator(&v)[kRun], int count) {
                           if (kPartial || args.plan.head_splits > 1) {
                             write_run(head_partial(args, split, branch, m0 + m, n0 + n), v, count);
                           } else {
@@ -149,29 +155,33 @@ struct FilmForward {
     }
   }
 
+  /// Logits of all branches from their partial sums.
+  static __device__ __forceinline__ void write_logits(const Arguments& args, RowRange rows) {
+    const FilmHeadForward& p = args.problem;
+    const int64_t plane = 3 * args.plan.plane_rows * args.plan.padded_classes;
+#pragma unroll 1
+    for (int k = 0; k < 3; ++k) {
+      const auto write = [&](int64_t row, int64_t column, int count) {
+        Accumulator v[kRun] = {};
+        add_splits(head_partial(args, 0, k, row, column), args.plan.head_splits, plane, count, v);
+        add_bias(p, column, v, count);
+        write_run(address<T>(logits(p, k), rows.begin + row, column), v, count);
+      };
+      for_each_run_of<C::kThreads>(rows.count, p.head.classes, write);
+    }
+  }
+
  private:
   static __device__ __forceinline__ const Matrix& logits(const FilmHeadForward& p, int64_t branch) {
     return branch == 0 ? p.fused : p.unimodal[branch - 1];
   }
 
   static __device__ __forceinline__ void add_bias(const FilmHeadForward& p, int64_t column,
-                                                  Accumulator (&v)[Tile::kRun], int count) {
+                                                  Accumulator (&v)[kRun], int count) {
+    Accumulator bias[kRun];
+    read_bias<T>(p.head.out_bias, column, count, bias);
 #pragma unroll
-    for (int e = 0; e < Tile::kRun; ++e) {
-      if (e < count) v[e] += bias_at<T>(p.head.out_bias, column + e);
-    }
-  }
-
-  static __device__ __forceinline__ void write_logits(const Arguments& args) {
-    const FilmHeadForward& p = args.problem;
-    const int64_t plane = 3 * p.head.rows * args.plan.padded_classes;
-    for_each_element<C>(3 * p.head.rows, p.head.classes, [&](int64_t stacked, int64_t column) {
-      const int64_t branch = stacked / p.head.rows, row = stacked % p.head.rows;
-      const Accumulator sum =
-          sum_splits(head_partial(args, 0, branch, row, column), args.plan.head_splits, plane);
-      *address<T>(logits(p, branch), row, column) =
-          narrow<T>(sum + bias_at<T>(p.head.out_bias, column));
-    });
+    for (int e = 0; e < kRun; ++e) v[e] += bias[e];
   }
 };
 

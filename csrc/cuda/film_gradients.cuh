@@ -83,10 +83,20 @@ struct FilmGradients {
     return workspace_at<Accumulator>(args.workspace, args.plan.branches_offset) +
            (branch * args.plan.plane_rows + row) * args.plan.padded_hidden + column;
   }
-  /// d[branch] where it was computed, else 0: nothing arrives from that branch.
-  static __device__ __forceinline__ Accumulator branch_value(const Arguments& args, int branch,
-                                                             int64_t row, int64_t column) {
-    return args.plan.need_branch[branch] ? *branch_at(args, branch, row, column) : Accumulator(0);
+  /// A run of d[branch] where it was computed, else zeros: nothing arrives from that branch.
+  static __device__ __forceinline__ void read_branch(const Arguments& args, int branch, int64_t row,
+                                                     int64_t column, int count,
+                                                     Accumulator (&v)[kRun]) {
+    const Accumulator* from = branch_at(args, branch, row, column);
+    read_run(from, args.plan.need_branch[branch] ? count : 0, v);
+  }
+  static __device__ __forceinline__ void add_branch(const Arguments& args, int branch, int64_t row,
+                                                    int64_t column, int count, Accumulator factor,
+                                                    Accumulator (&v)[kRun]) {
+    Accumulator more[kRun];
+    read_branch(args, branch, row, column, count, more);
+#pragma unroll
+    for (int e = 0; e < kRun; ++e) v[e] += factor * more[e];
   }
   /// Gradients of [gamma|beta] as the parameters receive them, in halves of padded_hidden, and as
   /// x receives them: [gamma|beta] without a gap, or beta alone when the leak is closed.
@@ -157,40 +167,45 @@ struct FilmGradients {
       if (!args.plan.need_branch[k] && !args.plan.to_out_weight[k]) continue;
       const ConstMatrix& from = incoming(p, k);
       T* to = gradient_copy(args, k, rows);
-      for_each_element<C>(rows.count, p.head.classes, [&](int64_t row, int64_t column) {
-        to[row * args.plan.padded_classes + column] =
-            static_cast<const T*>(from.data)[row * from.stride + column];
-      });
+      copy_rows<C>(operand<T>(from), to, args.plan.padded_classes, rows, p.head.classes, nullptr);
     }
   }
 
   static __device__ __forceinline__ void prepare_features(const Arguments& args, RowRange rows) {
     const FilmHeadBackward& p = args.problem;
     if (p.grad_film_weight.data && args.plan.masked.pitch > 0) {
-      const Operand<T> from = operand<T>(p.head.condition, rows.begin);
-      T* to = masked_condition(args);
-      for_each_element<C>(rows.count, p.head.condition_width, [&](int64_t row, int64_t column) {
-        const bool absent = is_absent(p.head.present[0], rows.begin + row);
-        to[row * args.plan.masked.pitch + column] =
-            absent ? narrow<T>(0) : from.data[row * from.stride + column];
-      });
+      copy_rows<C>(operand<T>(p.head.condition, rows.begin), masked_condition(args),
+                   args.plan.masked.pitch, rows, p.head.condition_width, p.head.present[0]);
     }
     if (!p.grad_out_weight.data || args.plan.features_ready) return;
     const Accumulator leak = p.leaks.head;
     const int64_t hidden = p.head.hidden;
-    for_each_element<C>(rows.count, hidden, [&](int64_t row, int64_t column) {
-      const Accumulator gamma = element<Accumulator>(p.modulation, row, column);
-      const Accumulator beta = element<Accumulator>(p.modulation, row, hidden + column);
-      const Accumulator y = film_target<T>(p.head, rows.begin + row, column);
+    const auto prepare = [&](int64_t row, int64_t column, int count) {
+      Accumulator gamma[kRun], beta[kRun], y[kRun];
+      read_run<Accumulator>(p.modulation, row, column, count, gamma);
+      read_run<Accumulator>(p.modulation, row, hidden + column, count, beta);
+      read_target<T>(p.head, rows.begin + row, column, count, y);
       const int64_t at = row * args.plan.padded_hidden + column;
-      if (args.plan.to_out_weight[0]) features(args, 0, rows)[at] = narrow<T>(gamma * y + beta);
-      if (args.plan.to_out_weight[1]) features(args, 1, rows)[at] = narrow<T>(leak * beta);
-      if (args.plan.to_out_weight[2]) {
-        features(args, 2, rows)[at] =
-            narrow<T>(leak * (bias_at<T>(p.head.film_bias, column) * y +
-                              bias_at<T>(p.head.film_bias, hidden + column)));
+      Accumulator v[kRun];
+      if (args.plan.to_out_weight[0]) {
+#pragma unroll
+        for (int e = 0; e < kRun; ++e) v[e] = gamma[e] * y[e] + beta[e];
+        write_run(features(args, 0, rows) + at, v, count);
       }
-    });
+      if (args.plan.to_out_weight[1]) {
+#pragma unroll
+        for (int e = 0; e < kRun; ++e) v[e] = leak * beta[e];
+        write_run(features(args, 1, rows) + at, v, count);
+      }
+      if (args.plan.to_out_weight[2]) {
+        read_bias<T>(p.head.film_bias, column, count, gamma);
+        read_bias<T>(p.head.film_bias, hidden + column, count, beta);
+#pragma unroll
+        for (int e = 0; e < kRun; ++e) v[e] = leak * (gamma[e] * y[e] + beta[e]);
+        write_run(features(args, 2, rows) + at, v, count);
+      }
+    };
+    for_each_run_of<C::kThreads>(rows.count, hidden, prepare);
   }
 
   // ---- head
@@ -228,7 +243,7 @@ struct FilmGradients {
     const Accumulator scale = scale_of(args, 0);
     tile.for_each_run(
         shared, m0, p.head.classes, n0, p.head.hidden,
-        [&](int m, int n, Accumulator(&v)[WeightTile::kRun], int count) {
+        [&](int m, int n, Accumulator(&v)[kRun], int count) {
           multiply_all(v, scale);
           if (args.plan.out_partials) {
             write_sum(out_weight_partial(args, split, m0 + m, n0 + n), v, count, rows);
@@ -252,7 +267,7 @@ struct FilmGradients {
     tile.accumulate(shared, gradient(args, k, rows), operand<T>(head.out_weight), m0, rows.count,
                     n0, head.hidden, 0, head.classes);
     tile.for_each_run(shared, m0, rows.count, n0, head.hidden,
-                      [&](int m, int n, Accumulator(&v)[FeatureTile::kRun], int count) {
+                      [&](int m, int n, Accumulator(&v)[kRun], int count) {
                         write_run(branch_at(args, k, m0 + m, n0 + n), v, count);
                       });
   }
@@ -265,14 +280,18 @@ struct FilmGradients {
     const int64_t begin = split * args.plan.rows_per_split;
     const Accumulator leak = p.leaks.head;
     column_sums<C>(
-        shared, begin, smaller(begin + args.plan.rows_per_split, rows.count), p.head.classes, index,
-        [&](int64_t row, int64_t column) {
-          Accumulator v = out_gradient(args, 0, row, column, rows);
-          if (leak != 0) {
+        shared, kColumnTile / kRun, begin, smaller(begin + args.plan.rows_per_split, rows.count),
+        p.head.classes, index,
+        [&](int64_t row, int64_t column, int count, Accumulator(&v)[kRun]) {
+          out_gradient(args, 0, row, column, count, rows, v);
+          if (leak == 0) return;
 #pragma unroll 1
-            for (int k = 1; k < 3; ++k) v += leak * out_gradient(args, k, row, column, rows);
+          for (int k = 1; k < 3; ++k) {
+            Accumulator more[kRun];
+            out_gradient(args, k, row, column, count, rows, more);
+#pragma unroll
+            for (int e = 0; e < kRun; ++e) v[e] += leak * more[e];
           }
-          return v;
         },
         [&](int64_t column, Accumulator sum) {
           Accumulator v[1] = {sum};
@@ -285,14 +304,14 @@ struct FilmGradients {
         });
   }
   /// The gradient of branch k's logits, 0 where none comes in.
-  static __device__ __forceinline__ Accumulator out_gradient(const Arguments& args, int k,
-                                                             int64_t row, int64_t column,
-                                                             RowRange rows) {
+  static __device__ __forceinline__ void out_gradient(const Arguments& args, int k, int64_t row,
+                                                      int64_t column, int count, RowRange rows,
+                                                      Accumulator (&v)[kRun]) {
     if constexpr (kStep) {
-      return widen(gradient_copy(args, k, rows)[row * args.plan.padded_classes + column]);
+      read_run(gradient_copy(args, k, rows) + row * args.plan.padded_classes + column, count, v);
     } else {
       const ConstMatrix& g = incoming(args.problem, k);
-      return g.data ? element<T>(g, row, column) : Accumulator(0);
+      read_run<T>(g, row, column, g.data ? count : 0, v);
     }
   }
 
@@ -301,39 +320,63 @@ struct FilmGradients {
   static __device__ __forceinline__ void combine(const Arguments& args, RowRange rows) {
     const FilmHeadBackward& p = args.problem;
     const Accumulator encoder = p.leaks.encoder, head = p.leaks.head;
-    const int64_t pitch = args.plan.padded_hidden;
-    for_each_element<C>(rows.count, p.head.hidden, [&](int64_t row, int64_t column) {
-      const Accumulator fused = branch_value(args, 0, row, column);
-      const Accumulator x_alone = branch_value(args, 1, row, column);
-      const int64_t gamma_at = row * 2 * pitch + column, beta_at = gamma_at + pitch;
-      const Accumulator y = film_target<T>(p.head, rows.begin + row, column);
+    const int64_t pitch = args.plan.padded_hidden, hidden = p.head.hidden;
+    const bool has_fused = args.plan.need_branch[0];
+    const auto combine_run = [&](int64_t row, int64_t column, int count) {
+      Accumulator fused[kRun], x_alone[kRun], y[kRun], v[kRun];
+      read_branch(args, 0, row, column, count, fused);
+      read_branch(args, 1, row, column, count, x_alone);
+      read_target<T>(p.head, rows.begin + row, column, count, y);
       // where nothing flows there is no product: 0 * inf would poison the sum
       if (p.grad_film_weight.data) {
-        for_parameters(args)[gamma_at] = narrow<T>(args.plan.need_branch[0] ? fused * y : 0);
-        for_parameters(args)[beta_at] = narrow<T>(head != 0 ? fused + head * x_alone : fused);
+        T* to = for_parameters(args) + row * 2 * pitch + column;
+#pragma unroll
+        for (int e = 0; e < kRun; ++e) v[e] = has_fused ? fused[e] * y[e] : Accumulator(0);
+        write_run(to, v, count);
+#pragma unroll
+        for (int e = 0; e < kRun; ++e) v[e] = head != 0 ? fused[e] + head * x_alone[e] : fused[e];
+        write_run(to + pitch, v, count);
       }
       if (p.grad_condition.data) {
         T* to = for_encoder(args) + row * args.plan.encoder_pitch + column;
         if (args.plan.condition_leak) {
-          to[0] = narrow<T>(encoder * fused * y);
-          to[p.head.hidden] = narrow<T>(encoder * fused + x_alone);
+#pragma unroll
+          for (int e = 0; e < kRun; ++e) v[e] = encoder * fused[e] * y[e];
+          write_run(to, v, count);
+#pragma unroll
+          for (int e = 0; e < kRun; ++e) v[e] = encoder * fused[e] + x_alone[e];
+          write_run(to + hidden, v, count);
         } else {
-          to[0] = narrow<T>(x_alone);
+          write_run(to, x_alone, count);
         }
       }
-      if (p.grad_target.data) {
-        Accumulator v = 0;
-        if (args.plan.need_branch[2]) {
-          v = bias_at<T>(p.head.film_bias, column) * *branch_at(args, 2, row, column);
-        }
-        if (encoder != 0 && args.plan.need_branch[0]) {
-          v += encoder * element<Accumulator>(p.modulation, row, column) * fused;
-        }
-        if constexpr (kStep) v *= scale_of(args, 2);
-        if (is_absent(p.head.present[1], rows.begin + row)) v = 0;
-        *address<Output>(p.grad_target, rows.begin + row, column) = narrow<Output>(v);
+      if (p.grad_target.data) grad_target_run(args, rows, row, column, count, fused);
+    };
+    for_each_run_of<C::kThreads>(rows.count, hidden, combine_run);
+  }
+  static __device__ __forceinline__ void grad_target_run(const Arguments& args, RowRange rows,
+                                                         int64_t row, int64_t column, int count,
+                                                         const Accumulator (&fused)[kRun]) {
+    const FilmHeadBackward& p = args.problem;
+    const Accumulator encoder = p.leaks.encoder;
+    Accumulator v[kRun] = {};
+    if (!is_absent(p.head.present[1], rows.begin + row)) {
+      if (args.plan.need_branch[2]) {
+        Accumulator bias_gamma[kRun];
+        read_bias<T>(p.head.film_bias, column, count, bias_gamma);
+        read_branch(args, 2, row, column, count, v);
+#pragma unroll
+        for (int e = 0; e < kRun; ++e) v[e] *= bias_gamma[e];
       }
-    });
+      if (encoder != 0 && args.plan.need_branch[0]) {
+        Accumulator gamma[kRun];
+        read_run<Accumulator>(p.modulation, row, column, count, gamma);
+#pragma unroll
+        for (int e = 0; e < kRun; ++e) v[e] += encoder * gamma[e] * fused[e];
+      }
+      multiply_all(v, scale_of(args, 2));
+    }
+    write_run(address<Output>(p.grad_target, rows.begin + row, column), v, count);
   }
 
   // ---- film
@@ -373,7 +416,7 @@ struct FilmGradients {
                     begin, end);
     const Accumulator scale = scale_of(args, 0);
     tile.for_each_run(shared, m0, p.head.hidden, n0, p.head.condition_width,
-                      [&](int m, int n, Accumulator(&v)[WeightTile::kRun], int count) {
+                      [&](int m, int n, Accumulator(&v)[kRun], int count) {
                         const int64_t row = half * p.head.hidden + m0 + m;
                         multiply_all(v, scale);
                         if (args.plan.partials) {
@@ -399,11 +442,11 @@ struct FilmGradients {
                     n0, p.head.condition_width, 0, (2 - first_half) * p.head.hidden);
     const Accumulator scale = scale_of(args, 1);
     tile.for_each_run(shared, m0, rows.count, n0, p.head.condition_width,
-                      [&](int m, int n, Accumulator(&v)[FeatureTile::kRun], int count) {
+                      [&](int m, int n, Accumulator(&v)[kRun], int count) {
                         const int64_t row = rows.begin + m0 + m;
                         const bool absent = is_absent(p.head.present[0], row);
 #pragma unroll
-                        for (int e = 0; e < FeatureTile::kRun; ++e) {
+                        for (int e = 0; e < kRun; ++e) {
                           v[e] = absent ? Accumulator(0) : kStep ? v[e] * scale : v[e];
                         }
                         write_run(address<Output>(p.grad_condition, row, n0 + n), v, count);
@@ -419,15 +462,19 @@ struct FilmGradients {
     const Accumulator leak = p.leaks.head;
     const bool to_gamma = args.plan.need_branch[0] || (leak != 0 && args.plan.need_branch[2]);
     column_sums<C>(
-        shared, begin, smaller(begin + args.plan.rows_per_split, rows.count), p.head.hidden, index,
-        [&](int64_t row, int64_t column) {
-          Accumulator v = branch_value(args, 0, row, column);
+        shared, kColumnTile / kRun, begin, smaller(begin + args.plan.rows_per_split, rows.count),
+        p.head.hidden, index,
+        [&](int64_t row, int64_t column, int count, Accumulator(&v)[kRun]) {
+          read_branch(args, 0, row, column, count, v);
           if (leak != 0) {
-            v += leak * branch_value(args, 2, row, column);
-            if (half == 1) v += leak * branch_value(args, 1, row, column);
+            add_branch(args, 2, row, column, count, leak, v);
+            if (half == 1) add_branch(args, 1, row, column, count, leak, v);
           }
-          if (half == 1) return v;
-          return to_gamma ? v * film_target<T>(p.head, rows.begin + row, column) : Accumulator(0);
+          if (half == 1) return;
+          Accumulator y[kRun];
+          read_target<T>(p.head, rows.begin + row, column, to_gamma ? count : 0, y);
+#pragma unroll
+          for (int e = 0; e < kRun; ++e) v[e] = to_gamma ? v[e] * y[e] : Accumulator(0);
         },
         [&](int64_t column, Accumulator sum) {
           const int64_t at = half * p.head.hidden + column;
@@ -447,27 +494,41 @@ struct FilmGradients {
     const FilmHeadBackward& p = args.problem;
     const int64_t hidden = p.head.hidden, classes = p.head.classes;
     if (p.grad_out_weight.data && args.plan.out_partials) {
-      for_each_element<C>(classes, hidden, [&](int64_t row, int64_t column) {
-        *address<Output>(p.grad_out_weight, row, column) =
-            narrow<Output>(sum_splits(out_weight_partial(args, 0, row, column),
-                                      args.plan.out_splits, classes * args.plan.padded_hidden));
-      });
+      const auto add = [&](int64_t row, int64_t column, int count) {
+        Accumulator v[kRun] = {};
+        add_splits(out_weight_partial(args, 0, row, column), args.plan.out_splits,
+                   classes * args.plan.padded_hidden, count, v);
+        write_run(address<Output>(p.grad_out_weight, row, column), v, count);
+      };
+      for_each_run_of<C::kThreads>(classes, hidden, add);
     }
     if (!args.plan.partials) return;
     if (p.grad_film_weight.data) {
       const int64_t plane = 2 * hidden * round_up(p.head.condition_width, 8);
-      for_each_element<C>(2 * hidden, p.head.condition_width, [&](int64_t row, int64_t column) {
-        *address<Output>(p.grad_film_weight, row, column) = narrow<Output>(
-            sum_splits(film_weight_partial(args, 0, row, column), args.plan.row_splits, plane));
-      });
+      const auto add = [&](int64_t row, int64_t column, int count) {
+        Accumulator v[kRun] = {};
+        add_splits(film_weight_partial(args, 0, row, column), args.plan.row_splits, plane, count,
+                   v);
+        write_run(address<Output>(p.grad_film_weight, row, column), v, count);
+      };
+      for_each_run_of<C::kThreads>(2 * hidden, p.head.condition_width, add);
     }
-    const int64_t biases = 2 * hidden + classes;
-    for_each_element<C>(1, biases, [&](int64_t, int64_t column) {
-      void* const bias = column < 2 * hidden ? p.grad_film_bias : p.grad_out_bias;
-      if (!bias) return;
-      static_cast<Output*>(bias)[column < 2 * hidden ? column : column - 2 * hidden] =
-          narrow<Output>(sum_splits(bias_partial(args, 0, column), args.plan.row_splits, biases));
-    });
+    add_bias_splits(args, p.grad_film_bias, 0, 2 * hidden);
+    add_bias_splits(args, p.grad_out_bias, 2 * hidden, classes);
+  }
+
+  /// Adds the partial sums of one bias's gradient, which begin at `first`.
+  static __device__ __forceinline__ void add_bias_splits(const Arguments& args, void* bias,
+                                                         int64_t first, int64_t columns) {
+    if (!bias) return;
+    const FilmHead& head = args.problem.head;
+    const auto add = [&](int64_t, int64_t column, int count) {
+      Accumulator v[kRun] = {};
+      add_splits(bias_partial(args, 0, first + column), args.plan.row_splits,
+                 2 * head.hidden + head.classes, count, v);
+      write_run(static_cast<Output*>(bias) + column, v, count);
+    };
+    for_each_run_of<C::kThreads>(1, columns, add);
   }
 };
 

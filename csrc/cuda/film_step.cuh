@@ -19,6 +19,28 @@ struct FilmStepArguments {
   StepPlan plan;
 };
 
+/// Where rows.cuh finds the logits of FiLM: a part per branch.
+template <class C>
+struct FilmLogits {
+  using Accumulator = typename C::Accumulator;
+  static constexpr bool kAdds = false;
+  static constexpr int kParts = 3;
+  const FilmForwardArguments& args;
+
+  __device__ int parts() const { return kParts; }
+  __device__ int64_t splits(int) const { return args.plan.head_splits; }
+  __device__ int64_t part_step(int) const {
+    return args.plan.plane_rows * args.plan.padded_classes;
+  }
+  __device__ int64_t split_step() const { return kParts * part_step(0); }
+  __device__ const Accumulator* at(int64_t row, int64_t column) const {
+    return FilmForward<C>::head_partial(args, 0, 0, row, column);
+  }
+  __device__ void read_bias_of(int, int64_t column, int count, Accumulator (&v)[kRun]) const {
+    read_bias<typename C::T>(args.problem.head.out_bias, column, count, v);
+  }
+};
+
 template <class C>
 struct FilmStep {
   using T = typename C::T;
@@ -39,8 +61,10 @@ struct FilmStep {
   static __device__ __forceinline__ void run(const Arguments& args) {
     T* shared = reinterpret_cast<T*>(dynamic_shared_memory());
     const FilmHead& head = args.forward.problem.head;
-    const StepContext step{args.loss, args.plan,    head.present,
-                           head.rows, head.classes, args.forward.workspace};
+    const StepContext step{args.loss,    args.plan,
+                           head.present, head.rows,
+                           head.classes, args.forward.workspace,
+                           gridDim.x,    gridDim.x};
     Losses::count(step, shared);
 #pragma unroll 1
     for (int chunk = 0; chunk < args.plan.chunks; ++chunk) {
@@ -51,9 +75,7 @@ struct FilmStep {
       grid_sync();
       Forward::template multiply_head<true>(args.forward, shared, rows);
       grid_sync();
-      Losses::run_rows(step, shared, rows, [&](int k, int64_t row, int64_t column) {
-        return logit(args.forward, k, row, column);
-      });
+      Losses::run_rows(step, shared, rows, FilmLogits<C>{args.forward});
       if (args.plan.gradients) Gradients::prepare_features(args.backward, rows);
       grid_sync();
       if (args.plan.gradients) {
@@ -77,13 +99,6 @@ struct FilmStep {
   static __device__ __forceinline__ RowRange chunk_of(const Arguments& args, int chunk) {
     const int64_t begin = chunk * args.plan.chunk_rows;
     return {begin, smaller(args.plan.chunk_rows, args.forward.problem.head.rows - begin)};
-  }
-
-  static __device__ __forceinline__ Accumulator logit(const FilmForwardArguments& args, int k,
-                                                      int64_t row, int64_t column) {
-    const int64_t plane = 3 * args.plan.plane_rows * args.plan.padded_classes;
-    return bias_at<T>(args.problem.head.out_bias, column) +
-           sum_splits(Forward::head_partial(args, 0, k, row, column), args.plan.head_splits, plane);
   }
 };
 

@@ -11,6 +11,8 @@
 
 namespace dgl_ext {
 
+constexpr int kRun = 4;  ///< neighbouring columns that a thread works on at once
+
 /// Along which index an operand's memory is contiguous.
 enum class Major { kDepth, kOuter };
 
@@ -38,7 +40,6 @@ class GemmTile {
  public:
   using T = typename C::T;
   using Accumulator = typename C::Accumulator;
-  static constexpr int kRun = 4;  ///< neighbours along n that an epilogue gets at once
 
  private:
   static constexpr bool kTensorCores = C::kShape.tensor_cores;

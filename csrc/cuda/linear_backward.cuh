@@ -34,13 +34,15 @@ struct LinearBackward : LinearGradients<C, false> {
     for (int i = 0; i < args.plan.plane_count; ++i) {
       const GradientPlane& job = args.plan.planes[i];
       T* out = Gradients::plane(args, i, all);
-      for_each_element<C>(all.count, p.head.classes, [&](int64_t row, int64_t column) {
-        Accumulator v = element<T>(Gradients::gradient(p, job.first), row, column);
+      const auto make = [&](int64_t row, int64_t column, int count) {
+        Accumulator v[kRun];
+        read_run<T>(Gradients::gradient(p, job.first), row, column, count, v);
         if (job.second >= 0) {
-          v += Accumulator(job.scale) * element<T>(Gradients::gradient(p, job.second), row, column);
+          add_run<T>(Gradients::gradient(p, job.second), row, column, count, job.scale, v);
         }
-        out[row * args.plan.padded_classes + column] = narrow<T>(v);
-      });
+        write_run(out + row * args.plan.padded_classes + column, v, count);
+      };
+      for_each_run_of<C::kThreads>(all.count, p.head.classes, make);
     }
   }
 };

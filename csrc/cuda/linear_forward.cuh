@@ -34,7 +34,7 @@ struct LinearForward {
     multiply<true>(args, shared, {0, args.problem.head.rows});
     if (args.plan.direct) return;
     grid_sync();
-    write_logits(args);
+    write_logits(args, {0, args.problem.head.rows});
   }
 
   /// Direct: one item per output tile, all modalities one after the other. Otherwise one item per
@@ -63,7 +63,7 @@ struct LinearForward {
         tile.accumulate(shared, operand<T>(head.feature[i], rows.begin), operand<T>(head.weight[i]),
                         m0, rows.count, n0, head.classes, begin, end);
         tile.for_each_run(shared, m0, rows.count, n0, head.classes,
-                          [&](int m, int n, Accumulator(&v)[Tile::kRun], int count) {
+                          [&](int m, int n, Accumulator(&v)[kRun], int count) {
                             if (direct) {
                               store_direct(args, i, m0 + m, n0 + n, v, count);
                             } else {
@@ -82,33 +82,72 @@ struct LinearForward {
            (split * args.plan.plane_rows + row) * args.plan.padded_classes + column;
   }
 
-  static __device__ __forceinline__ Accumulator fused_bias(const LinearHeadForward& p,
-                                                           int64_t column) {
-    if (p.fused_bias) return bias_at<T>(p.fused_bias, column);
-    Accumulator sum = 0;
+  /// Bias of the fused logits, a run of it: concat has one, sum adds those of all branches.
+  static __device__ __forceinline__ void read_fused_bias(const LinearHeadForward& p, int64_t column,
+                                                         int count, Accumulator (&v)[kRun]) {
+    read_bias<T>(p.fused_bias, column, count, v);
+    if (p.fused_bias) return;
 #pragma unroll 1
-    for (int i = 0; i < p.head.modalities; ++i) sum += bias_at<T>(p.branch_bias[i], column);
-    return sum;
+    for (int i = 0; i < p.head.modalities; ++i) {
+      Accumulator more[kRun];
+      read_bias<T>(p.branch_bias[i], column, count, more);
+#pragma unroll
+      for (int e = 0; e < kRun; ++e) v[e] += more[e];
+    }
+  }
+
+  /// Logits of all branches from the partial sums of every modality, each read once.
+  static __device__ __forceinline__ void write_logits(const Arguments& args, RowRange rows) {
+    const LinearHeadForward& p = args.problem;
+    const int64_t plane = args.plan.plane_rows * args.plan.padded_classes;
+    for_each_run_of<C::kThreads>(
+        rows.count, p.head.classes, [&](int64_t row, int64_t column, int count) {
+          Accumulator fused[kRun];
+          read_fused_bias(p, column, count, fused);
+          int64_t split = 0;
+#pragma unroll 1
+          for (int i = 0; i < p.head.modalities; ++i) {
+            Accumulator sum[kRun] = {}, z[kRun];
+            if (!is_absent(p.head.present[i], rows.begin + row)) {
+              add_splits(partial(args, split, row, column), args.plan.splits[i], plane, count, sum);
+            }
+            read_bias<T>(p.branch_bias[i], column, count, z);
+#pragma unroll
+            for (int e = 0; e < kRun; ++e) {
+              fused[e] += sum[e];
+              z[e] += sum[e];
+            }
+            write_run(address<T>(p.unimodal[i], rows.begin + row, column), z, count);
+            split += args.plan.splits[i];
+          }
+          write_run(address<T>(p.fused, rows.begin + row, column), fused, count);
+        });
   }
 
  private:
   /// The fused sum is kept in the workspace between modalities. Every element is written and read
   /// by one thread, so no sync is needed; registers could not hold a second set of accumulators.
   static __device__ __forceinline__ void store_direct(const Arguments& args, int i, int64_t row,
-                                                      int64_t column, Accumulator (&v)[Tile::kRun],
+                                                      int64_t column, Accumulator (&v)[kRun],
                                                       int count) {
     const LinearHeadForward& p = args.problem;
-    Accumulator logits[Tile::kRun], sum[Tile::kRun];
+    Accumulator logits[kRun], sum[kRun] = {};
     Accumulator* kept = partial(args, 0, row, column);
     const bool last = i == p.head.modalities - 1;
     const bool absent = is_absent(p.head.present[i], row);
+    read_bias<T>(p.branch_bias[i], column, count, logits);
+    if (i > 0) read_run(kept, count, sum);
 #pragma unroll
-    for (int e = 0; e < Tile::kRun; ++e) {
-      if (e >= count) break;
+    for (int e = 0; e < kRun; ++e) {
       if (absent) v[e] = 0;
-      logits[e] = v[e] + bias_at<T>(p.branch_bias[i], column + e);
-      sum[e] = i > 0 ? kept[e] + v[e] : v[e];
-      if (last) sum[e] += fused_bias(p, column + e);
+      logits[e] += v[e];
+      sum[e] += v[e];
+    }
+    if (last) {
+      Accumulator bias[kRun];
+      read_fused_bias(p, column, count, bias);
+#pragma unroll
+      for (int e = 0; e < kRun; ++e) sum[e] += bias[e];
     }
     write_run(address<T>(p.unimodal[i], row, column), logits, count);
     if (last) {
@@ -116,27 +155,6 @@ struct LinearForward {
     } else {
       write_run(kept, sum, count);
     }
-  }
-
-  static __device__ __forceinline__ void write_logits(const Arguments& args) {
-    const LinearHeadForward& p = args.problem;
-    const int64_t plane = args.plan.plane_rows * args.plan.padded_classes;
-    for_each_element<C>(p.head.rows, p.head.classes, [&](int64_t row, int64_t column) {
-      Accumulator fused = fused_bias(p, column);
-      int64_t split = 0;
-#pragma unroll 1
-      for (int i = 0; i < p.head.modalities; ++i) {
-        const int64_t count = args.plan.splits[i];
-        const Accumulator sum = is_absent(p.head.present[i], row)
-                                    ? Accumulator(0)
-                                    : sum_splits(partial(args, split, row, column), count, plane);
-        fused += sum;
-        *address<T>(p.unimodal[i], row, column) =
-            narrow<T>(sum + bias_at<T>(p.branch_bias[i], column));
-        split += count;
-      }
-      *address<T>(p.fused, row, column) = narrow<T>(fused);
-    });
   }
 };
 

@@ -93,12 +93,8 @@ struct LinearGradients {
     for (int i = 0; i < head.modalities; ++i) {
       const int64_t pitch = args.plan.masked[i].pitch;
       if (pitch == 0) continue;
-      const Operand<T> from = operand<T>(head.feature[i], rows.begin);
-      T* to = masked_copy(args, i);
-      for_each_element<C>(rows.count, head.width[i], [&](int64_t row, int64_t column) {
-        const bool absent = is_absent(head.present[i], rows.begin + row);
-        to[row * pitch + column] = absent ? narrow<T>(0) : from.data[row * from.stride + column];
-      });
+      copy_rows<C>(operand<T>(head.feature[i], rows.begin), masked_copy(args, i), pitch, rows,
+                   head.width[i], head.present[i]);
     }
   }
 
@@ -125,7 +121,7 @@ struct LinearGradients {
     int64_t first_column = 0;  // of modality i in the partial sums
     for (; index >= args.weight[i].count; ++i) {
       index -= args.weight[i].count;
-      first_column += round_up(p.head.width[i], WeightTile::kRun);
+      first_column += round_up(p.head.width[i], kRun);
     }
     const int64_t m0 = args.weight[i].row<C>(index), n0 = args.weight[i].column<C>(index);
     const int64_t begin = split * args.plan.rows_per_split;
@@ -137,9 +133,9 @@ struct LinearGradients {
     const Accumulator scale = scale_of(args, args.plan.to_weight[i]);
     tile.for_each_run(
         shared, m0, p.head.classes, n0, p.head.width[i],
-        [&](int m, int n, Accumulator(&v)[WeightTile::kRun], int count) {
+        [&](int m, int n, Accumulator(&v)[kRun], int count) {
 #pragma unroll
-          for (int e = 0; e < WeightTile::kRun; ++e) v[e] *= scale;
+          for (int e = 0; e < kRun; ++e) v[e] *= scale;
           if (args.plan.partials) {
             write_sum(weight_partial(args, split, m0 + m, first_column + n0 + n), v, count, rows);
           } else {
@@ -162,11 +158,11 @@ struct LinearGradients {
                     p.head.classes);
     const Accumulator scale = scale_of(args, args.plan.to_feature[i]);
     tile.for_each_run(shared, m0, rows.count, n0, p.head.width[i],
-                      [&](int m, int n, Accumulator(&v)[FeatureTile::kRun], int count) {
+                      [&](int m, int n, Accumulator(&v)[kRun], int count) {
                         const int64_t row = rows.begin + m0 + m;
                         const bool absent = is_absent(p.head.present[i], row);
 #pragma unroll
-                        for (int e = 0; e < FeatureTile::kRun; ++e) {
+                        for (int e = 0; e < kRun; ++e) {
                           v[e] = absent ? Accumulator(0) : v[e] * scale;
                         }
                         write_run(address<Output>(p.grad_feature[i], row, n0 + n), v, count);
@@ -194,33 +190,32 @@ struct LinearGradients {
         write_sum(static_cast<Output*>(bias_target(p, target)) + column, v, 1, rows);
       }
     };
+    column_sums<C>(
+        shared, kColumnTile / kRun, begin, end, p.head.classes, index,
+        [&](int64_t row, int64_t column, int count, Accumulator(&v)[kRun]) {
+          bias_gradient(args, target, row, column, count, rows, v);
+        },
+        done);
+  }
+
+  /// What the gradient of a bias is summed from: a run of one row.
+  static __device__ __forceinline__ void bias_gradient(const Arguments& args, int target,
+                                                       int64_t row, int64_t column, int count,
+                                                       RowRange rows, Accumulator (&v)[kRun]) {
     if constexpr (kStep) {
       const T* residuals = plane(args, args.plan.bias_plane[target], rows);
-      column_sums<C>(
-          shared, begin, end, p.head.classes, index,
-          [&](int64_t row, int64_t column) {
-            return widen(residuals[row * args.plan.padded_classes + column]);
-          },
-          done);
+      read_run(residuals + row * args.plan.padded_classes + column, count, v);
     } else {
-      // the fused bias takes every branch's gradient, a branch's bias only its own
-      const int first = target == 0 ? 1 : target;
-      const int last = target == 0 ? p.head.modalities : target;
+      const LinearHeadBackward& p = args.problem;
       const Accumulator leak = p.leaks.head;
-      column_sums<C>(
-          shared, begin, end, p.head.classes, index,
-          [&](int64_t row, int64_t column) {
-            Accumulator v = p.grad_fused.data ? element<T>(p.grad_fused, row, column) : 0;
-            if (leak != 0) {
+      read_run<T>(p.grad_fused, row, column, p.grad_fused.data ? count : 0, v);
+      if (leak == 0) return;
+      // the fused bias takes every branch's gradient, a branch's bias only its own
+      const int last = target == 0 ? p.head.modalities : target;
 #pragma unroll 1
-              for (int k = first; k <= last; ++k) {
-                const ConstMatrix& g = gradient(p, k);
-                if (g.data) v += leak * element<T>(g, row, column);
-              }
-            }
-            return v;
-          },
-          done);
+      for (int k = target == 0 ? 1 : target; k <= last; ++k) {
+        if (gradient(p, k).data) add_run<T>(gradient(p, k), row, column, count, leak, v);
+      }
     }
   }
 
@@ -253,21 +248,30 @@ struct LinearGradients {
 #pragma unroll 1
     for (int i = 0; i < p.head.modalities; ++i) {
       if (p.grad_weight[i].data) {
-        for_each_element<C>(p.head.classes, p.head.width[i], [&](int64_t row, int64_t column) {
-          const Accumulator* from = weight_partial(args, 0, row, first_column + column);
-          *address<Output>(p.grad_weight[i], row, column) =
-              narrow<Output>(sum_splits(from, splits, plane));
-        });
+        const auto add = [&](int64_t row, int64_t column, int count) {
+          Accumulator v[kRun] = {};
+          add_splits(weight_partial(args, 0, row, first_column + column), splits, plane, count, v);
+          write_run(address<Output>(p.grad_weight[i], row, column), v, count);
+        };
+        for_each_run_of<C::kThreads>(p.head.classes, p.head.width[i], add);
       }
-      first_column += round_up(p.head.width[i], WeightTile::kRun);
+      first_column += round_up(p.head.width[i], kRun);
     }
-    for_each_element<C>(p.head.modalities + 1, p.head.classes, [&](int64_t t, int64_t column) {
-      if (void* target = bias_target(p, int(t))) {
-        static_cast<Output*>(target)[column] =
-            narrow<Output>(sum_splits(bias_partial(args, 0, int(t), column), splits,
-                                      (p.head.modalities + 1) * p.head.classes));
-      }
-    });
+    add_bias_splits(args, splits);
+  }
+
+  /// Adds the partial sums of the biases' gradients, a tile of columns at a time.
+  static __device__ __forceinline__ void add_bias_splits(const Arguments& args, int64_t splits) {
+    const LinearHeadBackward& p = args.problem;
+    const int64_t plane = (p.head.modalities + 1) * p.head.classes;
+    const auto add = [&](int64_t t, int64_t column, int count) {
+      void* const target = bias_target(p, int(t));
+      if (!target) return;
+      Accumulator v[kRun] = {};
+      add_splits(bias_partial(args, 0, int(t), column), splits, plane, count, v);
+      write_run(static_cast<Output*>(target) + column, v, count);
+    };
+    for_each_run_of<C::kThreads>(p.head.modalities + 1, p.head.classes, add);
   }
 };
 

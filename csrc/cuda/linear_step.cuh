@@ -18,6 +18,29 @@ struct LinearStepArguments {
   StepPlan plan;
 };
 
+/// Where rows.cuh finds the logits of concat and sum: a part per modality.
+template <class C>
+struct LinearLogits {
+  using Accumulator = typename C::Accumulator;
+  static constexpr bool kAdds = true;
+  static constexpr int kParts = kMaxModalities;
+  const LinearForwardArguments& args;
+
+  __device__ int parts() const { return args.problem.head.modalities; }
+  __device__ int64_t splits(int i) const { return args.plan.splits[i]; }
+  __device__ int64_t split_step() const { return args.plan.plane_rows * args.plan.padded_classes; }
+  __device__ int64_t part_step(int i) const { return splits(i) * split_step(); }
+  __device__ const Accumulator* at(int64_t row, int64_t column) const {
+    return LinearForward<C>::partial(args, 0, row, column);
+  }
+  __device__ void read_fused_bias(int64_t column, int count, Accumulator (&v)[kRun]) const {
+    LinearForward<C>::read_fused_bias(args.problem, column, count, v);
+  }
+  __device__ void read_bias_of(int i, int64_t column, int count, Accumulator (&v)[kRun]) const {
+    read_bias<typename C::T>(args.problem.branch_bias[i], column, count, v);
+  }
+};
+
 template <class C>
 struct LinearStep {
   using T = typename C::T;
@@ -38,17 +61,17 @@ struct LinearStep {
   static __device__ __forceinline__ void run(const Arguments& args) {
     T* shared = reinterpret_cast<T*>(dynamic_shared_memory());
     const LinearHead& head = args.forward.problem.head;
-    const StepContext step{args.loss, args.plan,    head.present,
-                           head.rows, head.classes, args.forward.workspace};
+    const StepContext step{args.loss,    args.plan,
+                           head.present, head.rows,
+                           head.classes, args.forward.workspace,
+                           gridDim.x,    gridDim.x};
     Losses::count(step, shared);
 #pragma unroll 1
     for (int chunk = 0; chunk < args.plan.chunks; ++chunk) {
       const RowRange rows = chunk_of(args, chunk);
       Forward::template multiply<false>(args.forward, shared, rows);
       grid_sync();
-      Losses::run_rows(step, shared, rows, [&](int k, int64_t row, int64_t column) {
-        return logit(args.forward, rows, k, row, column);
-      });
+      Losses::run_rows(step, shared, rows, LinearLogits<C>{args.forward});
       Gradients::copy_masked(args.backward, rows);
       grid_sync();
       if (args.plan.gradients) Gradients::run_tiles(args.backward, shared, rows);
@@ -64,24 +87,6 @@ struct LinearStep {
   static __device__ __forceinline__ RowRange chunk_of(const Arguments& args, int chunk) {
     const int64_t begin = chunk * args.plan.chunk_rows;
     return {begin, smaller(args.plan.chunk_rows, args.forward.problem.head.rows - begin)};
-  }
-
-  static __device__ __forceinline__ Accumulator logit(const LinearForwardArguments& args,
-                                                      RowRange rows, int k, int64_t row,
-                                                      int64_t column) {
-    const LinearHeadForward& p = args.problem;
-    const int64_t plane = args.plan.plane_rows * args.plan.padded_classes;
-    Accumulator z = k == 0 ? Forward::fused_bias(p, column)
-                           : Accumulator(bias_at<T>(p.branch_bias[k - 1], column));
-    int64_t split = 0;
-#pragma unroll 1
-    for (int i = 0; i < p.head.modalities; ++i) {
-      const int64_t count = args.plan.splits[i];
-      const bool takes = k == 0 ? !is_absent(p.head.present[i], rows.begin + row) : k == i + 1;
-      if (takes) z += sum_splits(Forward::partial(args, split, row, column), count, plane);
-      split += count;
-    }
-    return z;
   }
 };
 

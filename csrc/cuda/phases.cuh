@@ -5,7 +5,7 @@
 
 namespace dgl_ext {
 
-constexpr int kColumnTile = 32;  ///< columns of one bias sum: a warp's width
+constexpr int kColumnTile = 32;  ///< columns of one bias sum
 
 /// Consecutive rows of the problem: all of them, or the chunk that a step works on.
 struct RowRange {
@@ -41,76 +41,135 @@ struct TileGrid {
   }
 };
 
-/// Fixed order: the result does not depend on which CTA finished first.
-template <class Accumulator>
-__device__ __forceinline__ Accumulator sum_splits(const Accumulator* p, int64_t count,
-                                                  int64_t stride) {
-  Accumulator sum = 0;
-#pragma unroll 4
-  for (int64_t i = 0; i < count; ++i) sum += p[i * stride];
-  return sum;
-}
-
-/// Calls f(row, column) for every element of a matrix: a warp per row, lanes along the columns.
-template <class C, class F>
-__device__ __forceinline__ void for_each_element(int64_t rows, int64_t columns, F&& f) {
-  const int lane = threadIdx.x % 32;
-  const int64_t step = int64_t(gridDim.x) * C::kWarps;
+/// Calls f(row, column, count) for every run of `kRun` neighbours of a matrix (the last of a row may
+/// be shorter), flattened over the grid: all threads have work, whatever the shape.
+template <int kThreads, class F>
+__device__ __forceinline__ void for_each_run_of(int64_t rows, int64_t columns, F&& f) {
+  const int64_t runs = ceil_div(columns, kRun);
+  if (runs == 0) return;
+  const int64_t step = int64_t(gridDim.x) * kThreads;
+  const int64_t first = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t row_step = step / runs, run_step = step % runs;
+  int64_t row = first / runs, run = first % runs;
 #pragma unroll 1
-  for (int64_t r = int64_t(blockIdx.x) * C::kWarps + threadIdx.x / 32; r < rows; r += step) {
-#pragma unroll 1
-    for (int64_t c = lane; c < columns; c += 32) f(r, c);
-  }
-}
-
-/// Sums value(row, column) over rows [begin, end) for the columns of one column tile and hands
-/// done(column, sum) the result. Warps take every kWarps-th row; then warp 0 adds them in order.
-/// Short runs are summed in the accumulator type and those in double: one running float32 sum over
-/// 200,000 rows was off by 3e-6.
-template <class C, class Value, class Done>
-__device__ __forceinline__ void column_sums(typename C::T* shared, int64_t begin, int64_t end,
-                                            int64_t columns, int64_t tile, Value&& value,
-                                            Done&& done) {
-  using Accumulator = typename C::Accumulator;
-  constexpr int64_t kRunRows = 32 * C::kWarps;
-  auto* partial = reinterpret_cast<double*>(shared);
-  const int warp = threadIdx.x / 32;
-  const int64_t column = tile * kColumnTile + threadIdx.x % 32;
-  double sum = 0;
-  if (column < columns) {
-#pragma unroll 1
-    for (int64_t first = begin; first < end; first += kRunRows) {
-      const int64_t last = smaller(first + kRunRows, end);
-      Accumulator run = 0;
-#pragma unroll 4
-      for (int64_t r = first + warp; r < last; r += C::kWarps) run += value(r, column);
-      sum += run;
+  while (row < rows) {
+    f(row, run * kRun, int(smaller(columns - run * kRun, kRun)));
+    row += row_step;
+    run += run_step;
+    if (run >= runs) {
+      run -= runs;
+      ++row;
     }
   }
-  partial[threadIdx.x] = sum;
-  __syncthreads();
-  if (warp == 0 && column < columns) {
+}
+
+/// A run of neighbours, widened, and zeros beyond `count`; at once where the address allows it.
+template <class O>
+__device__ __forceinline__ void read_run(const O* from, int count, accumulator_t<O> (&v)[kRun]) {
+  constexpr int kBytes = int(sizeof(O)) * kRun < 16 ? int(sizeof(O)) * kRun : 16;
+  constexpr int kCount = kBytes / int(sizeof(O));
+  if (count == kRun && reinterpret_cast<uintptr_t>(from) % kBytes == 0) {
+#pragma unroll
+    for (int part = 0; part < kRun; part += kCount) {
+      const auto loaded = *reinterpret_cast<const Vector<O, kCount>*>(from + part);
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) v[part + e] = widen(loaded.v[e]);
+    }
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < kRun; ++e) v[e] = e < count ? widen(from[e]) : accumulator_t<O>(0);
+}
+/// v += the sum of a run over `count` split planes, `stride` elements apart, in order.
+template <class Accumulator>
+__device__ __forceinline__ void add_splits(const Accumulator* p, int64_t splits, int64_t stride,
+                                           int count, Accumulator (&v)[kRun]) {
+  constexpr int kAhead = 4;  // loads in flight: one after the other each would be a trip to L2
 #pragma unroll 1
-    for (int w = 1; w < C::kWarps; ++w) sum += partial[w * 32 + threadIdx.x];
-    done(column, Accumulator(sum));
+  for (int64_t s = 0; s < splits; s += kAhead) {
+    Accumulator ahead[kAhead][kRun];
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+      read_run(p + (s + a) * stride, s + a < splits ? count : 0, ahead[a]);
+    }
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+#pragma unroll
+      for (int e = 0; e < kRun; ++e) v[e] += ahead[a][e];
+    }
+  }
+}
+/// A run of a bias, zeros where there is none.
+template <class T>
+__device__ __forceinline__ void read_bias(const void* bias, int64_t column, int count,
+                                          accumulator_t<T> (&v)[kRun]) {
+  read_run(static_cast<const T*>(bias) + column, bias ? count : 0, v);
+}
+
+/// Sums over rows [begin, end) for the columns of one tile of `width` runs, a power of two up to the
+/// number of threads: value(row, column, count, v) gives a run of one row, and done(column, sum) gets
+/// each sum. Threads beyond `width` take other rows; theirs are added in order at the end. Short
+/// stretches are summed in the accumulator type and those in double: one running float32 sum over
+/// 200,000 rows was off by 3e-6.
+template <class C, class Value, class Done>
+__device__ __forceinline__ void column_sums(typename C::T* shared, int width, int64_t begin,
+                                            int64_t end, int64_t columns, int64_t tile,
+                                            Value&& value, Done&& done) {
+  using Accumulator = typename C::Accumulator;
+  constexpr int kStretch = 32;
+  auto* partial = reinterpret_cast<double*>(shared);
+  const int lanes = C::kThreads / width, lane = threadIdx.x / width;
+  const int64_t column = (tile * width + threadIdx.x % width) * kRun;
+  const int count = int(smaller(columns - column, kRun));
+  double sum[kRun] = {};
+  if (count > 0) {
+#pragma unroll 1
+    for (int64_t first = begin + lane; first < end; first += kStretch * lanes) {
+      const int64_t last = smaller(first + kStretch * lanes, end);
+      Accumulator stretch[kRun] = {};
+#pragma unroll 4
+      for (int64_t r = first; r < last; r += lanes) {
+        Accumulator v[kRun];
+        value(r, column, count, v);
+#pragma unroll
+        for (int e = 0; e < kRun; ++e) stretch[e] += v[e];
+      }
+#pragma unroll
+      for (int e = 0; e < kRun; ++e) sum[e] += stretch[e];
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < kRun; ++e) partial[threadIdx.x * kRun + e] = sum[e];
+  __syncthreads();
+#pragma unroll 1
+  for (int at = threadIdx.x; at < width * kRun; at += C::kThreads) {
+    double all = partial[at];
+#pragma unroll 1
+    for (int l = 1; l < lanes; ++l) all += partial[l * width * kRun + at];
+    const int64_t here = tile * width * kRun + at;
+    if (here < columns) done(here, Accumulator(all));
   }
   __syncthreads();  // shared memory is free again
 }
 
-/// Element (row, column) of a matrix of T, widened.
+/// A run of row `row` of a matrix of T, widened.
 template <class T>
-__device__ __forceinline__ accumulator_t<T> element(const ConstMatrix& m, int64_t row,
-                                                    int64_t column) {
-  return widen(static_cast<const T*>(m.data)[row * m.stride + column]);
+__device__ __forceinline__ void read_run(const ConstMatrix& m, int64_t row, int64_t column,
+                                         int count, accumulator_t<T> (&v)[kRun]) {
+  read_run(static_cast<const T*>(m.data) + row * m.stride + column, count, v);
+}
+/// v += factor times a run of row `row`.
+template <class T>
+__device__ __forceinline__ void add_run(const ConstMatrix& m, int64_t row, int64_t column, int count,
+                                        accumulator_t<T> factor, accumulator_t<T> (&v)[kRun]) {
+  accumulator_t<T> more[kRun];
+  read_run<T>(m, row, column, count, more);
+#pragma unroll
+  for (int e = 0; e < kRun; ++e) v[e] += factor * more[e];
 }
 template <class T>
 __device__ __forceinline__ T* address(const Matrix& m, int64_t row, int64_t column) {
   return static_cast<T*>(m.data) + row * m.stride + column;
-}
-/// bias[column], or 0 where there is none.
-template <class T>
-__device__ __forceinline__ accumulator_t<T> bias_at(const void* bias, int64_t column) {
-  return bias ? widen(static_cast<const T*>(bias)[column]) : accumulator_t<T>(0);
 }
 /// Adds what is stored at `to` already, where an earlier chunk of rows has left its sum.
 template <class O, class Accumulator, int kCount>
@@ -119,6 +178,18 @@ __device__ __forceinline__ void add_stored(const O* to, Accumulator (&v)[kCount]
   for (int e = 0; e < kCount; ++e) {
     if (e < count) v[e] += widen(to[e]);
   }
+}
+/// Copies a matrix to a plane of the workspace, with zeros where a row is absent.
+template <class C>
+__device__ __forceinline__ void copy_rows(const Operand<typename C::T>& from, typename C::T* to,
+                                          int64_t pitch, RowRange rows, int64_t columns,
+                                          const uint8_t* present) {
+  for_each_run_of<C::kThreads>(rows.count, columns, [&](int64_t row, int64_t column, int count) {
+    const bool absent = is_absent(present, rows.begin + row);
+    typename C::Accumulator v[kRun];
+    read_run(from.data + row * from.stride + column, absent ? 0 : count, v);
+    write_run(to + row * pitch + column, v, count);
+  });
 }
 /// Part of the workspace, `offset` bytes in.
 template <class O>
