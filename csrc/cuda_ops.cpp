@@ -42,7 +42,7 @@ std::vector<Tensor> linear_forward(std::vector<Tensor> features, std::vector<Ten
 
   const Precision precision{dtype_of(features[0]), allow_tf32};
   const LinearForwardPlan plan =
-      plan_linear_forward(problem, precision, call.device(), PlanRequest{kernel_only});
+      plan_linear_forward(problem, precision, call.device(), PlanRequest{kernel_only, Executor::kFused});
   if (call.goes_composed(plan.launch, kernel_only)) {
     return composed("dgl_ext::linear_head_forward_composed", features, weights, biases, present);
   }
@@ -111,7 +111,7 @@ std::vector<Tensor> linear_backward(OptionalTensors grad_outputs, std::vector<Te
 
   const Precision precision{dtype, allow_tf32};
   const LinearBackwardPlan plan =
-      plan_linear_backward(problem, precision, call.device(), PlanRequest{kernel_only});
+      plan_linear_backward(problem, precision, call.device(), PlanRequest{kernel_only, Executor::kFused});
   if (call.goes_composed(plan.launch, kernel_only)) {
     return composed("dgl_ext::linear_head_backward_composed", grad_outputs, features, weights,
                     present, needs_features, needs_weights, needs_biases, encoder_leak, head_leak);
@@ -150,7 +150,7 @@ std::vector<Tensor> film_forward(std::vector<Tensor> features, std::vector<Tenso
 
   const Precision precision{dtype, allow_tf32};
   const FilmForwardPlan plan =
-      plan_film_forward(problem, precision, call.device(), PlanRequest{kernel_only});
+      plan_film_forward(problem, precision, call.device(), PlanRequest{kernel_only, Executor::kFused});
   if (call.goes_composed(plan.launch, kernel_only)) {
     return composed("dgl_ext::film_head_forward_composed", features, weights, biases, present);
   }
@@ -204,7 +204,7 @@ std::vector<Tensor> film_backward(OptionalTensors grad_outputs, std::vector<Tens
 
   const Precision precision{dtype, allow_tf32};
   const FilmBackwardPlan plan =
-      plan_film_backward(problem, precision, call.device(), PlanRequest{kernel_only});
+      plan_film_backward(problem, precision, call.device(), PlanRequest{kernel_only, Executor::kFused});
   if (call.goes_composed(plan.launch, kernel_only)) {
     return composed("dgl_ext::film_head_backward_composed", grad_outputs, features, weights, biases,
                     film, present, needs_features, needs_weights, needs_biases, encoder_leak,

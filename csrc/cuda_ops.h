@@ -111,7 +111,7 @@ class Call {
 
   // Whether library GEMMs shall run. A caller who wants the kernels only is told if there are none.
   bool goes_composed(const LaunchShape& launch, bool kernel_only) const {
-    if (launch.path != Path::kComposed) return false;
+    if (launch.executor == Executor::kFused) return false;
     if (!kernel_only) return true;
     const int capability = device().capability;
     throw std::runtime_error(
@@ -127,7 +127,7 @@ class Call {
     const int64_t bytes = plan.launch.workspace_bytes;
     if (bytes > 0) kept_.push_back(empty({bytes}, ScalarType::Byte));
     void* workspace = bytes > 0 ? kept_.back().data_ptr() : nullptr;
-    check(op_, launcher(problem, precision, plan, workspace, stream()), "launching");
+    check(op_, launcher(problem, precision, plan, workspace, Queue{stream()}), "launching");
   }
   cudaStream_t stream() const { return current_stream(index_); }
 

@@ -97,8 +97,8 @@ std::vector<Tensor> linear_step(std::vector<Tensor> features, std::vector<Tensor
   }
 
   const Precision precision{dtype, allow_tf32};
-  const LinearStepPlan plan = plan_linear_step(problem, precision, call.device(), workspace_limit,
-                                               PlanRequest{kernel_only});
+  const LinearStepPlan plan = plan_linear_step(problem, precision, call.device(), dgl_ext::workspace_limit(workspace_limit),
+                                               PlanRequest{kernel_only, Executor::kFused});
   if (call.goes_composed(plan.launch, kernel_only)) {
     return composed("dgl_ext::linear_head_step_composed", features, weights, biases, target,
                     present, alpha, mean, ignore_index, label_smoothing, needs_features,
@@ -137,7 +137,7 @@ std::vector<Tensor> film_step(std::vector<Tensor> features, std::vector<Tensor> 
 
   const Precision precision{dtype, allow_tf32};
   const FilmStepPlan plan =
-      plan_film_step(problem, precision, call.device(), workspace_limit, PlanRequest{kernel_only});
+      plan_film_step(problem, precision, call.device(), dgl_ext::workspace_limit(workspace_limit), PlanRequest{kernel_only, Executor::kFused});
   if (call.goes_composed(plan.launch, kernel_only)) {
     return composed("dgl_ext::film_head_step_composed", features, weights, biases, target, present,
                     alpha, mean, ignore_index, label_smoothing, needs_features, needs_weights,

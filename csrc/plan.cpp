@@ -61,9 +61,11 @@ void place_partials(const LinearHead& head, Dtype dtype, Layout& layout, LinearB
   for (int i = 0; i < head.modalities; ++i) {
     plan.weight_partial_columns += round_up(head.width[i], 4);
   }
-  const int64_t size = plan.row_splits * head.classes * accumulator_size(dtype);
-  plan.weight_partial_offset = layout.add(plan.weight_partial_columns * size);
-  plan.bias_partial_offset = layout.add((head.modalities + 1) * size);
+  const int64_t size = head.classes * accumulator_size(dtype);
+  if (plan.partials) {
+    plan.weight_partial_offset = layout.add(plan.row_splits * plan.weight_partial_columns * size);
+  }
+  plan.bias_partial_offset = layout.add(plan.bias_splits * (head.modalities + 1) * size);
 }
 
 /// Which GEMM operands the backward launch of the linear head uses, and the planes they need.
@@ -119,7 +121,7 @@ LinearForwardPlan plan_linear_forward(const LinearHeadForward& p, Precision prec
   const LinearHead& head = p.head;
   LinearForwardPlan plan;
   const Output output{head.rows, head.classes * head.modalities};
-  plan.launch = choose_tile(precision, aligned(head, precision.dtype), true, work(head), &output, 1,
+  plan.launch = choose_launch(precision, aligned(head, precision.dtype), work(head), &output, 1,
                             device, request);
   const TileShape& shape = shape_of(plan.launch.tile);
   const Output logits{head.rows, head.classes};
@@ -127,7 +129,17 @@ LinearForwardPlan plan_linear_forward(const LinearHeadForward& p, Precision prec
   const int64_t steps = width_steps(head, shape.depth);
   plan.plane_rows = head.rows;
   plan.padded_classes = padded(head.classes);
-  const int64_t plane = head.rows * plan.padded_classes * accumulator_size(precision.dtype);
+  const int64_t plane_row = plan.padded_classes * accumulator_size(precision.dtype);
+  if (plan.launch.executor == Executor::kLibrary) {
+    plan.direct = false;
+    const int64_t splits = split_widths(head, steps, 1, shape.depth, plan);
+    plan.plane_rows = choose_chunk(head.rows, splits * plane_row, kDefaultWorkspace,
+                                   kLeastChunkRows, shape.rows);
+    plan.launch.workspace_bytes = splits * plan.plane_rows * plane_row;
+    plan.launch.grid = element_grid(device);
+    return plan;
+  }
+  const int64_t plane = head.rows * plane_row;
   const bool enough_tiles = 2 * tiles >= device.multiprocessors;
   plan.direct = request.splits > 0 ? request.splits == 1 : enough_tiles || steps <= kDirectSteps;
   if (plan.direct) {
@@ -140,7 +152,7 @@ LinearForwardPlan plan_linear_forward(const LinearHeadForward& p, Precision prec
   const int64_t splits = split_widths(head, steps, wanted, shape.depth, plan);
   plan.launch.cooperative = true;
   plan.launch.workspace_bytes = splits * plane;
-  const int64_t items = std::max(splits * tiles, row_items(head.rows, plan.launch, device));
+  const int64_t items = std::max(splits * tiles, row_items(head.rows, device));
   plan.launch.grid = choose_grid(plan.launch, items, device);
   return plan;
 }
@@ -158,7 +170,7 @@ LinearBackwardPlan plan_linear_backward(const LinearHeadBackward& p, Precision p
   for (int i = 0; i < head.modalities; ++i) {
     if (p.grad_feature[i].data) outputs[count++] = {head.rows, head.width[i]};
   }
-  plan.launch = choose_tile(precision, aligned(head, precision.dtype), true, work(head), outputs,
+  plan.launch = choose_launch(precision, aligned(head, precision.dtype), work(head), outputs,
                             count, device, request);
   SourceChooser(p, precision.dtype, plan).choose();
 
@@ -166,7 +178,8 @@ LinearBackwardPlan plan_linear_backward(const LinearHeadBackward& p, Precision p
   const int64_t depth = shape_of(tile).depth, steps = ceil_div(head.rows, depth);
   const int64_t weight_tiles = count_tiles(tile, outputs, weights);
   const int64_t feature_tiles = count_tiles(tile, outputs + weights, count - weights);
-  int64_t wanted = request.splits;
+  const bool library = plan.launch.executor == Executor::kLibrary;
+  int64_t wanted = library ? 1 : request.splits;
   if (wanted == 0) {
     const int64_t total = weight_tiles * steps + feature_tiles * ceil_div(head.classes, depth);
     wanted = choose_row_splits(steps, total, device);
@@ -179,17 +192,22 @@ LinearBackwardPlan plan_linear_backward(const LinearHeadBackward& p, Precision p
   plan.plane_rows = head.rows;
   plan.padded_classes = padded(head.classes);
   plan.partials = plan.row_splits > 1;
+  plan.bias_splits = library ? element_grid(device) : plan.row_splits;
   Layout layout;
   plan.plane_offset = layout.add(plan.plane_count * head.rows * plan.padded_classes *
                                  element_size(precision.dtype));
   mask_features(head, p.grad_weight, precision.dtype, layout, plan);
-  if (plan.partials) place_partials(head, precision.dtype, layout, plan);
+  if (plan.partials || library) place_partials(head, precision.dtype, layout, plan);
   plan.launch.workspace_bytes = layout.bytes();
+  if (library) {
+    plan.launch.grid = element_grid(device);
+    return plan;
+  }
   plan.launch.cooperative = plan.plane_count > 0 || plan.has_masked || plan.partials;
   const int64_t bias_tiles = biases * ceil_div(head.classes, 32);
   int64_t items = (weight_tiles + bias_tiles) * plan.row_splits + feature_tiles;
   if (plan.plane_count > 0 || plan.has_masked)
-    items = std::max(items, row_items(head.rows, plan.launch, device));
+    items = std::max(items, row_items(head.rows, device));
   plan.launch.grid = choose_grid(plan.launch, items, device);
   return plan;
 }
@@ -247,7 +265,7 @@ class StepPlanes {
 }  // namespace
 
 LinearStepPlan plan_linear_step(const LinearHeadStep& p, Precision precision, const Device& device,
-                                int64_t workspace_limit, const PlanRequest& request) {
+                                WorkspaceLimit limit, const PlanRequest& request) {
   const LinearHead& head = p.head;
   const Dtype dtype = precision.dtype;
   LinearStepPlan plan;
@@ -267,27 +285,31 @@ LinearStepPlan plan_linear_step(const LinearHeadStep& p, Precision precision, co
     masked += masked_columns(head.present[i], p.grad_weight[i], head.width[i]);
   }
   const Output all_logits{head.rows, head.classes * head.modalities};
-  plan.launch = choose_tile(precision, aligned(head, dtype), false, work(head), &all_logits, 1,
+  plan.launch = choose_launch(precision, aligned(head, dtype), work(head), &all_logits, 1,
                             device, request);
-  plan.launch.cooperative = true;
+  const bool library = plan.launch.executor == Executor::kLibrary;
+  plan.launch.cooperative = !library;
   const TileShape& shape = shape_of(plan.launch.tile);
 
   // a quarter of the workspace is for split sums of weights, the rest for what there is per row
-  const int64_t row_limit = workspace_limit - workspace_limit / 4;
+  const int64_t row_limit = library ? limit.bytes : limit.bytes - limit.bytes / 4;
+  const int64_t least_rows = library ? limit.least_rows : 0;
   const auto row_bytes = [&](int64_t splits) {
     return step.padded_classes *
                (splits * accumulator_size(dtype) + step.plane_count * element_size(dtype)) +
            masked * element_size(dtype);
   };
-  const int64_t rows = choose_chunk(head.rows, row_bytes(head.modalities), row_limit, shape.rows);
+  const int64_t rows = choose_chunk(head.rows, row_bytes(head.modalities), row_limit, least_rows,
+                                    shape.rows);
   step.chunk_rows = plan.forward.plane_rows = backward.plane_rows = rows;
   step.chunks = count_chunks(head.rows, rows);
 
   const Output logits{rows, head.classes};
   const int64_t tiles = count_tiles(plan.launch.tile, &logits, 1);
   const int64_t steps = width_steps(head, shape.depth);
-  int64_t wanted =
-      request.splits > 0 ? request.splits : device.multiprocessors / std::max<int64_t>(tiles, 1);
+  int64_t wanted = library              ? 1
+                   : request.splits > 0 ? request.splits
+                                        : device.multiprocessors / std::max<int64_t>(tiles, 1);
   wanted = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(steps, 1));
   plan.forward.direct = false;
   int64_t splits = split_widths(head, steps, wanted, shape.depth, plan.forward);
@@ -302,32 +324,33 @@ LinearStepPlan plan_linear_step(const LinearHeadStep& p, Precision precision, co
     const Output feature{p.grad_feature[i].data ? rows : 0, head.width[i]};
     feature_tiles += count_tiles(plan.launch.tile, &feature, 1);
   }
-  int64_t row_splits = request.splits;
+  int64_t row_splits = library ? 1 : request.splits;
   if (row_splits == 0) {
     row_splits = choose_row_splits(
         row_steps, weight_tiles * row_steps + feature_tiles * ceil_div(head.classes, shape.depth),
         device);
   }
   const int64_t sums = head.classes * (total_width(head) + step.branches) * accumulator_size(dtype);
-  if (row_splits * sums > workspace_limit / 4) {
-    row_splits = std::max<int64_t>(1, workspace_limit / 4 / std::max<int64_t>(sums, 1));
+  if (row_splits * sums > limit.bytes / 4) {
+    row_splits = std::max<int64_t>(1, limit.bytes / 4 / std::max<int64_t>(sums, 1));
   }
   backward.rows_per_split = choose_depth(row_steps, row_splits, shape.depth);
   backward.row_splits = int(std::max<int64_t>(1, ceil_div(rows, backward.rows_per_split)));
   // chunks add up in the accumulator type: in the output itself unless that is narrower
   backward.partials = backward.row_splits > 1 || (step.chunks > 1 && dtype == Dtype::kBFloat16);
+  backward.bias_splits = library ? element_grid(device) : backward.row_splits;
 
   Layout layout;
   layout.add(splits * rows * step.padded_classes * accumulator_size(dtype));
   step.plane_offset = backward.plane_offset =
       layout.add(step.plane_count * rows * step.padded_classes * element_size(dtype));
   mask_features(head, p.grad_weight, dtype, layout, backward);
-  if (backward.partials) place_partials(head, dtype, layout, backward);
-  const int64_t warp_rows = rows * (step.mixed ? 1 : step.branches);
+  if (backward.partials || library) place_partials(head, dtype, layout, backward);
   const int64_t items = std::max(
-      {splits * tiles, row_items(warp_rows, plan.launch, device),
+      {splits * tiles, row_items(rows, device),
        (weight_tiles + biases * ceil_div(head.classes, 32)) * backward.row_splits + feature_tiles});
-  plan.launch.grid = choose_grid(plan.launch, items, device);
+  plan.launch.grid = library ? element_grid(device) : choose_grid(plan.launch, items, device);
+  choose_counting(plan.launch, p.loss, head.present, head.rows, step);
   place_sums(plan.launch.grid, layout, step);
   plan.launch.workspace_bytes = layout.bytes();
   return plan;

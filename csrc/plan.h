@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "heads.h"
+#include "measured.h"
 
 namespace dgl_ext {
 
@@ -13,14 +14,13 @@ namespace dgl_ext {
 enum class Tile {
   kFloat64,
   kFloat32Small,
-  kFloat32Large,
+  kFloat32Medium,
   kTFloat32Small,
-  kTFloat32Large,
+  kTFloat32Medium,
   kHalfSmall,
-  kHalfLarge,
-  kHalfXLarge,
+  kHalfMedium,
 };
-constexpr int kTileCount = 8;
+constexpr int kTileCount = 7;
 
 struct TileShape {
   int rows, columns, depth;  ///< output tile, and elements of k per step
@@ -31,16 +31,16 @@ struct TileShape {
   constexpr int threads() const { return 32 * warps_m * warps_n; }
 };
 
-/// Small: latency-bound problems, many tiles. Large: throughput. XLarge: the same, more reuse.
+/// Small: many tiles, for problems bound by latency. Medium: more reuse, for the sizes up to where
+/// library products win.
 constexpr TileShape kTileShapes[kTileCount] = {
-    {32, 32, 16, 3, 2, 2, 3, false},   // kFloat64
-    {32, 32, 32, 3, 2, 2, 3, false},   // kFloat32Small
-    {128, 128, 8, 4, 4, 1, 2, false},  // kFloat32Large
-    {32, 32, 32, 3, 2, 2, 3, true},    // kTFloat32Small
-    {128, 128, 16, 4, 2, 2, 2, true},  // kTFloat32Large
-    {32, 32, 64, 3, 2, 2, 3, true},    // kHalfSmall
-    {128, 128, 32, 4, 2, 2, 2, true},  // kHalfLarge
-    {128, 256, 32, 3, 2, 4, 1, true},  // kHalfXLarge
+    {32, 32, 16, 3, 2, 2, 3, false},  // kFloat64
+    {32, 32, 32, 3, 2, 2, 3, false},  // kFloat32Small
+    {64, 64, 16, 4, 2, 2, 2, false},  // kFloat32Medium
+    {32, 32, 32, 3, 2, 2, 3, true},   // kTFloat32Small
+    {64, 64, 32, 3, 2, 2, 2, true},   // kTFloat32Medium
+    {32, 32, 64, 3, 2, 2, 3, true},   // kHalfSmall
+    {64, 64, 64, 3, 2, 2, 2, true},   // kHalfMedium
 };
 constexpr const TileShape& shape_of(Tile tile) { return kTileShapes[static_cast<int>(tile)]; }
 
@@ -59,14 +59,16 @@ struct Precision {
   bool allow_tf32 = false;  ///< float32 may use tf32 tensor cores
 };
 
-enum class Path {
-  kKernel,    ///< this project's kernels
-  kComposed,  ///< library GEMMs on views: the caller's business, nothing else in the plan counts
+/// Who computes the products of a head. The element-wise phases are the same device code for both.
+enum class Executor {
+  kFused,    ///< our tiles: the whole head is one launch, with grid-wide syncs
+  kLibrary,  ///< cuBLAS on views, with kernels for the element-wise phases between
+  kNone,     ///< neither can run on this GPU
 };
 
 /// What every launch needs to know.
 struct LaunchShape {
-  Path path = Path::kKernel;
+  Executor executor = Executor::kFused;
   Tile tile = Tile::kFloat32Small;
   bool aligned = false;      ///< every GEMM operand allows 16-byte copies
   bool cooperative = false;  ///< the launch contains a grid-wide sync
@@ -120,6 +122,7 @@ struct LinearBackwardPlan {
   bool partials = false;  ///< these sums go to the workspace first; one more sync to add the splits
   int64_t rows_per_split = 0;
   int64_t padded_classes = 0;
+  int bias_splits = 1;  ///< of the biases' sums, where they go to the workspace first
   int bias_plane[kMaxModalities + 1] = {};  ///< in a step: what the bias gradients are sums of
   int64_t weight_partial_offset = 0, bias_partial_offset = 0;  ///< bytes into the workspace
   int64_t weight_partial_columns = 0;
@@ -154,6 +157,7 @@ struct FilmBackwardPlan {
   /// The sums over rows (weights, biases) in pieces; > 1: one more sync. The branches' rows follow
   /// each other in grad_out_weight, whose pieces are therefore its own.
   int row_splits = 1, out_splits = 1;
+  int bias_splits = 1;  ///< of the biases' sums, where they go to the workspace first
   bool partials = false, out_partials = false;  ///< these sums go to the workspace first
   int64_t rows_per_split = 0, out_rows_per_split = 0;
   /// bytes into the workspace: copies, features h.., d.., gradients of the modulation
@@ -178,6 +182,9 @@ struct StepPlan {
   bool mixed = false;      ///< planes hold weighted residuals: a leak is open
   int64_t chunk_rows = 0;
   int chunks = 1;  ///< at least one, though it be empty: results are written there
+  int counting_ctas = 1;     ///< CTAs that count rows; each leaves its number
+  int summing_ctas = 1;      ///< CTAs that sum losses; each leaves its sums
+  bool count_first = false;  ///< library: rows are counted by a launch of its own
   int plane_count = 0;
   StepPlane planes[2 * kMaxModalities + 1];
   int64_t padded_classes = 0;
@@ -186,7 +193,8 @@ struct StepPlan {
   int64_t plane_offset = 0, counts_offset = 0, losses_offset = 0, totals_offset = 0;
 };
 
-/// What the workspace holds of one branch: of a CTA's rows, and of all rows.
+/// What the workspace holds of one branch: of a CTA's rows, and of all rows. Behind the branches'
+/// totals stand two more, whose scales are 1 and 0.
 struct StepSums {
   double loss;
   int64_t correct;
@@ -212,28 +220,38 @@ struct FilmStepPlan {
   int64_t modulation_offset = 0;  ///< bytes into the workspace: [gamma|beta] of a chunk
 };
 
-/// What a test or a benchmark may ask of a plan. A tile that cannot do it is replaced by one that
-/// can: unaligned operands always run on the small tile of their dtype.
+/// What a caller, a test or a benchmark may ask of a plan. A tile that cannot do it is replaced by
+/// one that can: unaligned operands always run on the small tile of their dtype.
 struct PlanRequest {
-  bool force_kernel = false;  ///< never the composed path
-  bool choose_tile = false;   ///< use `tile`
+  bool choose_executor = false;  ///< use `executor`
+  Executor executor = Executor::kFused;
+  bool choose_tile = false;  ///< use `tile`
   Tile tile = Tile::kFloat32Small;
   int64_t splits = 0;  ///< 0: the plan's choice; else about so many splits of k (or of the rows)
 };
+
+/// Bytes that a step keeps of logits and residuals at a time, and how many rows a chunk has at
+/// least. The caller's figure always wins; 0 asks for the default.
+struct WorkspaceLimit {
+  int64_t bytes = kDefaultWorkspace, least_rows = 0;
+};
+inline WorkspaceLimit workspace_limit(int64_t bytes) {
+  return bytes > 0 ? WorkspaceLimit{bytes, 0} : WorkspaceLimit{kDefaultWorkspace, kLeastChunkRows};
+}
 
 LinearForwardPlan plan_linear_forward(const LinearHeadForward&, Precision, const Device&,
                                       const PlanRequest& = {});
 LinearBackwardPlan plan_linear_backward(const LinearHeadBackward&, Precision, const Device&,
                                         const PlanRequest& = {});
-/// `workspace_limit`: bytes that logits, planes and split sums may take at a time; at least one
-/// tile of rows is always there.
+/// The limit is on what logits, planes and split sums take at a time; at least one tile of rows is
+/// always there.
 LinearStepPlan plan_linear_step(const LinearHeadStep&, Precision, const Device&,
-                                int64_t workspace_limit, const PlanRequest& = {});
+                                WorkspaceLimit, const PlanRequest& = {});
 FilmForwardPlan plan_film_forward(const FilmHeadForward&, Precision, const Device&,
                                   const PlanRequest& = {});
 FilmBackwardPlan plan_film_backward(const FilmHeadBackward&, Precision, const Device&,
                                     const PlanRequest& = {});
-FilmStepPlan plan_film_step(const FilmHeadStep&, Precision, const Device&, int64_t workspace_limit,
+FilmStepPlan plan_film_step(const FilmHeadStep&, Precision, const Device&, WorkspaceLimit,
                             const PlanRequest& = {});
 
 }  // namespace dgl_ext

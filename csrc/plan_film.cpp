@@ -32,7 +32,9 @@ int64_t size_film_forward(const FilmHead& head, Dtype dtype, const LaunchShape& 
   const Output film{head.rows, head.hidden}, logits{head.rows, head.classes};
   const int64_t film_tiles = 2 * count_tiles(launch.tile, &film, 1);
   const int64_t head_tiles = 3 * count_tiles(launch.tile, &logits, 1);
+  const bool library = launch.executor == Executor::kLibrary;
   const auto wanted = [&](int64_t tiles) {
+    if (library) return int64_t(1);
     if (request.splits > 0) return request.splits;
     return device.multiprocessors / std::max<int64_t>(tiles, 1);
   };
@@ -50,12 +52,20 @@ int64_t size_film_forward(const FilmHead& head, Dtype dtype, const LaunchShape& 
   const int64_t size = accumulator_size(dtype);
   layout.add(plan.film_splits * head.rows * 2 * plan.padded_hidden * size);
   plan.features_offset = layout.add(3 * head.rows * plan.padded_hidden * element_size(dtype));
-  if (in_step || plan.head_splits > 1) {
+  if (in_step || library || plan.head_splits > 1) {
     plan.head_partial_offset =
         layout.add(plan.head_splits * 3 * head.rows * plan.padded_classes * size);
   }
   return std::max({film_tiles * plan.film_splits, head_tiles * plan.head_splits,
-                   row_items(head.rows, launch, device)});
+                   row_items(head.rows, device)});
+}
+
+/// Rows that library's forward works on at a time.
+int64_t forward_chunk(const FilmHead& head, Dtype dtype) {
+  const int64_t hidden = padded(head.hidden), classes = padded(head.classes);
+  const int64_t row = (2 * hidden + 3 * classes) * accumulator_size(dtype) +
+                      3 * hidden * element_size(dtype);
+  return choose_chunk(head.rows, row, kDefaultWorkspace, kLeastChunkRows, 32);
 }
 
 }  // namespace
@@ -65,12 +75,18 @@ FilmForwardPlan plan_film_forward(const FilmHeadForward& p, Precision precision,
   const FilmHead& head = p.head;
   FilmForwardPlan plan;
   const Output outputs[] = {{head.rows, 2 * head.hidden}, {3 * head.rows, head.classes}};
-  plan.launch = choose_tile(precision, aligned(head, precision.dtype), false, work(head), outputs,
+  plan.launch = choose_launch(precision, aligned(head, precision.dtype), work(head), outputs,
                             2, device, request);
   Layout layout;
+  FilmHead chunk = head;
+  if (plan.launch.executor == Executor::kLibrary) chunk.rows = forward_chunk(head, precision.dtype);
   const int64_t items =
-      size_film_forward(head, precision.dtype, plan.launch, false, device, request, layout, plan);
+      size_film_forward(chunk, precision.dtype, plan.launch, false, device, request, layout, plan);
   plan.launch.workspace_bytes = layout.bytes();
+  if (plan.launch.executor == Executor::kLibrary) {
+    plan.launch.grid = element_grid(device);
+    return plan;
+  }
   plan.launch.cooperative = true;
   plan.launch.grid = choose_grid(plan.launch, items, device);
   return plan;
@@ -153,7 +169,8 @@ int64_t size_film_backward(const FilmHeadBackward& p, Dtype dtype, const LaunchS
   const int64_t film_tiles = 2 * count_tiles(tile, &half, 1);
   const int64_t condition_tiles = count_tiles(tile, &outputs.condition, 1);
   const int64_t condition_steps = ceil_div((plan.condition_leak ? 2 : 1) * head.hidden, depth);
-  int64_t wanted = request.splits, out_wanted = request.splits;
+  const bool library = launch.executor == Executor::kLibrary;
+  int64_t wanted = library ? 1 : request.splits, out_wanted = wanted;
   if (wanted == 0) {
     out_wanted = choose_row_splits(
         out_steps, out_tiles * out_steps + branch_tiles * ceil_div(head.classes, depth), device);
@@ -171,19 +188,22 @@ int64_t size_film_backward(const FilmHeadBackward& p, Dtype dtype, const LaunchS
     plan.out_weight_partial_offset =
         layout.add(plan.out_splits * head.classes * plan.padded_hidden * partial);
   }
+  plan.bias_splits = library ? element_grid(device) : plan.row_splits;
   if (plan.partials) {
     if (p.grad_film_weight.data) {
       plan.film_weight_partial_offset =
           layout.add(plan.row_splits * 2 * head.hidden * padded(head.condition_width) * partial);
     }
+  }
+  if (plan.partials || library) {
     plan.bias_partial_offset =
-        layout.add(plan.row_splits * (head.classes + 2 * head.hidden) * partial);
+        layout.add(plan.bias_splits * (head.classes + 2 * head.hidden) * partial);
   }
   const int64_t first =
       branch_tiles + out_tiles * plan.out_splits + ceil_div(head.classes, 32) * plan.row_splits;
   const int64_t second =
       condition_tiles + (film_tiles + 2 * ceil_div(head.hidden, 32)) * plan.row_splits;
-  return std::max({first, second, row_items(head.rows, launch, device)});
+  return std::max({first, second, row_items(head.rows, device)});
 }
 
 }  // namespace
@@ -194,15 +214,16 @@ FilmBackwardPlan plan_film_backward(const FilmHeadBackward& p, Precision precisi
   FilmOutputs outputs;
   const bool gradients_aligned = choose_film_branches(p, precision.dtype, plan, outputs);
   const Output all[] = {outputs.branch, outputs.out_weight, outputs.film_weight, outputs.condition};
-  plan.launch = choose_tile(precision, aligned(p.head, precision.dtype), false, work(p.head), all,
+  plan.launch = choose_launch(precision, aligned(p.head, precision.dtype), work(p.head), all,
                             4, device, request);
   plan.copy_gradients = plan.out_branches > 1 || (plan.launch.aligned && !gradients_aligned);
   Layout layout;
   const int64_t items = size_film_backward(p, precision.dtype, plan.launch, outputs, false, device,
                                            request, layout, plan);
   plan.launch.workspace_bytes = layout.bytes();
-  plan.launch.cooperative = true;
-  plan.launch.grid = choose_grid(plan.launch, items, device);
+  const bool library = plan.launch.executor == Executor::kLibrary;
+  plan.launch.cooperative = !library;
+  plan.launch.grid = library ? element_grid(device) : choose_grid(plan.launch, items, device);
   return plan;
 }
 
@@ -237,7 +258,7 @@ int64_t size_film_step(FilmHeadBackward p, Dtype dtype, int64_t rows, bool keep_
 }  // namespace
 
 FilmStepPlan plan_film_step(const FilmHeadStep& p, Precision precision, const Device& device,
-                            int64_t workspace_limit, const PlanRequest& request) {
+                            WorkspaceLimit limit, const PlanRequest& request) {
   const FilmHead& head = p.head;
   const Dtype dtype = precision.dtype;
   FilmHeadBackward b;
@@ -264,8 +285,9 @@ FilmStepPlan plan_film_step(const FilmHeadStep& p, Precision precision, const De
   choose_film_branches(b, dtype, plan.backward, outputs);
   const Output all[] = {{head.rows, 2 * head.hidden}, {3 * head.rows, head.classes}};
   plan.launch =
-      choose_tile(precision, aligned(head, dtype), false, work(head), all, 2, device, request);
-  plan.launch.cooperative = true;
+      choose_launch(precision, aligned(head, dtype), work(head), all, 2, device, request);
+  const bool library = plan.launch.executor == Executor::kLibrary;
+  plan.launch.cooperative = !library;
   if (step.gradients) {
     step.plane_count = 3;
     for (int k = 0; k < 3; ++k) step.planes[plan.backward.slot[k]] = {k, 0, 0, 0};
@@ -283,19 +305,21 @@ FilmStepPlan plan_film_step(const FilmHeadStep& p, Precision precision, const De
   };
   const PlanRequest* with = &request;
   int64_t rows = std::max<int64_t>(head.rows, 1);
-  if (bytes(rows, request) > workspace_limit) {
+  if (bytes(rows, request) > limit.bytes) {
     with = &unsplit;
     const int64_t one = bytes(tile_rows, unsplit),
                   row_bytes = (bytes(2 * tile_rows, unsplit) - one) / tile_rows;
     const int64_t fixed = one - tile_rows * row_bytes;
-    rows = choose_chunk(head.rows, row_bytes, workspace_limit - fixed, tile_rows);
+    rows = choose_chunk(head.rows, row_bytes, limit.bytes - fixed, library ? limit.least_rows : 0,
+                        tile_rows);
   }
   step.chunks = count_chunks(head.rows, rows);
   const bool keep_sums = step.chunks > 1 && dtype == Dtype::kBFloat16;
   Layout layout;
   int64_t items = size_film_step(b, dtype, rows, keep_sums, device, *with, layout, plan);
-  items = std::max(items, row_items(rows * (step.mixed ? 1 : 3), plan.launch, device));
-  plan.launch.grid = choose_grid(plan.launch, items, device);
+  items = std::max(items, row_items(rows, device));
+  plan.launch.grid = library ? element_grid(device) : choose_grid(plan.launch, items, device);
+  choose_counting(plan.launch, p.loss, head.present, head.rows, step);
   place_sums(plan.launch.grid, layout, step);
   plan.launch.workspace_bytes = layout.bytes();
   return plan;

@@ -31,7 +31,7 @@ Dtype dtype_named(const Checks& checks, const std::string& name) {
 
 void append(Numbers& numbers, const LaunchShape& launch) {
   const TileShape& tile = shape_of(launch.tile);
-  const Numbers more{launch.path == Path::kComposed,
+  const Numbers more{launch.executor != Executor::kFused,
                      static_cast<int64_t>(launch.tile),
                      tile.rows,
                      tile.columns,

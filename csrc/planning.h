@@ -7,25 +7,6 @@
 
 namespace dgl_ext::planning {
 
-// ---- values to be measured: every one below is a guess from counting, no GPU has seen it yet
-
-/// Work (flop of forward and backward together) above which library GEMMs should win.
-constexpr double kComposedAbove[] = {
-    1e9,   // kFloat64: our SIMT instantiation is a simple one
-    1e11,  // kFloat32, exact
-    24e9,  // kBFloat16
-    24e9,  // kFloat16
-};
-constexpr double kComposedAboveTf32 = 12e9;
-/// A large tile is taken where it makes at least this many tiles per multiprocessor.
-constexpr double kLargeTilesPerMultiprocessor = 0.5, kXLargeTilesPerMultiprocessor = 2;
-/// Up to this many k-steps a CTA does all modalities itself rather than pay for a grid sync.
-constexpr int64_t kDirectSteps = 8;
-/// Sums over rows are split only into pieces of at least this many k-steps.
-constexpr int64_t kLeastStepsPerRowSplit = 16;
-
-// --------------------------------------------------------------------------------------------------
-
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
@@ -39,18 +20,17 @@ inline bool allows_16_byte_copies(const ConstMatrix& m, Dtype dtype) {
 inline int64_t padded(int64_t columns) { return round_up(columns, 8); }
 
 struct TileFamily {
-  Tile small, large, xlarge;
+  Tile small, medium;
 };
 inline TileFamily family_of(Precision precision) {
   switch (precision.dtype) {
     case Dtype::kFloat64:
-      return {Tile::kFloat64, Tile::kFloat64, Tile::kFloat64};
+      return {Tile::kFloat64, Tile::kFloat64};
     case Dtype::kFloat32:
-      return precision.allow_tf32
-                 ? TileFamily{Tile::kTFloat32Small, Tile::kTFloat32Large, Tile::kTFloat32Large}
-                 : TileFamily{Tile::kFloat32Small, Tile::kFloat32Large, Tile::kFloat32Large};
+      return precision.allow_tf32 ? TileFamily{Tile::kTFloat32Small, Tile::kTFloat32Medium}
+                                  : TileFamily{Tile::kFloat32Small, Tile::kFloat32Medium};
     default:
-      return {Tile::kHalfSmall, Tile::kHalfLarge, Tile::kHalfXLarge};
+      return {Tile::kHalfSmall, Tile::kHalfMedium};
   }
 }
 
@@ -66,37 +46,39 @@ inline int64_t count_tiles(Tile tile, const Output* outputs, int count) {
   return tiles;
 }
 
-/// Tile, alignment and path for a launch that computes `outputs` with GEMMs.
-inline LaunchShape choose_tile(Precision precision, bool operands_aligned, bool has_xlarge,
-                               double flop, const Output* outputs, int count, const Device& device,
-                               const PlanRequest& request) {
+/// Executor, tile and alignment for a head that computes `outputs` by products.
+inline LaunchShape choose_launch(Precision precision, bool operands_aligned, double flop,
+                                 const Output* outputs, int count, const Device& device,
+                                 const PlanRequest& request) {
   LaunchShape launch;
-  const bool tf32 = precision.dtype == Dtype::kFloat32 && precision.allow_tf32;
-  const double bound =
-      tf32 ? kComposedAboveTf32 : kComposedAbove[static_cast<int>(precision.dtype)];
-  if (flop > bound && !request.force_kernel) launch.path = Path::kComposed;
+  launch.executor = flop < kFusedBelow ? Executor::kFused : Executor::kLibrary;
+  if (request.choose_executor) launch.executor = request.executor;
 
   launch.aligned = operands_aligned && precision.dtype != Dtype::kFloat64;
   if (!launch.aligned) precision.allow_tf32 = false;  // the unaligned float32 kernel is exact
   const TileFamily family = family_of(precision);
   const auto resident = [&](Tile tile) { return device.resident_ctas[static_cast<int>(tile)]; };
-  const auto fills = [&](Tile tile, double per_multiprocessor) {
-    return resident(tile) > 0 &&
-           double(count_tiles(tile, outputs, count)) >= per_multiprocessor * device.multiprocessors;
-  };
   launch.tile = family.small;
   if (launch.aligned) {
-    if (fills(family.large, kLargeTilesPerMultiprocessor)) launch.tile = family.large;
-    if (has_xlarge && fills(family.xlarge, kXLargeTilesPerMultiprocessor)) {
-      launch.tile = family.xlarge;
+    const double wanted = kMediumTilesPerMultiprocessor * device.multiprocessors;
+    if (resident(family.medium) > 0 &&
+        double(count_tiles(family.medium, outputs, count)) >= wanted) {
+      launch.tile = family.medium;
     }
-    const Tile wanted = request.tile;
-    const bool known =
-        wanted == family.small || wanted == family.large || (has_xlarge && wanted == family.xlarge);
-    if (request.choose_tile && known && resident(wanted) > 0) launch.tile = wanted;
+    const bool known = request.tile == family.small || request.tile == family.medium;
+    if (request.choose_tile && known && resident(request.tile) > 0) launch.tile = request.tile;
+  }
+  if (resident(launch.tile) == 0 && launch.executor == Executor::kFused) {
+    launch.executor = Executor::kLibrary;
+  }
+  // the element-wise kernels run on the small, unaligned tile's threads
+  if (launch.executor == Executor::kLibrary) {
+    precision.allow_tf32 = false;
+    launch.tile = family_of(precision).small;
+    launch.aligned = false;
   }
   // cp.async, mma.sync with these types and cooperative groups as used need sm_80
-  if (device.capability < 80 || resident(launch.tile) == 0) launch.path = Path::kComposed;
+  if (device.capability < 80) launch.executor = Executor::kNone;
   return launch;
 }
 
@@ -108,10 +90,9 @@ inline int choose_grid(const LaunchShape& launch, int64_t items, const Device& d
   if (device.max_ctas > 0) limit = std::min<int64_t>(limit, device.max_ctas);
   return int(std::max<int64_t>(1, std::min(items, limit)));
 }
-/// CTAs that an element-wise phase, a warp per row, can use; one per multiprocessor is enough.
-inline int64_t row_items(int64_t rows, const LaunchShape& launch, const Device& device) {
-  const int64_t warps = shape_of(launch.tile).threads() / 32;
-  return std::min<int64_t>(ceil_div(rows, warps), device.multiprocessors);
+/// CTAs that a phase over rows can use; one per multiprocessor is enough.
+inline int64_t row_items(int64_t rows, const Device& device) {
+  return std::min<int64_t>(rows, device.multiprocessors);
 }
 
 /// Splits k so that about `target` items exist; returns the elements per split.
@@ -147,8 +128,10 @@ inline int64_t masked_columns(const uint8_t* present, const Matrix& grad_weight,
   return present && grad_weight.data ? padded(width) : 0;
 }
 /// Rows that a step works on at a time: all, or as many tiles of rows as fit, evenly.
-inline int64_t choose_chunk(int64_t rows, int64_t row_bytes, int64_t limit, int64_t tile_rows) {
-  const int64_t fit = std::max<int64_t>(limit, 0) / std::max<int64_t>(row_bytes, 1);
+inline int64_t choose_chunk(int64_t rows, int64_t row_bytes, int64_t bytes, int64_t least_rows,
+                            int64_t tile_rows) {
+  const int64_t fit = std::max(std::max<int64_t>(bytes, 0) / std::max<int64_t>(row_bytes, 1),
+                               least_rows);
   if (fit >= rows) return std::max<int64_t>(rows, 1);
   const int64_t chunks = ceil_div(rows, std::max(fit / tile_rows * tile_rows, tile_rows));
   return round_up(ceil_div(rows, chunks), tile_rows);
@@ -156,12 +139,28 @@ inline int64_t choose_chunk(int64_t rows, int64_t row_bytes, int64_t limit, int6
 inline int count_chunks(int64_t rows, int64_t chunk_rows) {
   return int(std::max<int64_t>(1, ceil_div(rows, chunk_rows)));
 }
+/// CTAs of the library executor's kernels.
+inline int element_grid(const Device& device) {
+  const int grid = kElementCtas * std::max(device.multiprocessors, 1);
+  return device.max_ctas > 0 ? std::min(grid, device.max_ctas) : grid;
+}
+/// How many CTAs count rows and sum losses. Where planes mix branches whose means divide by
+/// different numbers, library's rows kernel needs the counts from a launch before it.
+inline void choose_counting(const LaunchShape& launch, const CrossEntropy& loss,
+                            const uint8_t* const* present, int64_t rows, StepPlan& plan) {
+  plan.counting_ctas = plan.summing_ctas = launch.grid;
+  if (launch.executor != Executor::kLibrary) return;
+  bool masked = false;
+  for (int k = 1; k < plan.branches; ++k) masked |= present[k - 1] != nullptr;
+  plan.count_first = rows > kCountedByOneCta || (plan.mixed && loss.mean && masked);
+  if (!plan.count_first) plan.counting_ctas = 1;
+}
 /// What CTAs tell each other, behind everything else in the workspace.
 inline void place_sums(int grid, Layout& layout, StepPlan& plan) {
   const int64_t branches = plan.branches;
   plan.counts_offset = layout.add(grid * branches * int64_t(sizeof(int64_t)));
   plan.losses_offset = layout.add(grid * branches * int64_t(sizeof(StepSums)));
-  plan.totals_offset = layout.add(branches * int64_t(sizeof(StepTotals)));
+  plan.totals_offset = layout.add((branches + 2) * int64_t(sizeof(StepTotals)));
 }
 
 }  // namespace dgl_ext::planning

@@ -34,9 +34,7 @@ def run(module, case, direction, races=False):
 
 directions = pytest.mark.parametrize("direction", ["forward", "backward"])
 tiles = pytest.mark.parametrize(("tile", "dtype"), TILES, ids=lambda value: value)
-film_tiles = pytest.mark.parametrize(
-    ("tile", "dtype"), [t for t in TILES if t[0] != "half_xlarge"], ids=lambda value: value
-)
+film_tiles = tiles
 
 
 @directions
@@ -201,7 +199,7 @@ def outputs_bits(tensors):
 
 
 @directions
-@pytest.mark.parametrize(("tile", "dtype"), [t for t in TILES if "large" not in t[0]])
+@pytest.mark.parametrize(("tile", "dtype"), [t for t in TILES if "medium" not in t[0]])
 def test_same_bits_on_every_schedule(kernels, tile, dtype, direction):
     linear = LinearCase(41, (136, 40), 43, tile=tile, dtype=dtype, splits=3, head_leak=0.5)
     film = FilmCase(41, 136, 40, 43, tile=tile, dtype=dtype, splits=3, head_leak=0.5)
@@ -341,7 +339,7 @@ def test_expanded_features(kernels):
 
 @directions
 @layouts
-@pytest.mark.parametrize(("tile", "dtype"), [t for t in TILES if "large" not in t[0]])
+@pytest.mark.parametrize(("tile", "dtype"), [t for t in TILES if "medium" not in t[0]])
 def test_linear_rows_without_a_modality(kernels, tile, dtype, layout, direction):
     """What is stored for an absent row, here NaN, is never read into a result."""
     for splits, leak in ((1, 0.0), (3, 0.5)):

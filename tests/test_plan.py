@@ -58,7 +58,7 @@ def test_small_problems_split_k_to_fill_the_device(core):
 
 def test_large_problems_run_direct_on_large_tiles(core):
     plan = forward(core, 2048, 256, 1000)
-    assert plan.launch.tile == core.Tile.float32_large
+    assert plan.launch.tile == core.Tile.float32_medium
     assert plan.direct
     assert not plan.launch.cooperative
 
@@ -78,7 +78,7 @@ def test_old_devices_take_the_composed_path(core):
 
 def test_a_tile_that_does_not_fit_is_not_used(core):
     resident = [1] * core.tile_count
-    resident[2] = 0  # float32_large
+    resident[2] = 0  # float32_medium
     plan = forward(core, 2048, 256, 1000, resident_ctas=resident)
     assert plan.launch.tile == core.Tile.float32_small
     assert plan.launch.path == core.Path.kernel
@@ -142,7 +142,7 @@ def test_many_rows_split_the_film_gradients(core, rows):
         problem,
         core.Precision(core.Dtype.float32),
         core.Device(132),
-        core.PlanRequest(force_kernel=True),
+        core.PlanRequest(executor=core.Executor.fused),
     )
     many = rows > 64
     assert (plan.row_splits > 8) == (plan.out_splits > 8) == many
@@ -176,7 +176,7 @@ def step(core, rows, width, classes, limit=1 << 26, dtype="float32", force=False
     } | changes
     precision = core.Precision(getattr(core.Dtype, dtype))
     return core.plan_linear_head_step(
-        problem, precision, core.Device(132), core.PlanRequest(force_kernel=force)
+        problem, precision, core.Device(132), core.PlanRequest(executor=core.Executor.fused if force else None)
     )
 
 

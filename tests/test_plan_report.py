@@ -45,7 +45,7 @@ def test_a_plan_depends_on_size_dtype_and_device():
     small = plan.plan("concat", 64, (512, 512), 6)
     assert small.forward.tile == "float32_small"
     assert plan.plan("concat", 64, (512, 512), 6, dtype=torch.float16).forward.tile == "half_small"
-    assert plan.plan("concat", 1024, (2048, 2048), 1000).forward.tile == "float32_large"
+    assert plan.plan("concat", 1024, (2048, 2048), 1000).forward.tile == "float32_medium"
     allowed = plan.plan("concat", 64, (512, 512), 6, allow_tf32=True)
     assert allowed.forward.tile == "tf32_small"
     large = plan.plan("concat", 4096, (2048, 2048), 1000, dtype=torch.bfloat16)

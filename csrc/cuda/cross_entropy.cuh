@@ -16,7 +16,6 @@ struct StepContext {
   const uint8_t* const* present;
   int64_t rows, classes;
   void* workspace;
-  int64_t counting_ctas, summing_ctas;  ///< how many have counted rows, and summed losses
 };
 
 template <class C>
@@ -38,26 +37,30 @@ struct StepLosses {
   };
   static constexpr uint32_t kNone = 0xffffffffu;
   static constexpr int kMaxBranches = kMaxModalities + 1;
+  static constexpr int kTogether = 3;  ///< branches whose reductions overlap
 
   /// Shared memory of run_rows: what the warps of a CTA tell each other of a row, twice, so that a
-  /// row needs one barrier.
-  struct Shared {
+  /// row needs one barrier; then the slots of the threads.
+  struct alignas(16) Shared {
     Accumulator weight[kMaxBranches];
-    Accumulator at_target[2][kMaxBranches];
+    Accumulator at_target[2][kMaxBranches][C::kWarps];
     Peak peaks[2][kMaxBranches][C::kWarps];
   };
 
  public:
-  static constexpr int kSharedBytes = sizeof(Shared);
+  /// For three branches of 2,048 classes, or nine of 512; half of that in float64.
+  static constexpr int kSlots = sizeof(Accumulator) == 8 ? 9 : 12;
+  static constexpr int kSharedBytes =
+      int(sizeof(Shared)) + kSlots * C::kThreads * kRun * int(sizeof(Accumulator));
 
-  /// Counts the rows of this CTA's share, before anything else is known of them. The first grid
-  /// sync of the launch must follow.
+  /// Counts the rows of this CTA's share, before anything else is known of them: of counting_ctas
+  /// CTAs. A grid sync or another launch must follow, or a barrier where one CTA counts all.
   static __device__ __forceinline__ void count(const StepContext& step, T* shared) {
     const int lane = threadIdx.x % 32;
     int64_t mine = 0;
 #pragma unroll 1
     for (int64_t first = int64_t(blockIdx.x) * C::kThreads + threadIdx.x / 32 * 32;
-         first < step.rows; first += int64_t(gridDim.x) * C::kThreads) {
+         first < step.rows; first += int64_t(step.plan.counting_ctas) * C::kThreads) {
       const int64_t row = first + lane;
       bool counts = false;
       if (row < step.rows) {
@@ -95,26 +98,16 @@ struct StepLosses {
       }
       __syncthreads();
     }
-    constexpr bool kWide = sizeof(Accumulator) == 8;
     Sums sums;
     if (step.classes <= 32 * kRun) {
-      run_group<32, Source::kParts, 1>(step, shared, rows, source, sums);
+      run_group<32, 1>(step, shared, rows, source, sums);
     } else if (step.classes <= C::kThreads * kRun) {
-      run_group<C::kThreads, Source::kParts, 1>(step, shared, rows, source, sums);
-    } else if (Source::kParts <= 3 || source.parts() <= 3) {
-      run_group<C::kThreads, 3, kWide ? 2 : 4>(step, shared, rows, source, sums);
+      run_group<C::kThreads, 1>(step, shared, rows, source, sums);
     } else {
-      run_group<C::kThreads, Source::kParts, kWide ? 1 : 2>(step, shared, rows, source, sums);
+      run_group<C::kThreads, sizeof(Accumulator) == 8 ? 2 : 4>(step, shared, rows, source, sums);
     }
     __syncthreads();  // shared memory is free again
     add_to_sums(step, shared, rows, sums);
-  }
-
-  /// The rows of a chunk that this CTA works on.
-  static __device__ __forceinline__ RowRange own_rows(RowRange rows) {
-    const int64_t share = ceil_div(rows.count, gridDim.x);
-    const int64_t begin = smaller(share * blockIdx.x, rows.count);
-    return {begin, smaller(share, rows.count - begin)};
   }
 
   /// One CTA sums what all have found; total, losses and hits are written.
@@ -127,7 +120,7 @@ struct StepLosses {
       double loss = 0;
       int64_t correct = 0;
 #pragma unroll 1
-      for (int64_t cta = lane; cta < step.summing_ctas; cta += 32) {
+      for (int64_t cta = lane; cta < step.plan.summing_ctas; cta += 32) {
         const StepSums& sums = step_sums(step)[cta * plan.branches + k];
         loss += sums.loss;
         correct += sums.correct;
@@ -171,184 +164,193 @@ struct StepLosses {
     return v;
   }
 
-  /// Rows one after the other, each by a group of kGroup threads. Logits stay in registers if all
+  /// Rows one after the other, each by a group of kGroup threads. Logits stay where they are if all
   /// columns fit; else a second sweep reads them again.
-  template <int kGroup, int kParts, int kRuns, class Source>
+  template <int kGroup, int kRuns, class Source>
   static __device__ __forceinline__ void run_group(const StepContext& step, T* shared,
                                                    RowRange rows, const Source& source,
                                                    Sums& sums) {
-    using Row = LogitRow<C, Source, kGroup, kParts, kRuns>;
-    constexpr int kGroups = C::kThreads / kGroup;
-    const RowRange mine = own_rows(rows);
-    Row logits(source, step.classes);
+    const RowRange mine = own_rows(rows.count);
+    auto& board = *reinterpret_cast<Shared*>(shared);
+    LogitRow<C, Source, kGroup, kRuns> logits(source, step.classes, &board + 1, kSlots);
     int parity = 0;
 #pragma unroll 1
-    for (int64_t r = threadIdx.x / kGroup; r < mine.count; r += kGroups) {
-      const int64_t row = mine.begin + r;
-      const int64_t target = step.loss.target[rows.begin + row];
-      uint32_t counting = 0;  // a bit per branch
-      if (target != step.loss.ignore_index) {
-        counting = 1;
+    for (int64_t r = threadIdx.x / kGroup; r < mine.count; r += C::kThreads / kGroup) {
+      RowOf row{mine.begin + r, step.loss.target[rows.begin + mine.begin + r], 0};
+      if (row.target != step.loss.ignore_index) {
+        row.counting = 1;
+#pragma unroll 1
         for (int k = 1; k < step.plan.branches; ++k) {
-          counting |= uint32_t(!is_absent(step.present[k - 1], rows.begin + row)) << k;
+          const bool absent = is_absent(step.present[k - 1], rows.begin + row.index);
+          row.counting |= uint32_t(!absent) << k;
         }
-        run_row(step, shared, rows, row, target, counting, parity, logits, sums);
+        run_row(step, board, rows, row, parity, logits, sums);
         parity ^= 1;
       } else if (logits.is_first_replica()) {
-        clear_row(step, rows, row, logits);
+        clear_row(step, rows, row.index, logits);
       }
     }
   }
 
+  struct RowOf {
+    int64_t index, target;
+    uint32_t counting;  // a bit per branch
+  };
+
   template <class Row>
-  static __device__ __forceinline__ void run_row(const StepContext& step, T* shared, RowRange rows,
-                                                 int64_t row, int64_t target, uint32_t counting,
-                                                 int parity, Row& logits, Sums& sums) {
-    constexpr int kBranches = Row::kBranches;
-    auto& board = *reinterpret_cast<Shared*>(shared);
-    const bool smooth = step.loss.label_smoothing != 0, once = step.classes <= logits.width();
-    const uint32_t taken = Row::kBranches > Row::kPartCount ? counting >> 1 : counting;
-    Peak peak[kBranches];
-    Accumulator at_target[kBranches];
-#pragma unroll
-    for (int k = 0; k < kBranches; ++k) {
-      peak[k] = {lowest(), 0, 0, kNone};
-      at_target[k] = 0;
-    }
+  static __device__ __forceinline__ void run_row(const StepContext& step, Shared& board,
+                                                 RowRange rows, const RowOf& row, int parity,
+                                                 Row& logits, Sums& sums) {
+    const int warp = threadIdx.x / 32, thread = Row::kByWarp ? threadIdx.x % 32 : threadIdx.x;
+    const uint32_t taken = row.counting >> (logits.branches() - logits.parts());
+    const bool once = step.classes <= logits.width();
 #pragma unroll 1
     for (int64_t first = 0; first < step.classes; first += logits.width()) {
-      logits.load(row, first, taken);
-#pragma unroll
-      for (int k = 0; k < kBranches; ++k) {
-        if (counting >> k & 1) look(logits, k, target, smooth, once, peak[k], at_target[k]);
-      }
-    }
-    const int lane = threadIdx.x % 32;
-    Accumulator warp_largest[kBranches];
-#pragma unroll
-    for (int k = 0; k < kBranches; ++k) {
-      if (!(counting >> k & 1)) continue;
-      if (!once) {
-        const Accumulator before = peak[k].largest;
-        agree(logits.lanes(), peak[k]);
-        peak[k].sum *= exponential(before - peak[k].largest);
-      }
-      warp_largest[k] = peak[k].largest;
+      logits.load(row.index, first, taken);
 #pragma unroll 1
-      for (int mask = logits.lanes() / 2; mask > 0; mask /= 2) {
-        if (mask >= 32) continue;
-        peak[k].sum += warp_exchange(peak[k].sum, mask);
-        if (smooth) peak[k].plain += warp_exchange(peak[k].plain, mask);
-      }
-      if constexpr (Row::kByWarp) {
-        at_target[k] = warp_broadcast(at_target[k], logits.owner(target));
-      } else {
-        if (lane == 0) board.peaks[parity][k][threadIdx.x / 32] = peak[k];
-        if (int(threadIdx.x) == logits.owner(target)) board.at_target[parity][k] = at_target[k];
+      for (int k = 0; k < logits.branches(); k += kTogether) {
+        look(step, board, row, parity, k, first == 0, logits);
       }
     }
-    if constexpr (!Row::kByWarp) {
+    if constexpr (Row::kByWarp) {
+      warp_sync();
+    } else {
       __syncthreads();
-#pragma unroll
-      for (int k = 0; k < kBranches; ++k) {
-        if (!(counting >> k & 1)) continue;
-        at_target[k] = board.at_target[parity][k];
-        peak[k] = board.peaks[parity][k][0];
+    }
 #pragma unroll 1
-        for (int w = 1; w < C::kWarps; ++w) merge(peak[k], board.peaks[parity][k][w]);
-      }
-    }
-    const int thread = Row::kByWarp ? lane : threadIdx.x;
-    Peak mine{};  // of the branch whose losses this thread adds up
-    Accumulator mine_at_target = 0;
-    Accumulator factor[kBranches];  // the softmax is what the logits have become times this
-#pragma unroll
-    for (int k = 0; k < kBranches; ++k) {
-      if (!(counting >> k & 1)) continue;
-      factor[k] = Accumulator(1) / peak[k].sum;
-      if (once) factor[k] *= exponential(warp_largest[k] - peak[k].largest);
+    for (int k = 0; k < logits.branches(); ++k) {
+      if (!(row.counting >> k & 1)) continue;
+      const Peak peak = peak_of_row<Row>(board, parity, k);
       if (thread == k) {
-        mine = peak[k];
-        mine_at_target = at_target[k];
+        const int writer = Row::kByWarp ? warp : 0;
+        add_loss(step, row.target, peak, board.at_target[parity][k][writer], sums);
       }
-    }
-    if (thread < kBranches && counting >> thread & 1) {
-      add_loss(step, target, mine, mine_at_target, sums);
+      if (!once) continue;
+      const Accumulator own = board.peaks[parity][k][warp].largest;
+      const Accumulator factor = exponential(own - peak.largest) / peak.sum;
+      for_each_logit(logits, k, [&](Accumulator z, int64_t) { return z * factor; });
     }
     if (once) {
-      if (logits.is_first_replica()) {
-        write_residuals(step, board, rows, row, target, counting, factor, logits);
-      }
+      if (logits.is_first_replica()) write_residuals(step, board, rows, row, logits);
       return;
     }
 #pragma unroll 1
     for (int64_t first = 0; first < step.classes; first += logits.width()) {
-      logits.load(row, first, taken);
-#pragma unroll
-      for (int k = 0; k < kBranches; ++k) {
-        if (counting >> k & 1) exponentiate(logits, k, peak[k].largest);
-      }
-      write_residuals(step, board, rows, row, target, counting, factor, logits);
-    }
-  }
-
-  /// Takes the columns at hand into what is known of branch k. `once`: they are all there are; the
-  /// warp then agrees on the largest, and the logits become exp(logit - largest).
-  template <class Row>
-  static __device__ __forceinline__ void look(Row& logits, int k, int64_t target, bool smooth,
-                                              bool once, Peak& peak, Accumulator& at_target) {
-    const Accumulator before = peak.largest;
-    Accumulator plain = 0;
-#pragma unroll
-    for (int r = 0; r < Row::kRunCount; ++r) {
-      const int64_t column = logits.column(r);
-      const int count = logits.count(r);
-#pragma unroll
-      for (int e = 0; e < kRun; ++e) {
-        if (e >= count) continue;
-        const Accumulator z = logits.z[k][r][e];
-        if (peak.best == kNone || beats(z, peak.largest)) {
-          peak.best = uint32_t(column + e);
-          if (beats(z, peak.largest)) peak.largest = z;
-        }
-        if (column + e == target) at_target = z;
-        plain += z;
-      }
-    }
-    if (smooth) peak.plain += plain;
-    if (once) agree(logits.lanes(), peak);
-    peak.sum *= exponential(before - peak.largest);
-    peak.sum += exponentiate(logits, k, peak.largest);
-  }
-  template <class Row>
-  static __device__ __forceinline__ Accumulator exponentiate(Row& logits, int k,
-                                                             Accumulator largest) {
-    Accumulator sum = 0;
-#pragma unroll
-    for (int r = 0; r < Row::kRunCount; ++r) {
-      const int count = logits.count(r);
-#pragma unroll
-      for (int e = 0; e < kRun; ++e) {
-        if (e >= count) continue;
-        logits.z[k][r][e] = exponential(logits.z[k][r][e] - largest);
-        sum += logits.z[k][r][e];
-      }
-    }
-    return sum;
-  }
-
-  /// The lanes of a warp agree on the largest logit and its column.
-  static __device__ __forceinline__ void agree(int lanes, Peak& peak) {
+      logits.load(row.index, first, taken);
 #pragma unroll 1
-    for (int mask = (lanes < 32 ? lanes : 32) / 2; mask > 0; mask /= 2) {
-      const Accumulator largest = warp_exchange(peak.largest, mask);
-      const uint32_t best = warp_exchange(peak.best, mask);
-      if (wins(largest, best, peak)) {
-        peak.largest = largest;
-        peak.best = best;
+      for (int k = 0; k < logits.branches(); ++k) {
+        if (!(row.counting >> k & 1)) continue;
+        const Peak peak = peak_of_row<Row>(board, parity, k);
+        const Accumulator inverse = Accumulator(1) / peak.sum;
+        for_each_logit(logits, k, [&](Accumulator z, int64_t) {
+          return exponential(z - peak.largest) * inverse;
+        });
+      }
+      write_residuals(step, board, rows, row, logits);
+    }
+  }
+
+  /// Replaces this thread's logits of branch k that are at hand by f(logit, column).
+  template <class Row, class F>
+  static __device__ __forceinline__ void for_each_logit(const Row& logits, int k, F&& f) {
+#pragma unroll
+    for (int r = 0; r < Row::kRunCount; ++r) {
+      const int count = logits.count(r);
+      if (count == 0) break;
+      auto v = logits.slot(k, r);
+#pragma unroll
+      for (int e = 0; e < kRun; ++e) {
+        if (e < count) v.v[e] = f(v.v[e], logits.column(r) + e);
+      }
+      logits.slot(k, r) = v;
+    }
+  }
+
+  /// Takes the columns at hand of branches [begin, begin + kTogether) into what the board says of
+  /// this warp. The logits become exp(logit - largest of the warp).
+  template <class Row>
+  static __device__ __forceinline__ void look(const StepContext& step, Shared& board,
+                                              const RowOf& row, int parity, int begin, bool first,
+                                              const Row& logits) {
+    const int warp = threadIdx.x / 32, most = logits.lanes() < 32 ? logits.lanes() : 32;
+    const bool smooth = step.loss.label_smoothing != 0;
+    Peak peak[kTogether];
+#pragma unroll
+    for (int u = 0; u < kTogether; ++u) {
+      const int k = begin + u;
+      peak[u] = {lowest(), 0, 0, kNone};
+      if (!(row.counting >> k & 1)) continue;
+      Accumulator plain = 0;
+      for_each_logit(logits, k, [&](Accumulator z, int64_t column) {
+        if (beats(z, peak[u].largest)) {
+          peak[u].largest = z;
+          peak[u].best = uint32_t(column);
+        } else if (peak[u].best == kNone) {
+          peak[u].best = uint32_t(column);  // -inf may be all there is
+        }
+        if (column == row.target && logits.is_first_replica()) {
+          board.at_target[parity][k][Row::kByWarp ? warp : 0] = z;
+        }
+        plain += z;
+        return z;
+      });
+      if (smooth) peak[u].plain = plain;
+    }
+#pragma unroll 1
+    for (int mask = most / 2; mask > 0; mask /= 2) {
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) {
+        const Accumulator largest = warp_exchange(peak[u].largest, mask);
+        const uint32_t best = warp_exchange(peak[u].best, mask);
+        if (wins(largest, best, peak[u])) {
+          peak[u].largest = largest;
+          peak[u].best = best;
+        }
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kTogether; ++u) {
+      if (!(row.counting >> (begin + u) & 1)) continue;
+      for_each_logit(logits, begin + u, [&](Accumulator z, int64_t) {
+        const Accumulator v = exponential(z - peak[u].largest);
+        peak[u].sum += v;
+        return v;
+      });
+    }
+#pragma unroll 1
+    for (int mask = most / 2; mask > 0; mask /= 2) {
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) peak[u].sum += warp_exchange(peak[u].sum, mask);
+      if (!smooth) continue;
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) peak[u].plain += warp_exchange(peak[u].plain, mask);
+    }
+    if (threadIdx.x % 32 != 0) return;
+#pragma unroll
+    for (int u = 0; u < kTogether; ++u) {
+      if (!(row.counting >> (begin + u) & 1)) continue;
+      Peak& kept = board.peaks[parity][begin + u][warp];
+      if (first) {
+        kept = peak[u];
+      } else {
+        merge(kept, peak[u]);
       }
     }
   }
+
+  /// What the group of threads knows of branch k, its warps in order.
+  template <class Row>
+  static __device__ __forceinline__ Peak peak_of_row(const Shared& board, int parity, int k) {
+    if constexpr (Row::kByWarp) {
+      return board.peaks[parity][k][threadIdx.x / 32];
+    } else {
+      Peak peak = board.peaks[parity][k][0];
+#pragma unroll 1
+      for (int w = 1; w < C::kWarps; ++w) merge(peak, board.peaks[parity][k][w]);
+      return peak;
+    }
+  }
+
   static __device__ __forceinline__ bool wins(Accumulator largest, uint32_t best,
                                               const Peak& over) {
     return beats(largest, over.largest) || (!beats(over.largest, largest) && best < over.best);
@@ -386,34 +388,33 @@ struct StepLosses {
            (plane * rows.count + row) * step.plan.padded_classes;
   }
 
-  /// Residuals of the columns at hand, in every plane: factor times what the logits have become,
-  /// less what a perfect prediction would be, one-hot or smoothed.
+  /// Residuals of the columns at hand, in every plane: the softmax that the slots hold, less what a
+  /// perfect prediction would be, one-hot or smoothed.
   template <class Row>
-  static __device__ __forceinline__ void write_residuals(
-      const StepContext& step, const Shared& board, RowRange rows, int64_t row, int64_t target,
-      uint32_t counting, const Accumulator (&factor)[Row::kBranches], const Row& logits) {
+  static __device__ __forceinline__ void write_residuals(const StepContext& step,
+                                                         const Shared& board, RowRange rows,
+                                                         const RowOf& row, const Row& logits) {
     const double smoothing = step.loss.label_smoothing;
     const Accumulator rest = smoothing / double(step.classes);
     const Accumulator target_share = 1 - smoothing + smoothing / double(step.classes);
 #pragma unroll 1
     for (int i = 0; i < step.plan.plane_count; ++i) {
       const StepPlane& plane = step.plan.planes[i];
-      T* to = plane_row(step, i, rows, row);
-#pragma unroll
-      for (int r = 0; r < Row::kRunCount; ++r) {
+      T* to = plane_row(step, i, rows, row.index);
+      const auto leaks = [&](int k) { return k >= plane.begin && k < plane.end; };
+#pragma unroll 1
+      for (int r = 0; r < Row::kRunCount && logits.count(r) > 0; ++r) {
         const int64_t column = logits.column(r);
-        if (column >= step.classes) break;
         Accumulator v[kRun] = {};
-#pragma unroll
-        for (int k = 0; k < Row::kBranches; ++k) {
-          const bool leaks = k >= plane.begin && k < plane.end;
-          if (!(counting >> k & 1) || (k != plane.first && !leaks)) continue;
+#pragma unroll 1
+        for (int k = 0; k < logits.branches(); ++k) {
+          if (!(row.counting >> k & 1) || (k != plane.first && !leaks(k))) continue;
           Accumulator weight = k == plane.first ? Accumulator(1) : Accumulator(plane.leak);
           if (step.plan.mixed) weight *= board.weight[k];
+          const auto p = logits.slot(k, r);
 #pragma unroll
           for (int e = 0; e < kRun; ++e) {
-            const Accumulator wanted = column + e == target ? target_share : rest;
-            v[e] += weight * (logits.z[k][r][e] * factor[k] - wanted);
+            v[e] += weight * (p.v[e] - (column + e == row.target ? target_share : rest));
           }
         }
         write_run(to + column, v, kRun);  // what lies beyond the last column is padding
@@ -466,7 +467,7 @@ struct StepLosses {
       for (int k = 0; k < branches; ++k) {
         int64_t sum = 0;
 #pragma unroll 1
-        for (int64_t cta = lane; cta < step.counting_ctas; cta += 32) {
+        for (int64_t cta = lane; cta < step.plan.counting_ctas; cta += 32) {
           sum += counts(step)[cta * branches + k];
         }
         sum = sum_lanes(sum);
@@ -474,6 +475,9 @@ struct StepLosses {
       }
       const int64_t all = warp_broadcast(counted, 0);
       if (lane < branches) set_totals(step, shared, rows, lane, counted, all);
+      if (lane < 2 && rows.begin == 0 && blockIdx.x == 0) {
+        totals(step)[branches + lane] = {0, lane == 0 ? 1. : 0., lane == 0 ? 1.f : 0.f};
+      }
     }
     __syncthreads();
   }

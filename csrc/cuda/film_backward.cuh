@@ -24,7 +24,7 @@ struct FilmBackward : FilmGradients<C, false> {
     Gradients::run_film_tiles(args, shared, all);
     if (args.plan.partials || args.plan.out_partials) {
       grid_sync();
-      Gradients::add_row_splits(args);
+      Gradients::add_row_splits(args, shared);
     }
   }
 };

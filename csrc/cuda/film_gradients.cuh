@@ -278,20 +278,11 @@ struct FilmGradients {
     const int64_t across = ceil_div(p.head.classes, kColumnTile);
     const int64_t split = item / across, index = item % across;
     const int64_t begin = split * args.plan.rows_per_split;
-    const Accumulator leak = p.leaks.head;
     column_sums<C>(
         shared, kColumnTile / kRun, begin, smaller(begin + args.plan.rows_per_split, rows.count),
         p.head.classes, index,
         [&](int64_t row, int64_t column, int count, Accumulator(&v)[kRun]) {
-          out_gradient(args, 0, row, column, count, rows, v);
-          if (leak == 0) return;
-#pragma unroll 1
-          for (int k = 1; k < 3; ++k) {
-            Accumulator more[kRun];
-            out_gradient(args, k, row, column, count, rows, more);
-#pragma unroll
-            for (int e = 0; e < kRun; ++e) v[e] += leak * more[e];
-          }
+          out_bias_gradient(args, row, column, count, rows, v);
         },
         [&](int64_t column, Accumulator sum) {
           Accumulator v[1] = {sum};
@@ -302,6 +293,21 @@ struct FilmGradients {
             write_sum(static_cast<Output*>(p.grad_out_bias) + column, v, 1, rows);
           }
         });
+  }
+  /// What the gradient of the output's bias is summed from.
+  static __device__ __forceinline__ void out_bias_gradient(const Arguments& args, int64_t row,
+                                                           int64_t column, int count, RowRange rows,
+                                                           Accumulator (&v)[kRun]) {
+    const Accumulator leak = args.problem.leaks.head;
+    out_gradient(args, 0, row, column, count, rows, v);
+    if (leak == 0) return;
+#pragma unroll 1
+    for (int k = 1; k < 3; ++k) {
+      Accumulator more[kRun];
+      out_gradient(args, k, row, column, count, rows, more);
+#pragma unroll
+      for (int e = 0; e < kRun; ++e) v[e] += leak * more[e];
+    }
   }
   /// The gradient of branch k's logits, 0 where none comes in.
   static __device__ __forceinline__ void out_gradient(const Arguments& args, int k, int64_t row,
@@ -459,22 +465,11 @@ struct FilmGradients {
     const int64_t across = ceil_div(p.head.hidden, kColumnTile);
     const int64_t index = item % across, half = item / across % 2, split = item / across / 2;
     const int64_t begin = split * args.plan.rows_per_split;
-    const Accumulator leak = p.leaks.head;
-    const bool to_gamma = args.plan.need_branch[0] || (leak != 0 && args.plan.need_branch[2]);
     column_sums<C>(
         shared, kColumnTile / kRun, begin, smaller(begin + args.plan.rows_per_split, rows.count),
         p.head.hidden, index,
         [&](int64_t row, int64_t column, int count, Accumulator(&v)[kRun]) {
-          read_branch(args, 0, row, column, count, v);
-          if (leak != 0) {
-            add_branch(args, 2, row, column, count, leak, v);
-            if (half == 1) add_branch(args, 1, row, column, count, leak, v);
-          }
-          if (half == 1) return;
-          Accumulator y[kRun];
-          read_target<T>(p.head, rows.begin + row, column, to_gamma ? count : 0, y);
-#pragma unroll
-          for (int e = 0; e < kRun; ++e) v[e] = to_gamma ? v[e] * y[e] : Accumulator(0);
+          film_bias_gradient(args, half, row, column, count, rows, v);
         },
         [&](int64_t column, Accumulator sum) {
           const int64_t at = half * p.head.hidden + column;
@@ -488,9 +483,33 @@ struct FilmGradients {
         });
   }
 
+  /// What the gradient of the film bias, gamma's or beta's half, is summed from.
+  static __device__ __forceinline__ void film_bias_gradient(const Arguments& args, int64_t half,
+                                                            int64_t row, int64_t column, int count,
+                                                            RowRange rows,
+                                                            Accumulator (&v)[kRun]) {
+    const FilmHeadBackward& p = args.problem;
+    const Accumulator leak = p.leaks.head;
+    const bool to_gamma = args.plan.need_branch[0] || (leak != 0 && args.plan.need_branch[2]);
+    read_branch(args, 0, row, column, count, v);
+    if (leak != 0) {
+      add_branch(args, 2, row, column, count, leak, v);
+      if (half == 1) add_branch(args, 1, row, column, count, leak, v);
+    }
+    if (half == 1) return;
+    Accumulator y[kRun];
+    read_target<T>(p.head, rows.begin + row, column, to_gamma ? count : 0, y);
+#pragma unroll
+    for (int e = 0; e < kRun; ++e) v[e] = to_gamma ? v[e] * y[e] : Accumulator(0);
+  }
+
   // ---- add
 
-  static __device__ __forceinline__ void add_row_splits(const Arguments& args) {
+  static __device__ __forceinline__ void add_row_splits(const Arguments& args, T* shared) {
+    add_weight_splits(args);
+    if (args.plan.partials) add_bias_splits(args, shared, 1);
+  }
+  static __device__ __forceinline__ void add_weight_splits(const Arguments& args) {
     const FilmHeadBackward& p = args.problem;
     const int64_t hidden = p.head.hidden, classes = p.head.classes;
     if (p.grad_out_weight.data && args.plan.out_partials) {
@@ -502,8 +521,7 @@ struct FilmGradients {
       };
       for_each_run_of<C::kThreads>(classes, hidden, add);
     }
-    if (!args.plan.partials) return;
-    if (p.grad_film_weight.data) {
+    if (p.grad_film_weight.data && args.plan.partials) {
       const int64_t plane = 2 * hidden * round_up(p.head.condition_width, 8);
       const auto add = [&](int64_t row, int64_t column, int count) {
         Accumulator v[kRun] = {};
@@ -513,22 +531,65 @@ struct FilmGradients {
       };
       for_each_run_of<C::kThreads>(2 * hidden, p.head.condition_width, add);
     }
-    add_bias_splits(args, p.grad_film_bias, 0, 2 * hidden);
-    add_bias_splits(args, p.grad_out_bias, 2 * hidden, classes);
   }
 
-  /// Adds the partial sums of one bias's gradient, which begin at `first`.
-  static __device__ __forceinline__ void add_bias_splits(const Arguments& args, void* bias,
-                                                         int64_t first, int64_t columns) {
+  /// Adds the partial sums of the biases' gradients, in order, a tile of columns at a time.
+  static __device__ __forceinline__ void add_bias_splits(const Arguments& args, T* shared,
+                                                         Accumulator scale) {
+    const FilmHeadBackward& p = args.problem;
+    const int64_t film = 2 * p.head.hidden;
+    add_bias(args, shared, scale, p.grad_film_bias, 0, film);
+    add_bias(args, shared, scale, p.grad_out_bias, film, p.head.classes);
+  }
+  static __device__ __forceinline__ void add_bias(const Arguments& args, T* shared,
+                                                  Accumulator scale, void* bias, int64_t first,
+                                                  int64_t columns) {
     if (!bias) return;
-    const FilmHead& head = args.problem.head;
-    const auto add = [&](int64_t, int64_t column, int count) {
-      Accumulator v[kRun] = {};
-      add_splits(bias_partial(args, 0, first + column), args.plan.row_splits,
-                 2 * head.hidden + head.classes, count, v);
-      write_run(static_cast<Output*>(bias) + column, v, count);
-    };
-    for_each_run_of<C::kThreads>(1, columns, add);
+#pragma unroll 1
+    for (int64_t tile = blockIdx.x; tile < ceil_div(columns, kColumnTile); tile += gridDim.x) {
+      column_sums<C>(
+          shared, kColumnTile / kRun, 0, args.plan.bias_splits, columns, tile,
+          [&](int64_t split, int64_t column, int count, Accumulator(&v)[kRun]) {
+            read_run(bias_partial(args, split, first + column), count, v);
+          },
+          [&](int64_t column, Accumulator sum) {
+            static_cast<Output*>(bias)[column] = narrow<Output>(sum * scale);
+          });
+    }
+  }
+
+  /// Sums of the biases' gradients over this CTA's rows of a chunk, as its partial sums.
+  static __device__ __forceinline__ void sum_biases(const Arguments& args, T* shared, RowRange rows) {
+    const FilmHeadBackward& p = args.problem;
+    const int64_t hidden = p.head.hidden;
+#pragma unroll 1
+    for (int half = 0; half < 2 && p.grad_film_bias; ++half) {
+      sum_own_rows(args, shared, rows, hidden, half * hidden,
+                   [&](int64_t row, int64_t column, int count, Accumulator(&v)[kRun]) {
+                     film_bias_gradient(args, half, row, column, count, rows, v);
+                   });
+    }
+    if (!p.grad_out_bias) return;
+    sum_own_rows(args, shared, rows, p.head.classes, 2 * hidden,
+                 [&](int64_t row, int64_t column, int count, Accumulator(&v)[kRun]) {
+                   out_bias_gradient(args, row, column, count, rows, v);
+                 });
+  }
+  template <class Value>
+  static __device__ __forceinline__ void sum_own_rows(const Arguments& args, T* shared,
+                                                      RowRange rows, int64_t columns, int64_t first,
+                                                      Value&& value) {
+    const RowRange own = own_rows(rows.count);
+    int width = C::kThreads;
+    while (width > 1 && int64_t(width / 2) * kRun >= columns) width /= 2;
+#pragma unroll 1
+    for (int64_t tile = 0; tile * width * kRun < columns; ++tile) {
+      column_sums<C>(shared, width, own.begin, own.begin + own.count, columns, tile, value,
+                     [&](int64_t column, Accumulator sum) {
+                       Accumulator* to = bias_partial(args, blockIdx.x, first + column);
+                       *to = kStep && rows.begin > 0 ? *to + sum : sum;
+                     });
+    }
   }
 };
 

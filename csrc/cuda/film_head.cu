@@ -1,19 +1,24 @@
 #include "film_backward.cuh"
 #include "film_forward.cuh"
+#include "film_library.h"
 #include "instances.cuh"
 #include "launch.h"
 
 namespace dgl_ext {
 
 cudaError_t film_head_forward(const FilmHeadForward& problem, Precision precision,
-                              const FilmForwardPlan& plan, void* workspace, cudaStream_t stream) {
+                              const FilmForwardPlan& plan, void* workspace, const Queue& queue) {
   if (problem.head.rows == 0) return cudaSuccess;
+  if (plan.launch.executor == Executor::kLibrary) {
+    return library::film_forward(problem, precision, plan, workspace, queue);
+  }
   const FilmForwardArguments arguments{problem, plan, workspace};
-  return launch_head<FilmForward>(FilmConfigs{}, precision.dtype, plan.launch, arguments, stream);
+  return launch_head<FilmForward>(Configs{}, precision.dtype, plan.launch, arguments,
+                           queue.stream);
 }
 
 cudaError_t film_head_backward(const FilmHeadBackward& problem, Precision precision,
-                               const FilmBackwardPlan& plan, void* workspace, cudaStream_t stream) {
+                               const FilmBackwardPlan& plan, void* workspace, const Queue& queue) {
   FilmBackwardArguments arguments{problem, plan, workspace};
   FilmHeadBackward& p = arguments.problem;
   // what nothing flows into is dropped here, so that the kernel asks one question only
@@ -25,13 +30,17 @@ cudaError_t film_head_backward(const FilmHeadBackward& problem, Precision precis
       !p.grad_film_bias && !p.grad_out_weight.data && !p.grad_out_bias) {
     return cudaSuccess;
   }
-  return launch_head<FilmBackward>(FilmConfigs{}, precision.dtype, plan.launch, arguments, stream);
+  if (plan.launch.executor == Executor::kLibrary) {
+    return library::film_backward(p, precision, plan, workspace, queue);
+  }
+  return launch_head<FilmBackward>(Configs{}, precision.dtype, plan.launch, arguments,
+                           queue.stream);
 }
 
 cudaError_t film_head_occupancy(int (&ctas)[kTileCount]) {
-  const cudaError_t status = lower_occupancy<FilmForward>(FilmConfigs{}, ctas);
+  const cudaError_t status = lower_occupancy<FilmForward>(Configs{}, ctas);
   if (status != cudaSuccess) return status;
-  return lower_occupancy<FilmBackward>(FilmConfigs{}, ctas);
+  return lower_occupancy<FilmBackward>(Configs{}, ctas);
 }
 
 }  // namespace dgl_ext

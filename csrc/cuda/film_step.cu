@@ -1,3 +1,4 @@
+#include "film_library.h"
 #include "film_step.cuh"
 #include "instances.cuh"
 #include "launch.h"
@@ -5,7 +6,7 @@
 namespace dgl_ext {
 
 cudaError_t film_head_step(const FilmHeadStep& problem, Precision precision,
-                           const FilmStepPlan& plan, void* workspace, cudaStream_t stream) {
+                           const FilmStepPlan& plan, void* workspace, const Queue& queue) {
   FilmHeadForward forward;
   forward.head = problem.head;
   forward.modulation = {static_cast<char*>(workspace) + plan.modulation_offset,
@@ -25,11 +26,15 @@ cudaError_t film_head_step(const FilmHeadStep& problem, Precision precision,
                               problem.loss,
                               plan.step};
   arguments.backward.totals_offset = plan.step.totals_offset;
-  return launch_head<FilmStep>(StepConfigs{}, precision.dtype, plan.launch, arguments, stream);
+  if (plan.launch.executor == Executor::kLibrary) {
+    return library::film_step(arguments, precision, plan, queue);
+  }
+  return launch_head<FilmStep>(Configs{}, precision.dtype, plan.launch, arguments,
+                           queue.stream);
 }
 
 cudaError_t film_step_occupancy(int (&ctas)[kTileCount]) {
-  return lower_occupancy<FilmStep>(StepConfigs{}, ctas);
+  return lower_occupancy<FilmStep>(Configs{}, ctas);
 }
 
 }  // namespace dgl_ext

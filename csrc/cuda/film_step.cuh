@@ -24,15 +24,14 @@ template <class C>
 struct FilmLogits {
   using Accumulator = typename C::Accumulator;
   static constexpr bool kAdds = false;
-  static constexpr int kParts = 3;
   const FilmForwardArguments& args;
 
-  __device__ int parts() const { return kParts; }
+  __device__ int parts() const { return 3; }
   __device__ int64_t splits(int) const { return args.plan.head_splits; }
   __device__ int64_t part_step(int) const {
     return args.plan.plane_rows * args.plan.padded_classes;
   }
-  __device__ int64_t split_step() const { return kParts * part_step(0); }
+  __device__ int64_t split_step() const { return 3 * part_step(0); }
   __device__ const Accumulator* at(int64_t row, int64_t column) const {
     return FilmForward<C>::head_partial(args, 0, 0, row, column);
   }
@@ -49,9 +48,8 @@ struct FilmStep {
   using Gradients = FilmGradients<C, true>;
   using Losses = StepLosses<C>;
   using Arguments = FilmStepArguments;
-  static constexpr int kSharedBytes = Forward::kSharedBytes > Gradients::kSharedBytes
-                                          ? Forward::kSharedBytes
-                                          : Gradients::kSharedBytes;
+  static constexpr int kSharedBytes =
+      greatest(Forward::kSharedBytes, Gradients::kSharedBytes, Losses::kSharedBytes);
 
   static void count_tiles(Arguments& args) {
     Forward::count_tiles(args.forward);
@@ -60,11 +58,7 @@ struct FilmStep {
 
   static __device__ __forceinline__ void run(const Arguments& args) {
     T* shared = reinterpret_cast<T*>(dynamic_shared_memory());
-    const FilmHead& head = args.forward.problem.head;
-    const StepContext step{args.loss,    args.plan,
-                           head.present, head.rows,
-                           head.classes, args.forward.workspace,
-                           gridDim.x,    gridDim.x};
+    const StepContext step = context(args);
     Losses::count(step, shared);
 #pragma unroll 1
     for (int chunk = 0; chunk < args.plan.chunks; ++chunk) {
@@ -91,11 +85,14 @@ struct FilmStep {
     if (blockIdx.x == args.backward.film_end % gridDim.x) Losses::finish(step, shared);
     if (args.backward.plan.partials || args.backward.plan.out_partials) {
       grid_sync();
-      Gradients::add_row_splits(args.backward);
+      Gradients::add_row_splits(args.backward, shared);
     }
   }
 
- private:
+  static __device__ __forceinline__ StepContext context(const Arguments& args) {
+    const FilmHead& head = args.forward.problem.head;
+    return {args.loss, args.plan, head.present, head.rows, head.classes, args.forward.workspace};
+  }
   static __device__ __forceinline__ RowRange chunk_of(const Arguments& args, int chunk) {
     const int64_t begin = chunk * args.plan.chunk_rows;
     return {begin, smaller(args.plan.chunk_rows, args.forward.problem.head.rows - begin)};

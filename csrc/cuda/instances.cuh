@@ -9,31 +9,23 @@ namespace dgl_ext {
 template <class... Configs>
 struct ConfigList {};
 
-/// For FiLM, whose GEMMs are smaller, and for the training steps, the XLarge tile would be one more
-/// kernel to build.
-using FilmConfigs = ConfigList<Config<double, Tile::kFloat64, false>,      //
-                               Config<float, Tile::kFloat32Small, false>,  //
-                               Config<float, Tile::kFloat32Small, true>,   //
-                               Config<float, Tile::kFloat32Large, true>,   //
-                               Config<float, Tile::kTFloat32Small, true>,  //
-                               Config<float, Tile::kTFloat32Large, true>,  //
-                               Config<bf16, Tile::kHalfSmall, false>,      //
-                               Config<bf16, Tile::kHalfSmall, true>,       //
-                               Config<bf16, Tile::kHalfLarge, true>,       //
-                               Config<f16, Tile::kHalfSmall, false>,       //
-                               Config<f16, Tile::kHalfSmall, true>,        //
-                               Config<f16, Tile::kHalfLarge, true>>;
+using Configs = ConfigList<Config<double, Tile::kFloat64, false>,       //
+                           Config<float, Tile::kFloat32Small, false>,   //
+                           Config<float, Tile::kFloat32Small, true>,    //
+                           Config<float, Tile::kFloat32Medium, true>,   //
+                           Config<float, Tile::kTFloat32Small, true>,   //
+                           Config<float, Tile::kTFloat32Medium, true>,  //
+                           Config<bf16, Tile::kHalfSmall, false>,       //
+                           Config<bf16, Tile::kHalfSmall, true>,        //
+                           Config<bf16, Tile::kHalfMedium, true>,       //
+                           Config<f16, Tile::kHalfSmall, false>,        //
+                           Config<f16, Tile::kHalfSmall, true>,         //
+                           Config<f16, Tile::kHalfMedium, true>>;
 
-using StepConfigs = FilmConfigs;
-
-template <class List, class... More>
-struct Append;
-template <class... Configs, class... More>
-struct Append<ConfigList<Configs...>, More...> {
-  using type = ConfigList<Configs..., More...>;
-};
-using LinearConfigs = Append<FilmConfigs, Config<bf16, Tile::kHalfXLarge, true>,
-                             Config<f16, Tile::kHalfXLarge, true>>::type;
+/// For the kernels of the library executor, which have no tiles: one of each dtype.
+using ElementConfigs =
+    ConfigList<Config<double, Tile::kFloat64, false>, Config<float, Tile::kFloat32Small, false>,
+               Config<bf16, Tile::kHalfSmall, false>, Config<f16, Tile::kHalfSmall, false>>;
 
 template <class T>
 struct DtypeOf;

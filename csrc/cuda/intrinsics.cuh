@@ -118,6 +118,9 @@ __device__ __forceinline__ int warp_count(bool predicate) {
   return __popc(__ballot_sync(0xffffffffu, predicate));
 }
 
+/// Orders what the lanes of a warp write to shared memory before what they read after.
+__device__ __forceinline__ void warp_sync() { __syncwarp(); }
+
 /// Hides where a value came from: the compiler then keeps the value itself in registers, and not a
 /// dozen addresses that it worked out ahead.
 __device__ __forceinline__ void hide_origin(int64_t& value) { asm volatile("" : "+l"(value)); }
@@ -127,14 +130,18 @@ __device__ __forceinline__ void require(bool condition, const char* what) {
   if (!condition) __assert_fail(what, __FILE__, __LINE__, "dgl_ext");
 }
 
+/// Lets a kernel of the current device have its shared memory. Up to 48 KiB need no asking; beyond,
+/// `occupancy` asks once, when the device is first met, and no launch does again.
+inline cudaError_t allow_shared_memory(const void* kernel, int bytes) {
+  if (bytes <= 48 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
 /// Launches on `stream`. A cooperative grid must fit the device, else an error comes back.
 template <class Arguments>
 cudaError_t launch_kernel(void (*kernel)(Arguments), int grid, int block, int shared_bytes,
                           bool cooperative, Arguments arguments, cudaStream_t stream) {
   const void* function = reinterpret_cast<const void*>(kernel);
-  const cudaError_t status =
-      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (status != cudaSuccess) return status;
   void* parameters[] = {&arguments};
   return cooperative ? cudaLaunchCooperativeKernel(function, dim3(grid), dim3(block), parameters,
                                                    shared_bytes, stream)
@@ -146,8 +153,7 @@ cudaError_t launch_kernel(void (*kernel)(Arguments), int grid, int block, int sh
 template <class Arguments>
 cudaError_t occupancy(void (*kernel)(Arguments), int block, int shared_bytes, int* ctas) {
   const void* function = reinterpret_cast<const void*>(kernel);
-  const cudaError_t status =
-      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  const cudaError_t status = allow_shared_memory(function, shared_bytes);
   if (status != cudaSuccess) return status;
   return cudaOccupancyMaxActiveBlocksPerMultiprocessor(ctas, function, block, shared_bytes);
 }
@@ -193,6 +199,7 @@ template <class V>
 V warp_broadcast(V value, int from) {
   return emulator::shuffle(value, from);
 }
+inline void warp_sync() { emulator::sync_warp(); }
 inline void hide_origin(int64_t&) {}
 inline int warp_count(bool predicate) { return emulator::count_lanes(predicate); }
 inline void require(bool condition, const char* what) {
@@ -202,6 +209,8 @@ inline void require(bool condition, const char* what) {
 template <class Arguments>
 cudaError_t launch_kernel(void (*kernel)(Arguments), int grid, int block, int shared_bytes,
                           bool cooperative, Arguments arguments, cudaStream_t) {
+  const int limit = emulator::cooperative_limit();
+  if (cooperative && limit > 0 && grid > limit) return cudaErrorCooperativeLaunchTooLarge;
   emulator::launch(dim3{unsigned(grid)}, dim3{unsigned(block)}, shared_bytes, cooperative,
                    [&] { kernel(arguments); });
   return cudaSuccess;
@@ -249,6 +258,9 @@ struct alignas(sizeof(T) * kCount) Vector {
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+constexpr int greatest(int a, int b, int c) {
+  return a > b ? (a > c ? a : c) : (b > c ? b : c);
+}
 __host__ __device__ constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 }  // namespace dgl_ext

@@ -23,11 +23,10 @@ struct LinearBackward : LinearGradients<C, false> {
     Gradients::run_tiles(args, shared, all);
     if (args.plan.partials) {
       grid_sync();
-      Gradients::add_row_splits(args);
+      Gradients::add_row_splits(args, shared);
     }
   }
 
- private:
   static __device__ __forceinline__ void make_planes(const Arguments& args, RowRange all) {
     const LinearHeadBackward& p = args.problem;
 #pragma unroll 1

@@ -240,7 +240,11 @@ struct LinearGradients {
            column;
   }
 
-  static __device__ __forceinline__ void add_row_splits(const Arguments& args) {
+  static __device__ __forceinline__ void add_row_splits(const Arguments& args, T* shared) {
+    add_weight_splits(args);
+    add_bias_splits(args, shared, 1);
+  }
+  static __device__ __forceinline__ void add_weight_splits(const Arguments& args) {
     const LinearHeadBackward& p = args.problem;
     const int64_t splits = args.plan.row_splits;
     const int64_t plane = p.head.classes * args.plan.weight_partial_columns;
@@ -257,21 +261,51 @@ struct LinearGradients {
       }
       first_column += round_up(p.head.width[i], kRun);
     }
-    add_bias_splits(args, splits);
   }
 
-  /// Adds the partial sums of the biases' gradients, a tile of columns at a time.
-  static __device__ __forceinline__ void add_bias_splits(const Arguments& args, int64_t splits) {
+  /// Sums of the biases' gradients over the rows [begin, end) of a chunk, as this CTA's partial sums.
+  static __device__ __forceinline__ void sum_biases(const Arguments& args, T* shared, RowRange rows) {
     const LinearHeadBackward& p = args.problem;
-    const int64_t plane = (p.head.modalities + 1) * p.head.classes;
-    const auto add = [&](int64_t t, int64_t column, int count) {
-      void* const target = bias_target(p, int(t));
-      if (!target) return;
-      Accumulator v[kRun] = {};
-      add_splits(bias_partial(args, 0, int(t), column), splits, plane, count, v);
-      write_run(static_cast<Output*>(target) + column, v, count);
-    };
-    for_each_run_of<C::kThreads>(p.head.modalities + 1, p.head.classes, add);
+    const RowRange own = own_rows(rows.count);
+    int width = C::kThreads;
+    while (width > 1 && int64_t(width / 2) * kRun >= p.head.classes) width /= 2;
+#pragma unroll 1
+    for (int target = 0; target <= p.head.modalities; ++target) {
+      if (!bias_target(p, target)) continue;
+#pragma unroll 1
+      for (int64_t tile = 0; tile * width * kRun < p.head.classes; ++tile) {
+        column_sums<C>(
+            shared, width, own.begin, own.begin + own.count, p.head.classes, tile,
+            [&](int64_t row, int64_t column, int count, Accumulator(&v)[kRun]) {
+              bias_gradient(args, target, row, column, count, rows, v);
+            },
+            [&](int64_t column, Accumulator sum) {
+              Accumulator* to = bias_partial(args, blockIdx.x, target, column);
+              *to = kStep && rows.begin > 0 ? *to + sum : sum;
+            });
+      }
+    }
+  }
+
+  /// Adds the partial sums of the biases' gradients, in order, a tile of columns at a time.
+  static __device__ __forceinline__ void add_bias_splits(const Arguments& args, T* shared,
+                                                         Accumulator scale) {
+    const LinearHeadBackward& p = args.problem;
+    const int64_t tiles = ceil_div(p.head.classes, kColumnTile);
+#pragma unroll 1
+    for (int64_t item = blockIdx.x; item < (p.head.modalities + 1) * tiles; item += gridDim.x) {
+      const int target = int(item / tiles);
+      void* const bias = bias_target(p, target);
+      if (!bias) continue;
+      column_sums<C>(
+          shared, kColumnTile / kRun, 0, args.plan.bias_splits, p.head.classes, item % tiles,
+          [&](int64_t split, int64_t column, int count, Accumulator(&v)[kRun]) {
+            read_run(bias_partial(args, split, target, column), count, v);
+          },
+          [&](int64_t column, Accumulator sum) {
+            static_cast<Output*>(bias)[column] = narrow<Output>(sum * scale);
+          });
+    }
   }
 };
 

@@ -2,21 +2,23 @@
 #include "launch.h"
 #include "linear_backward.cuh"
 #include "linear_forward.cuh"
+#include "linear_library.h"
 
 namespace dgl_ext {
 
 cudaError_t linear_head_forward(const LinearHeadForward& problem, Precision precision,
-                                const LinearForwardPlan& plan, void* workspace,
-                                cudaStream_t stream) {
+                                const LinearForwardPlan& plan, void* workspace, const Queue& queue) {
   if (problem.head.rows == 0 || problem.head.classes == 0) return cudaSuccess;
+  if (plan.launch.executor == Executor::kLibrary) {
+    return library::linear_forward(problem, precision, plan, workspace, queue);
+  }
   const LinearForwardArguments arguments{problem, plan, workspace};
-  return launch_head<LinearForward>(LinearConfigs{}, precision.dtype, plan.launch, arguments,
-                                    stream);
+  return launch_head<LinearForward>(Configs{}, precision.dtype, plan.launch, arguments,
+                           queue.stream);
 }
 
 cudaError_t linear_head_backward(const LinearHeadBackward& problem, Precision precision,
-                                 const LinearBackwardPlan& plan, void* workspace,
-                                 cudaStream_t stream) {
+                                 const LinearBackwardPlan& plan, void* workspace, const Queue& queue) {
   LinearBackwardArguments arguments{problem, plan, workspace};
   LinearHeadBackward& p = arguments.problem;
   bool work = false;
@@ -28,14 +30,17 @@ cudaError_t linear_head_backward(const LinearHeadBackward& problem, Precision pr
   }
   if (!fused_bias_flows(p)) p.grad_fused_bias = nullptr;
   if (!work && !p.grad_fused_bias) return cudaSuccess;
-  return launch_head<LinearBackward>(LinearConfigs{}, precision.dtype, plan.launch, arguments,
-                                     stream);
+  if (plan.launch.executor == Executor::kLibrary) {
+    return library::linear_backward(p, precision, plan, workspace, queue);
+  }
+  return launch_head<LinearBackward>(Configs{}, precision.dtype, plan.launch, arguments,
+                           queue.stream);
 }
 
 cudaError_t linear_head_occupancy(int (&ctas)[kTileCount]) {
-  const cudaError_t status = lower_occupancy<LinearForward>(LinearConfigs{}, ctas);
+  const cudaError_t status = lower_occupancy<LinearForward>(Configs{}, ctas);
   if (status != cudaSuccess) return status;
-  return lower_occupancy<LinearBackward>(LinearConfigs{}, ctas);
+  return lower_occupancy<LinearBackward>(Configs{}, ctas);
 }
 
 }  // namespace dgl_ext

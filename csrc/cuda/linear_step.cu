@@ -1,11 +1,12 @@
 #include "instances.cuh"
 #include "launch.h"
+#include "linear_library.h"
 #include "linear_step.cuh"
 
 namespace dgl_ext {
 
 cudaError_t linear_head_step(const LinearHeadStep& problem, Precision precision,
-                             const LinearStepPlan& plan, void* workspace, cudaStream_t stream) {
+                             const LinearStepPlan& plan, void* workspace, const Queue& queue) {
   LinearHeadForward forward;
   forward.head = problem.head;
   forward.fused_bias = problem.fused_bias;
@@ -24,11 +25,15 @@ cudaError_t linear_head_step(const LinearHeadStep& problem, Precision precision,
                                 problem.loss,
                                 plan.step};
   arguments.backward.totals_offset = plan.step.totals_offset;
-  return launch_head<LinearStep>(StepConfigs{}, precision.dtype, plan.launch, arguments, stream);
+  if (plan.launch.executor == Executor::kLibrary) {
+    return library::linear_step(arguments, precision, plan, queue);
+  }
+  return launch_head<LinearStep>(Configs{}, precision.dtype, plan.launch, arguments,
+                           queue.stream);
 }
 
 cudaError_t linear_step_occupancy(int (&ctas)[kTileCount]) {
-  return lower_occupancy<LinearStep>(StepConfigs{}, ctas);
+  return lower_occupancy<LinearStep>(Configs{}, ctas);
 }
 
 }  // namespace dgl_ext

@@ -23,7 +23,6 @@ template <class C>
 struct LinearLogits {
   using Accumulator = typename C::Accumulator;
   static constexpr bool kAdds = true;
-  static constexpr int kParts = kMaxModalities;
   const LinearForwardArguments& args;
 
   __device__ int parts() const { return args.problem.head.modalities; }
@@ -49,9 +48,8 @@ struct LinearStep {
   using Gradients = LinearGradients<C, true>;
   using Losses = StepLosses<C>;
   using Arguments = LinearStepArguments;
-  static constexpr int kSharedBytes = Forward::kSharedBytes > Gradients::kSharedBytes
-                                          ? Forward::kSharedBytes
-                                          : Gradients::kSharedBytes;
+  static constexpr int kSharedBytes =
+      greatest(Forward::kSharedBytes, Gradients::kSharedBytes, Losses::kSharedBytes);
 
   static void count_tiles(Arguments& args) {
     Forward::count_tiles(args.forward);
@@ -60,11 +58,7 @@ struct LinearStep {
 
   static __device__ __forceinline__ void run(const Arguments& args) {
     T* shared = reinterpret_cast<T*>(dynamic_shared_memory());
-    const LinearHead& head = args.forward.problem.head;
-    const StepContext step{args.loss,    args.plan,
-                           head.present, head.rows,
-                           head.classes, args.forward.workspace,
-                           gridDim.x,    gridDim.x};
+    const StepContext step = context(args);
     Losses::count(step, shared);
 #pragma unroll 1
     for (int chunk = 0; chunk < args.plan.chunks; ++chunk) {
@@ -79,11 +73,14 @@ struct LinearStep {
     if (blockIdx.x == args.backward.bias_end % gridDim.x) Losses::finish(step, shared);
     if (args.backward.plan.partials) {
       grid_sync();
-      Gradients::add_row_splits(args.backward);
+      Gradients::add_row_splits(args.backward, shared);
     }
   }
 
- private:
+  static __device__ __forceinline__ StepContext context(const Arguments& args) {
+    const LinearHead& head = args.forward.problem.head;
+    return {args.loss, args.plan, head.present, head.rows, head.classes, args.forward.workspace};
+  }
   static __device__ __forceinline__ RowRange chunk_of(const Arguments& args, int chunk) {
     const int64_t begin = chunk * args.plan.chunk_rows;
     return {begin, smaller(args.plan.chunk_rows, args.forward.problem.head.rows - begin)};

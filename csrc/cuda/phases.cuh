@@ -12,6 +12,13 @@ struct RowRange {
   int64_t begin, count;
 };
 
+/// The rows that this CTA works on: a share of them, one after the other.
+__device__ __forceinline__ RowRange own_rows(int64_t rows) {
+  const int64_t share = ceil_div(rows, gridDim.x);
+  const int64_t begin = smaller(share * blockIdx.x, rows);
+  return {begin, smaller(share, rows - begin)};
+}
+
 template <class T>
 __device__ __forceinline__ Operand<T> operand(const ConstMatrix& m, int64_t first_row = 0) {
   return {static_cast<const T*>(m.data) + first_row * m.stride, m.stride};
@@ -189,6 +196,16 @@ __device__ __forceinline__ void copy_rows(const Operand<typename C::T>& from, ty
     typename C::Accumulator v[kRun];
     read_run(from.data + row * from.stride + column, absent ? 0 : count, v);
     write_run(to + row * pitch + column, v, count);
+  });
+}
+/// Zeros for the rows that are absent: the products gave them a leak's gradient, or NaN.
+template <class C, class O>
+__device__ __forceinline__ void clear_absent(const Matrix& m, int64_t rows, int64_t columns,
+                                             const uint8_t* present) {
+  if (!m.data || !present) return;
+  for_each_run_of<C::kThreads>(rows, columns, [&](int64_t row, int64_t column, int count) {
+    const typename C::Accumulator zeros[kRun] = {};
+    if (is_absent(present, row)) write_run(address<O>(m, row, column), zeros, count);
   });
 }
 /// Part of the workspace, `offset` bytes in.

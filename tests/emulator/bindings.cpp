@@ -168,7 +168,7 @@ Problem read(const py::dict& d) {
 template <class Problem, class Plan>
 void bind_head(py::module_& m, const char* name,
                Plan (*plan)(const Problem&, Precision, const Device&, const PlanRequest&),
-               cudaError_t (*launch)(const Problem&, Precision, const Plan&, void*, cudaStream_t)) {
+               cudaError_t (*launch)(const Problem&, Precision, const Plan&, void*, const Queue&)) {
   m.def((std::string("plan_") + name).c_str(),
         [plan](const py::dict& problem, Precision precision, const Device& device,
                const PlanRequest& request) {
@@ -179,19 +179,19 @@ void bind_head(py::module_& m, const char* name,
   m.def(name, [launch](const py::dict& problem, Precision precision, const Plan& plan,
                        uintptr_t workspace) {
     return int(launch(read<Problem>(problem), precision, plan, reinterpret_cast<void*>(workspace),
-                      nullptr));
+                      Queue{}));
   });
 }
 
 /// The same for a training step, whose plan also takes the workspace limit.
 template <class Problem, class Plan>
 void bind_step(py::module_& m, const char* name,
-               Plan (*plan)(const Problem&, Precision, const Device&, int64_t, const PlanRequest&),
-               cudaError_t (*launch)(const Problem&, Precision, const Plan&, void*, cudaStream_t)) {
+               Plan (*plan)(const Problem&, Precision, const Device&, WorkspaceLimit, const PlanRequest&),
+               cudaError_t (*launch)(const Problem&, Precision, const Plan&, void*, const Queue&)) {
   m.def((std::string("plan_") + name).c_str(),
         [plan](const py::dict& problem, Precision precision, const Device& device,
                const PlanRequest& request) {
-          const auto limit = problem["workspace_limit"].cast<int64_t>();
+          const auto limit = workspace_limit(problem["workspace_limit"].cast<int64_t>());
           return plan(read<Problem>(problem), precision, device, limit, request);
         },
         py::arg("problem"), py::arg("precision"), py::arg("device"),
@@ -199,7 +199,7 @@ void bind_step(py::module_& m, const char* name,
   m.def(name, [launch](const py::dict& problem, Precision precision, const Plan& plan,
                        uintptr_t workspace) {
     return int(launch(read<Problem>(problem), precision, plan, reinterpret_cast<void*>(workspace),
-                      nullptr));
+                      Queue{}));
   });
 }
 
@@ -231,16 +231,16 @@ void bind_plans(py::module_& m) {
   py::native_enum<Tile>(m, "Tile", "enum.Enum")
       .value("float64", Tile::kFloat64)
       .value("float32_small", Tile::kFloat32Small)
-      .value("float32_large", Tile::kFloat32Large)
+      .value("float32_medium", Tile::kFloat32Medium)
       .value("tf32_small", Tile::kTFloat32Small)
-      .value("tf32_large", Tile::kTFloat32Large)
+      .value("tf32_medium", Tile::kTFloat32Medium)
       .value("half_small", Tile::kHalfSmall)
-      .value("half_large", Tile::kHalfLarge)
-      .value("half_xlarge", Tile::kHalfXLarge)
+      .value("half_medium", Tile::kHalfMedium)
       .finalize();
-  py::native_enum<Path>(m, "Path", "enum.Enum")
-      .value("kernel", Path::kKernel)
-      .value("composed", Path::kComposed)
+  py::native_enum<Executor>(m, "Executor", "enum.Enum")
+      .value("fused", Executor::kFused)
+      .value("library", Executor::kLibrary)
+      .value("none", Executor::kNone)
       .finalize();
   m.attr("tile_count") = kTileCount;
   py::class_<Precision>(m, "Precision")
@@ -258,17 +258,18 @@ void bind_plans(py::module_& m) {
            py::arg("multiprocessors"), py::arg("capability") = 90,
            py::arg("resident_ctas") = std::vector<int>(kTileCount, 1), py::arg("max_ctas") = 0);
   py::class_<PlanRequest>(m, "PlanRequest")
-      .def(py::init([](bool force, const py::object& tile, int64_t splits) {
+      .def(py::init([](const py::object& executor, const py::object& tile, int64_t splits) {
              PlanRequest r;
-             r.force_kernel = force;
+             r.choose_executor = !executor.is_none();
+             if (r.choose_executor) r.executor = executor.cast<Executor>();
              r.choose_tile = !tile.is_none();
              if (r.choose_tile) r.tile = tile.cast<Tile>();
              r.splits = splits;
              return r;
            }),
-           py::arg("force_kernel") = false, py::arg("tile") = py::none(), py::arg("splits") = 0);
+           py::arg("executor") = py::none(), py::arg("tile") = py::none(), py::arg("splits") = 0);
   py::class_<LaunchShape>(m, "LaunchShape")
-      .def_readonly("path", &LaunchShape::path)
+      .def_readonly("executor", &LaunchShape::executor)
       .def_readonly("tile", &LaunchShape::tile)
       .def_readonly("aligned", &LaunchShape::aligned)
       .def_readonly("cooperative", &LaunchShape::cooperative)
@@ -341,6 +342,9 @@ void bind_emulator(py::module_& m) {
                                detect_races};
       },
       py::arg("seed"), py::arg("policy"), py::arg("delivery"), py::arg("detect_races"));
+  m.def("watch", [](uintptr_t address, size_t bytes) {
+    emulator::watch(reinterpret_cast<void*>(address), bytes);
+  });
   m.def("statistics", [] {
     const emulator::Statistics& s = emulator::statistics();
     py::dict d;
@@ -351,17 +355,19 @@ void bind_emulator(py::module_& m) {
     d["copies"] = s.copies;
     d["accesses"] = s.accesses;
     d["launches"] = s.launches;
+    d["matmuls"] = s.matmuls;
+    d["watched_reads"] = s.watched_reads;
     d["shared_bytes"] = s.shared_bytes;
     return d;
   });
   m.def("kernels", [] {
     py::dict all;
-    add_kernels<LinearForward>(all, "LinearForward", LinearConfigs{});
-    add_kernels<LinearBackward>(all, "LinearBackward", LinearConfigs{});
-    add_kernels<LinearStep>(all, "LinearStep", StepConfigs{});
-    add_kernels<FilmForward>(all, "FilmForward", FilmConfigs{});
-    add_kernels<FilmBackward>(all, "FilmBackward", FilmConfigs{});
-    add_kernels<FilmStep>(all, "FilmStep", StepConfigs{});
+    add_kernels<LinearForward>(all, "LinearForward", Configs{});
+    add_kernels<LinearBackward>(all, "LinearBackward", Configs{});
+    add_kernels<LinearStep>(all, "LinearStep", Configs{});
+    add_kernels<FilmForward>(all, "FilmForward", Configs{});
+    add_kernels<FilmBackward>(all, "FilmBackward", Configs{});
+    add_kernels<FilmStep>(all, "FilmStep", Configs{});
     return all;
   });
 }

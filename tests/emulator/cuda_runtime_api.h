@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstring>
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -13,9 +14,16 @@ using cudaStream_t = void*;
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
+  cudaErrorCooperativeLaunchTooLarge = 720,
   cudaErrorNotSupported = 801,
 };
 
+inline cudaError_t cudaMemset2DAsync(void* data, size_t pitch, int value, size_t width,
+                                     size_t height, cudaStream_t) {
+  for (size_t row = 0; row < height; ++row) memset(static_cast<char*>(data) + row * pitch, value, width);
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* index) {
   *index = 0;
   return cudaSuccess;

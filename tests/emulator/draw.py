@@ -17,15 +17,13 @@ from emulator.losses import LossCase
 TILES = [
     ("float64", "float64"),
     ("float32_small", "float32"),
-    ("float32_large", "float32"),
+    ("float32_medium", "float32"),
     ("tf32_small", "float32"),
-    ("tf32_large", "float32"),
+    ("tf32_medium", "float32"),
     ("half_small", "bfloat16"),
-    ("half_large", "bfloat16"),
-    ("half_xlarge", "bfloat16"),
+    ("half_medium", "bfloat16"),
     ("half_small", "float16"),
-    ("half_large", "float16"),
-    ("half_xlarge", "float16"),
+    ("half_medium", "float16"),
 ]
 
 
@@ -116,7 +114,7 @@ def film_case(seed: int, tile: str, dtype: str) -> FilmCase:
         hidden=draw.size(90),
         classes=draw.size(200 if draw.chance(20) else 40),
         dtype=dtype,
-        tile=tile.replace("xlarge", "large"),
+        tile=tile,
         bias=draw.chance(80),
         layout=draw.layout(),
         gradient_layout=draw.layout() if draw.chance(40) else None,

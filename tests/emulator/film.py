@@ -15,6 +15,7 @@ from emulator.harness import (
     check,
     check_untouched,
     launch,
+    uses_tf32,
 )
 
 OUTPUTS = ("condition", "target", "film_weight", "out_weight", "film_bias", "out_bias")
@@ -28,6 +29,7 @@ class FilmCase:
     classes: int = 11
     dtype: str = "float32"
     tile: str = "float32_small"
+    executor: str = "fused"
     bias: bool = True
     layout: Layout = field(default_factory=Layout)
     gradient_layout: Layout | None = None
@@ -56,7 +58,7 @@ class FilmProblem:
             getattr(module.Dtype, case.dtype), allow_tf32=case.tile.startswith("tf32")
         )
         self.request = module.PlanRequest(
-            force_kernel=True, tile=getattr(module.Tile, case.tile), splits=case.splits
+            executor=getattr(module.Executor, case.executor), tile=getattr(module.Tile, case.tile), splits=case.splits
         )
         seed = case.rows + case.hidden
         self.memory = memory = Memory(module, case.layout, case.dtype, seed, case.poison)
@@ -126,7 +128,7 @@ class FilmProblem:
             self.module, "film_head_forward", problem, self.precision, case.schedule,
             self.request, races,
         )  # fmt: skip
-        self.tf32 = plan.launch.tile.name.startswith("tf32")  # exact where not aligned
+        self.tf32 = uses_tf32(plan, case)
         both, logits = self._logits()
         check(modulation, both)
         for out, z in zip(outs, logits, strict=True):
@@ -174,7 +176,7 @@ class FilmProblem:
             self.module, "film_head_backward", problem, self.precision, case.schedule,
             self.request, races,
         )  # fmt: skip
-        self.tf32 = plan.launch.tile.name.startswith("tf32")  # exact where not aligned
+        self.tf32 = uses_tf32(plan, case)
         expected = self._gradients(
             self._halves(memory.bounded(modulation)),
             [memory.bounded(t) if t else None for t in incoming],

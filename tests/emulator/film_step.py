@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from emulator.film import FilmCase, FilmProblem
-from emulator.harness import check, check_untouched, launch
+from emulator.harness import check, check_untouched, launch, uses_tf32
 from emulator.losses import LossCase, Losses
 
 
@@ -40,7 +40,7 @@ class FilmStepProblem(FilmProblem):
             self.module, "film_head_step", problem, self.precision, case.schedule,
             self.request, races,
         )  # fmt: skip
-        self.tf32 = plan.launch.tile.name.startswith("tf32")  # exact where not aligned
+        self.tf32 = uses_tf32(plan, case)
 
         modulation, logits = self._logits()
         r = losses.residuals(logits)

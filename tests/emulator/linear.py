@@ -15,6 +15,7 @@ from emulator.harness import (
     check,
     check_untouched,
     launch,
+    uses_tf32,
 )
 
 
@@ -25,6 +26,7 @@ class LinearCase:
     classes: int = 11
     dtype: str = "float32"
     tile: str = "float32_small"
+    executor: str = "fused"
     concat: bool = True  # weights are column slices of one matrix, and the bias is shared
     bias: bool = True
     layout: Layout = field(default_factory=Layout)
@@ -55,7 +57,7 @@ class LinearProblem:
             getattr(module.Dtype, case.dtype), allow_tf32=case.tile.startswith("tf32")
         )
         self.request = module.PlanRequest(
-            force_kernel=True, tile=getattr(module.Tile, case.tile), splits=case.splits
+            executor=getattr(module.Executor, case.executor), tile=getattr(module.Tile, case.tile), splits=case.splits
         )
         seed = case.rows + case.classes
         self.memory = memory = Memory(module, case.layout, case.dtype, seed, case.poison)
@@ -124,7 +126,7 @@ class LinearProblem:
             self.module, "linear_head_forward", problem, self.precision, case.schedule,
             self.request, races,
         )  # fmt: skip
-        self.tf32 = plan.launch.tile.name.startswith("tf32")  # exact where not aligned
+        self.tf32 = uses_tf32(plan, case)
         bounded = memory.bounded
         partial = [
             matmul(self._feature(i), bounded(w).T, self.tf32) for i, w in enumerate(self.weights)
@@ -182,7 +184,7 @@ class LinearProblem:
             self.module, "linear_head_backward", problem, self.precision, case.schedule,
             self.request, races,
         )  # fmt: skip
-        self.tf32 = plan.launch.tile.name.startswith("tf32")  # exact where not aligned
+        self.tf32 = uses_tf32(plan, case)
 
         g = [memory.bounded(t) if t else None for t in incoming]
         for i in range(count):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from emulator.bounded import Bounded, add, matmul
-from emulator.harness import check, check_untouched, launch
+from emulator.harness import check, check_untouched, launch, uses_tf32
 from emulator.linear import LinearCase, LinearProblem
 from emulator.losses import LossCase, Losses
 
@@ -68,7 +68,7 @@ class LinearStepProblem(LinearProblem):
             self.module, "linear_head_step", problem, self.precision, case.schedule,
             self.request, races,
         )  # fmt: skip
-        self.tf32 = plan.launch.tile.name.startswith("tf32")  # exact where not aligned
+        self.tf32 = uses_tf32(plan, case)
 
         r = losses.residuals(self._logits())
         losses.check()

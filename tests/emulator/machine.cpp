@@ -219,6 +219,11 @@ Statistics& statistics() {
   return totals;
 }
 
+int& cooperative_limit() {
+  static int limit = 0;
+  return limit;
+}
+
 void fail(const std::string& message) {
   machine.error = message;
   switch_stack(&current->stack_pointer, scheduler_stack);

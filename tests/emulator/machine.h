@@ -34,12 +34,17 @@ struct Error : std::runtime_error {
 struct Statistics {
   uint64_t switches = 0, barriers = 0, grid_syncs = 0, warp_operations = 0, copies = 0;
   uint64_t accesses = 0, launches = 0;
+  uint64_t matmuls = 0, watched_reads = 0;
   uint64_t shared_bytes = 0;  // per CTA, that the last launch asked for
 };
 
 /// Options and statistics of the launches that follow; set by the tests.
 Options& options();
 Statistics& statistics();
+
+/// The largest grid that a cooperative launch may have; 0: any. A GPU's multiprocessors may become
+/// fewer while a program runs (MPS, green contexts).
+int& cooperative_limit();
 
 /// Runs `kernel` once per thread. Throws Error; `cooperative` allows grid_barrier().
 void launch(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative,

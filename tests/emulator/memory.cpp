@@ -20,6 +20,7 @@ constexpr size_t kCellBytes = 2;  // one shadow cell per two bytes: the smallest
 /// The last write and the last reads: by any thread, by another thread, by another block.
 struct Cell {
   Access write, reads[3];
+  bool written = false;  ///< by this launch or an earlier one
 };
 
 struct Region {
@@ -34,6 +35,7 @@ std::map<char*, std::unique_ptr<Region>>& regions() {  // by map_end
   return all;
 }
 Region* last_region = nullptr;
+const char *watched_begin = nullptr, *watched_end = nullptr;
 
 Region* find_region(const char* address) {
   if (last_region && address >= last_region->map && address < last_region->map_end) {
@@ -89,10 +91,21 @@ bool Buffer::slack_intact() const {
          std::all_of(data_ + bytes_, map_ + map_bytes_ - kPage, untouched);
 }
 
+void watch(const void* begin, size_t bytes) {
+  watched_begin = static_cast<const char*>(begin);
+  watched_end = watched_begin + bytes;
+  statistics().watched_reads = 0;
+}
+
 void start_access_record(bool enabled) {
   for (auto& [end, region] : regions()) {
     const size_t cells = enabled ? (region->map_end - region->map) / kCellBytes : 0;
-    region->cells.assign(cells, Cell{});
+    region->cells.resize(cells);
+    for (Cell& cell : region->cells) {  // one launch is over before the next begins
+      const bool written = cell.written;
+      cell = Cell{};
+      cell.written = written;
+    }
   }
 }
 
@@ -118,6 +131,10 @@ bool record_access(const Accessor& who, const char* address, size_t bytes, bool 
          describe_instruction(earlier.instruction) + ", then " + verb + " by " + me() +
          ", nothing orders them");
   };
+  if (!write && address < watched_end && address + bytes > watched_begin) {
+    statistics().watched_reads += std::min(address + bytes, watched_end) -
+                                  std::max<const char*>(address, watched_begin);
+  }
   const Access now{who.thread, who.grid_epoch, who.block_epoch, who.warp_epoch, instruction};
   const size_t first = (address - region->map) / kCellBytes;
   const size_t last = (address + bytes - 1 - region->map) / kCellBytes;
@@ -130,9 +147,10 @@ bool record_access(const Accessor& who, const char* address, size_t bytes, bool 
       }
       cell = Cell{};
       cell.write = now;
+      cell.written = true;
       continue;
     }
-    if (!region->initialised && cell.write.thread == ~0u) {
+    if (!region->initialised && !cell.written) {
       fail("read of uninitialised " + describe_address(address) + " by " + me());
     }
     if (cell.reads[0].thread != now.thread) {

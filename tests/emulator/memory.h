@@ -45,7 +45,11 @@ struct Accessor {
   uint32_t grid_epoch, block_epoch, warp_epoch;
 };
 
-/// Forgets all accesses; with `enabled`, makes room to record those of one launch.
+/// Counts the bytes that kernels read of [begin, begin + bytes) from now on, while accesses are
+/// recorded: statistics().watched_reads.
+void watch(const void* begin, size_t bytes);
+
+/// Forgets all accesses, but not what has been written; with `enabled`, makes room to record those of one launch.
 void start_access_record(bool enabled);
 
 /// Reports (through fail) what is out of bounds, uninitialised or not ordered by a barrier.

@@ -36,7 +36,7 @@ def cases():
     leaks = {"encoder_leak": 0.5, "head_leak": 0.25}
     busy = Schedule(seed=7, policy="random", multiprocessors=6)
     float32 = {"tile": "float32_small", "dtype": "float32"}
-    large = {"tile": "float32_large", "dtype": "float32"}
+    large = {"tile": "float32_medium", "dtype": "float32"}
     half = {"tile": "half_small", "dtype": "bfloat16"}
     for races in (False, True):
         for kind in (float32, half):

@@ -53,6 +53,10 @@ V shuffle(V value, int from) {
   });
   return mine.received;
 }
+inline void sync_warp() {
+  static char kind;
+  warp_collective(&kind, "bar.warp.sync", true, nullptr, [](void**) {});
+}
 /// __popc(__ballot_sync())
 inline int count_lanes(bool predicate) {
   struct Lane {
