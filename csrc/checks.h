@@ -63,7 +63,8 @@ inline const char* dtype_name(ScalarType dtype) {
 // The checks of one op: every message names the op, the argument, what it expects and what it got.
 class Checks {
  public:
-  explicit Checks(const char* op, bool on_cuda = false) : op_(op), on_cuda_(on_cuda) {}
+  explicit Checks(const char* op, bool on_cuda = false, bool has_library = false)
+      : op_(op), on_cuda_(on_cuda), has_library_(has_library) {}
 
   [[noreturn]] void fail(const std::string& argument, const std::string& expected,
                          const std::string& got) const {
@@ -196,8 +197,8 @@ class Checks {
     if (!(label_smoothing >= 0 && label_smoothing <= 1)) {
       fail("label_smoothing", "a number in [0, 1]", std::to_string(label_smoothing));
     }
-    if (workspace_limit < 1) {
-      fail("workspace_limit", "at least 1 byte", std::to_string(workspace_limit));
+    if (workspace_limit < 0) {
+      fail("workspace_limit", "a number of bytes, or 0", std::to_string(workspace_limit));
     }
   }
 
@@ -208,13 +209,21 @@ class Checks {
     length("needs_biases", biases.size(), parameters);
   }
 
+  // 0: as the plan says, 1: this project's products, 2: the library's.
+  void executor(int64_t executor) const {
+    const int64_t last = has_library_ ? 2 : 1;
+    if (executor < 0 || executor > last) {
+      fail("executor", "0 to " + std::to_string(last), std::to_string(executor));
+    }
+  }
+
   static std::string indexed(const char* argument, size_t i) {
     return std::string(argument) + "[" + std::to_string(i) + "]";
   }
 
  private:
   const char* op_;
-  bool on_cuda_;
+  bool on_cuda_, has_library_;
 };
 
 }  // namespace dgl_ext

@@ -19,8 +19,9 @@ void set_masks(Call& call, const OptionalTensors& present, const uint8_t** masks
 
 std::vector<Tensor> linear_forward(std::vector<Tensor> features, std::vector<Tensor> weights,
                                    OptionalTensors biases, OptionalTensors present, bool allow_tf32,
-                                   bool kernel_only) {
-  const Checks checks("linear_head_forward", kOnCuda);
+                                   int64_t executor) {
+  const Checks checks("linear_head_forward", kOnCuda, true);
+  checks.executor(executor);
   Shape shape = checks.features(features, 1, kMaxModalities);
   Call call("linear_head_forward", features[0]);
   const LinearArguments args = parse_linear(checks, call, features, weights);
@@ -41,12 +42,7 @@ std::vector<Tensor> linear_forward(std::vector<Tensor> features, std::vector<Ten
   for (int i = 0; i < args.head.modalities; ++i) problem.unimodal[i] = result_rows(logits[i + 1]);
 
   const Precision precision{dtype_of(features[0]), allow_tf32};
-  const LinearForwardPlan plan =
-      plan_linear_forward(problem, precision, call.device(), PlanRequest{kernel_only, Executor::kFused});
-  if (call.goes_composed(plan.launch, kernel_only)) {
-    return composed("dgl_ext::linear_head_forward_composed", features, weights, biases, present);
-  }
-  call.launch(linear_head_forward, problem, precision, plan);
+  call.run(plan_linear_forward, linear_head_forward, problem, precision, executor);
   return logits;
 }
 
@@ -55,8 +51,9 @@ std::vector<Tensor> linear_backward(OptionalTensors grad_outputs, std::vector<Te
                                     std::vector<bool> needs_features,
                                     std::vector<bool> needs_weights, std::vector<bool> needs_biases,
                                     double encoder_leak, double head_leak, bool allow_tf32,
-                                    bool kernel_only) {
-  const Checks checks("linear_head_backward", kOnCuda);
+                                    int64_t executor) {
+  const Checks checks("linear_head_backward", kOnCuda, true);
+  checks.executor(executor);
   const Shape leading = checks.features(features, 1, kMaxModalities);
   Call call("linear_head_backward", features[0]);
   const LinearArguments args = parse_linear(checks, call, features, weights);
@@ -110,13 +107,7 @@ std::vector<Tensor> linear_backward(OptionalTensors grad_outputs, std::vector<Te
   }
 
   const Precision precision{dtype, allow_tf32};
-  const LinearBackwardPlan plan =
-      plan_linear_backward(problem, precision, call.device(), PlanRequest{kernel_only, Executor::kFused});
-  if (call.goes_composed(plan.launch, kernel_only)) {
-    return composed("dgl_ext::linear_head_backward_composed", grad_outputs, features, weights,
-                    present, needs_features, needs_weights, needs_biases, encoder_leak, head_leak);
-  }
-  call.launch(linear_head_backward, problem, precision, plan);
+  call.run(plan_linear_backward, linear_head_backward, problem, precision, executor);
   return results;
 }
 
@@ -124,8 +115,9 @@ std::vector<Tensor> linear_backward(OptionalTensors grad_outputs, std::vector<Te
 
 std::vector<Tensor> film_forward(std::vector<Tensor> features, std::vector<Tensor> weights,
                                  OptionalTensors biases, OptionalTensors present, bool allow_tf32,
-                                 bool kernel_only) {
-  const Checks checks("film_head_forward", kOnCuda);
+                                 int64_t executor) {
+  const Checks checks("film_head_forward", kOnCuda, true);
+  checks.executor(executor);
   const Shape leading = checks.features(features, 2, 2);
   Call call("film_head_forward", features[0]);
   FilmHeadForward problem;
@@ -149,12 +141,7 @@ std::vector<Tensor> film_forward(std::vector<Tensor> features, std::vector<Tenso
   problem.modulation = result_rows(results[3]);
 
   const Precision precision{dtype, allow_tf32};
-  const FilmForwardPlan plan =
-      plan_film_forward(problem, precision, call.device(), PlanRequest{kernel_only, Executor::kFused});
-  if (call.goes_composed(plan.launch, kernel_only)) {
-    return composed("dgl_ext::film_head_forward_composed", features, weights, biases, present);
-  }
-  call.launch(film_head_forward, problem, precision, plan);
+  call.run(plan_film_forward, film_head_forward, problem, precision, executor);
   return results;
 }
 
@@ -163,8 +150,9 @@ std::vector<Tensor> film_backward(OptionalTensors grad_outputs, std::vector<Tens
                                   OptionalTensors present, std::vector<bool> needs_features,
                                   std::vector<bool> needs_weights, std::vector<bool> needs_biases,
                                   double encoder_leak, double head_leak, bool allow_tf32,
-                                  bool kernel_only) {
-  const Checks checks("film_head_backward", kOnCuda);
+                                  int64_t executor) {
+  const Checks checks("film_head_backward", kOnCuda, true);
+  checks.executor(executor);
   const Shape leading = checks.features(features, 2, 2);
   Call call("film_head_backward", features[0]);
   FilmHeadBackward problem;
@@ -203,33 +191,12 @@ std::vector<Tensor> film_backward(OptionalTensors grad_outputs, std::vector<Tens
   problem.grad_out_bias = result(needs_biases[1], {problem.head.classes}, flows).data;
 
   const Precision precision{dtype, allow_tf32};
-  const FilmBackwardPlan plan =
-      plan_film_backward(problem, precision, call.device(), PlanRequest{kernel_only, Executor::kFused});
-  if (call.goes_composed(plan.launch, kernel_only)) {
-    return composed("dgl_ext::film_head_backward_composed", grad_outputs, features, weights, biases,
-                    film, present, needs_features, needs_weights, needs_biases, encoder_leak,
-                    head_leak);
-  }
-  call.launch(film_head_backward, problem, precision, plan);
+  call.run(plan_film_backward, film_head_backward, problem, precision, executor);
   return results;
-}
-
-// What plans know of the current GPU, in the order that cuda_plan takes it.
-std::vector<int64_t> cuda_device() {
-  int index = 0;
-  check("cuda_device", cudaGetDevice(&index), "asking for the current GPU");
-  const Device& device = current_device("cuda_device", index);
-  std::vector<int64_t> numbers{device.multiprocessors, device.capability};
-  numbers.insert(numbers.end(), std::begin(device.resident_ctas), std::end(device.resident_ctas));
-  return numbers;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(dgl_ext, m) { m.def("cuda_device() -> int[]"); }
-STABLE_TORCH_LIBRARY_IMPL(dgl_ext, CompositeExplicitAutograd, m) {
-  m.impl("cuda_device", TORCH_BOX(&cuda_device));
-}
 STABLE_TORCH_LIBRARY_IMPL(dgl_ext, DGL_EXT_DISPATCH_KEY, m) {
   m.impl("linear_head_forward", TORCH_BOX(&linear_forward));
   m.impl("linear_head_backward", TORCH_BOX(&linear_backward));

@@ -1,8 +1,7 @@
 // What the ops on CUDA are made of: a call on its device, its arguments as structs, its results.
 //
 // Every call runs under the features' device, on the current stream, with its workspace from
-// torch's caching allocator, and waits for nothing: it can be captured into a CUDA graph. Where the
-// plan says that library GEMMs win, the composed ops (dgl_ext/composed.py) are called instead.
+// torch's caching allocator, and waits for nothing: it can be captured into a CUDA graph.
 
 #pragma once
 
@@ -13,15 +12,18 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <array>
 #include <climits>
 #include <cstdlib>
+#include <iostream>
 #include <map>
 #include <mutex>
+#include <set>
+#include <sstream>
 
 #include "checks.h"
 #include "cuda/launch.h"
 #include "plan.h"
+#include "plan_text.h"
 #include "row_stride.h"
 
 namespace dgl_ext {
@@ -48,29 +50,55 @@ inline void check(const char* op, cudaError_t status, const char* action) {
                            std::to_string(int(status)) + ", " + cudaGetErrorString(status));
 }
 
-// Of the GPU that is current and has this index; asked once per GPU.
-inline const Device& current_device(const char* op, int32_t index) {
-  static std::mutex mutex;
-  static std::map<int32_t, Device> known;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto [found, is_new] = known.try_emplace(index);
-  if (is_new) {
-    const cudaError_t status = query_device(&found->second);
-    if (status != cudaSuccess) known.erase(found);
-    check(op, status, "asking the GPU for its properties");
+// What plans know of each GPU, by its index. Asked once, and again where a launch no longer fits.
+class Devices {
+ public:
+  Device get(const char* op, int32_t index) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = known_.find(index);
+    return found != known_.end() ? found->second : ask(op, index);
+  }
+  Device ask_again(const char* op, int32_t index) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return ask(op, index);
+  }
+
+ private:
+  Device ask(const char* op, int32_t index) {
+    Device device;
+    check(op, query_device(&device), "asking the GPU for its properties");
     // Leaves multiprocessors to others, such as NCCL's kernels.
     if (const char* bound = std::getenv("DGL_EXT_MAX_CTAS")) {
       char* end = nullptr;
       const long value = std::strtol(bound, &end, 10);
       if (value < 1 || value > INT_MAX || *end != '\0') {
-        known.erase(found);
         throw std::runtime_error("DGL_EXT_MAX_CTAS: expected a positive int, got \"" +
                                  std::string(bound) + "\"");
       }
-      found->second.max_ctas = static_cast<int>(value);
+      device.max_ctas = static_cast<int>(value);
     }
+    return known_[index] = device;
   }
-  return found->second;
+
+  std::mutex mutex_;
+  std::map<int32_t, Device> known_;
+};
+inline Devices& devices() {
+  static Devices all;
+  return all;
+}
+
+// What DGL_EXT_LOG=plan prints, a line for each new one.
+inline void log_plan(const std::string& line) {
+  static const bool wanted = [] {
+    const char* value = std::getenv("DGL_EXT_LOG");
+    return value && std::string(value) == "plan";
+  }();
+  if (!wanted) return;
+  static std::mutex mutex;
+  static std::set<std::string> seen;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (seen.insert(line).second) std::cerr << line << std::endl;
 }
 
 // One call: its device, its stream, and what it must keep alive until the launch is queued.
@@ -79,12 +107,14 @@ class Call {
   Call(const char* op, const Tensor& like)
       : op_(op), like_(like), index_(like.get_device_index()), guard_(index_) {}
 
-  // (..., D) with contiguous columns and one row stride; a copy where the tensor is not like that.
+  // (..., D) with contiguous columns and one row stride that is no less than a row, as the library
+  // needs it; a copy where the tensor is not like that.
   ConstMatrix matrix(const Tensor& tensor) {
     const int64_t columns = tensor.size(tensor.dim() - 1);
     if (tensor.numel() == 0) return {nothing_to_read, columns};
     const bool contiguous_columns = columns == 1 || tensor.stride(tensor.dim() - 1) == 1;
-    if (const auto stride = single_row_stride(tensor); stride && contiguous_columns) {
+    if (const auto stride = single_row_stride(tensor);
+        stride && contiguous_columns && *stride >= columns) {
       return {tensor.data_ptr(), *stride};
     }
     kept_.push_back(torch::stable::contiguous(tensor));
@@ -109,29 +139,54 @@ class Call {
   }
   Tensor empty(const Shape& shape) const { return empty(shape, like_.scalar_type()); }
 
-  // Whether library GEMMs shall run. A caller who wants the kernels only is told if there are none.
-  bool goes_composed(const LaunchShape& launch, bool kernel_only) const {
-    if (launch.executor == Executor::kFused) return false;
-    if (!kernel_only) return true;
-    const int capability = device().capability;
-    throw std::runtime_error(
-        "dgl_ext::" + std::string(op_) +
-        ": kernel_only: expected a GPU of compute capability 8.0 or more, got " +
-        std::to_string(capability / 10) + "." + std::to_string(capability % 10));
-  }
+  Device device() const { return devices().get(op_, index_); }
 
-  const Device& device() const { return current_device(op_, index_); }
-
-  template <class Launcher, class Problem, class Plan>
-  void launch(Launcher launcher, const Problem& problem, Precision precision, const Plan& plan) {
-    const int64_t bytes = plan.launch.workspace_bytes;
-    if (bytes > 0) kept_.push_back(empty({bytes}, ScalarType::Byte));
-    void* workspace = bytes > 0 ? kept_.back().data_ptr() : nullptr;
-    check(op_, launcher(problem, precision, plan, workspace, Queue{stream()}), "launching");
+  // Plans and launches. A cooperative launch may no longer fit (multiprocessors were taken away, by
+  // MPS or a green context): then the GPU is asked again, and in the end the library does it.
+  template <class Planner, class Launcher, class Problem, class... Limit>
+  void run(Planner planner, Launcher launcher, const Problem& problem, Precision precision,
+           int64_t executor, Limit... limit) {
+    PlanRequest request;
+    request.choose_executor = executor != 0;
+    request.executor = executor == 2 ? Executor::kLibrary : Executor::kFused;
+    cudaError_t status = launch(planner, launcher, problem, precision, device(), request, limit...);
+    if (status == cudaErrorCooperativeLaunchTooLarge) {
+      cudaGetLastError();  // it has been dealt with
+      const Device now = devices().ask_again(op_, index_);
+      status = launch(planner, launcher, problem, precision, now, request, limit...);
+    }
+    if (status == cudaErrorCooperativeLaunchTooLarge) {
+      cudaGetLastError();
+      request.choose_executor = true;
+      request.executor = Executor::kLibrary;
+      status = launch(planner, launcher, problem, precision, device(), request, limit...);
+    }
+    check(op_, status, "launching");
   }
   cudaStream_t stream() const { return current_stream(index_); }
 
  private:
+  template <class Planner, class Launcher, class Problem, class... Limit>
+  cudaError_t launch(Planner planner, Launcher launcher, const Problem& problem,
+                     Precision precision, const Device& device, const PlanRequest& request,
+                     Limit... limit) {
+    const auto plan = planner(problem, precision, device, limit..., request);
+    if (plan.launch.executor == Executor::kNone) {
+      throw std::runtime_error("dgl_ext::" + std::string(op_) +
+                               ": expected a GPU of compute capability 8.0 or more, got " +
+                               std::to_string(device.capability / 10) + "." +
+                               std::to_string(device.capability % 10));
+    }
+    log_plan("dgl_ext::" + std::string(op_) + " " + describe(problem.head) + ": " +
+             describe(plan));
+    const int64_t bytes = plan.launch.workspace_bytes;
+    if (bytes > 0) kept_.push_back(empty({bytes}, ScalarType::Byte));
+    void* workspace = bytes > 0 ? kept_.back().data_ptr() : nullptr;
+    Queue queue{stream()};
+    if (plan.launch.executor == Executor::kLibrary) queue.blas = blas_handle();
+    return launcher(problem, precision, plan, workspace, queue);
+  }
+
   const char* op_;
   const Tensor& like_;
   const int32_t index_;
@@ -149,26 +204,6 @@ inline const void* at_column(const void* data, int64_t column, Dtype dtype) {
 }
 inline void* at_column(void* data, int64_t column, Dtype dtype) {
   return data ? static_cast<char*>(data) + column * element_size(dtype) : nullptr;
-}
-
-template <class T>
-StableIValue boxed(const T& value) {
-  return torch::stable::detail::from(value);
-}
-// A vector<bool> has no array inside for the list to be made from.
-inline StableIValue boxed(const std::vector<bool>& values) {
-  std::array<bool, kMaxModalities> flags{};
-  std::copy(values.begin(), values.end(), flags.begin());
-  return torch::stable::detail::from(
-      torch::headeronly::HeaderOnlyArrayRef<bool>(flags.data(), values.size()));
-}
-
-// Calls an op that stands beside this one, with the same arguments and result.
-template <class... Arguments>
-std::vector<Tensor> composed(const char* op, const Arguments&... arguments) {
-  std::array<StableIValue, sizeof...(arguments)> stack{boxed(arguments)...};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<std::vector<Tensor>>(stack[0]);
 }
 
 // ---- concat and sum ----

@@ -59,14 +59,15 @@ std::vector<Tensor> linear_step(std::vector<Tensor> features, std::vector<Tensor
                                 std::vector<double> alpha, bool mean, int64_t ignore_index,
                                 double label_smoothing, std::vector<bool> needs_features,
                                 std::vector<bool> needs_weights, std::vector<bool> needs_biases,
-                                double encoder_leak, double head_leak, int64_t workspace_limit,
-                                bool allow_tf32, bool kernel_only) {
-  const Checks checks("linear_head_step", kOnCuda);
+                                double encoder_leak, double head_leak, int64_t limit,
+                                bool allow_tf32, int64_t executor) {
+  const Checks checks("linear_head_step", kOnCuda, true);
+  checks.executor(executor);
   const Shape leading = checks.features(features, 1, kMaxModalities);
   Call call("linear_head_step", features[0]);
   const LinearArguments args = parse_linear(checks, call, features, weights);
   checks.biases(biases, weights, features[0]);
-  checks.step(target, present, alpha, label_smoothing, workspace_limit, features.size(), leading,
+  checks.step(target, present, alpha, label_smoothing, limit, features.size(), leading,
               features[0]);
   checks.needs(needs_features, needs_weights, needs_biases, features.size(), weights.size());
   const Dtype dtype = dtype_of(features[0]);
@@ -97,14 +98,7 @@ std::vector<Tensor> linear_step(std::vector<Tensor> features, std::vector<Tensor
   }
 
   const Precision precision{dtype, allow_tf32};
-  const LinearStepPlan plan = plan_linear_step(problem, precision, call.device(), dgl_ext::workspace_limit(workspace_limit),
-                                               PlanRequest{kernel_only, Executor::kFused});
-  if (call.goes_composed(plan.launch, kernel_only)) {
-    return composed("dgl_ext::linear_head_step_composed", features, weights, biases, target,
-                    present, alpha, mean, ignore_index, label_smoothing, needs_features,
-                    needs_weights, needs_biases, encoder_leak, head_leak, workspace_limit);
-  }
-  call.launch(linear_head_step, problem, precision, plan);
+  call.run(plan_linear_step, linear_head_step, problem, precision, executor, workspace_limit(limit));
   return step.results();
 }
 
@@ -113,14 +107,15 @@ std::vector<Tensor> film_step(std::vector<Tensor> features, std::vector<Tensor> 
                               std::vector<double> alpha, bool mean, int64_t ignore_index,
                               double label_smoothing, std::vector<bool> needs_features,
                               std::vector<bool> needs_weights, std::vector<bool> needs_biases,
-                              double encoder_leak, double head_leak, int64_t workspace_limit,
-                              bool allow_tf32, bool kernel_only) {
-  const Checks checks("film_head_step", kOnCuda);
+                              double encoder_leak, double head_leak, int64_t limit,
+                              bool allow_tf32, int64_t executor) {
+  const Checks checks("film_head_step", kOnCuda, true);
+  checks.executor(executor);
   const Shape leading = checks.features(features, 2, 2);
   Call call("film_head_step", features[0]);
   FilmHeadStep problem;
   problem.head = parse_film(checks, call, features, weights, biases);
-  checks.step(target, present, alpha, label_smoothing, workspace_limit, 2, leading, features[0]);
+  checks.step(target, present, alpha, label_smoothing, limit, 2, leading, features[0]);
   checks.needs(needs_features, needs_weights, needs_biases, 2, 2);
   const Dtype dtype = dtype_of(features[0]);
   StepCall step(call, dtype, 2, target, present, alpha, mean, ignore_index, label_smoothing);
@@ -136,14 +131,7 @@ std::vector<Tensor> film_step(std::vector<Tensor> features, std::vector<Tensor> 
   problem.grad_out_bias = step.gradient(needs_biases[1], {problem.head.classes}).data;
 
   const Precision precision{dtype, allow_tf32};
-  const FilmStepPlan plan =
-      plan_film_step(problem, precision, call.device(), dgl_ext::workspace_limit(workspace_limit), PlanRequest{kernel_only, Executor::kFused});
-  if (call.goes_composed(plan.launch, kernel_only)) {
-    return composed("dgl_ext::film_head_step_composed", features, weights, biases, target, present,
-                    alpha, mean, ignore_index, label_smoothing, needs_features, needs_weights,
-                    needs_biases, encoder_leak, head_leak, workspace_limit);
-  }
-  call.launch(film_head_step, problem, precision, plan);
+  call.run(plan_film_step, film_head_step, problem, precision, executor, workspace_limit(limit));
   return step.results();
 }
 

@@ -4,7 +4,7 @@ Wei et al., "Boosting Multimodal Learning via Disentangled Gradient Learning", I
 arXiv 2507.10213.
 """
 
-from . import _extension, diagnostics, nn, plan, reference
+from . import _extension, diagnostics, nn, reference
 from .functional import fused_decouple, fused_decouple_cross_entropy
 from .settings import set_workspace_limit, workspace_limit
 from .types import DecoupledLogits, DecoupledLoss
@@ -24,7 +24,6 @@ __all__ = [
     "fused_decouple",
     "fused_decouple_cross_entropy",
     "nn",
-    "plan",
     "reference",
     "set_workspace_limit",
     "workspace_limit",

@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import dgl_ext
-from dgl_ext import _extension, plan
-from dgl_ext._validate import DTYPES
+from dgl_ext import _extension
 
 
 def build_info() -> dict[str, Any] | None:
@@ -39,8 +37,8 @@ def environment() -> dict[str, Any]:
         "cuda_extension_error": str(_extension.error("cuda") or "") or None,
         "backends": [
             "reference",
-            *(["composed", "cpu"] if _extension.available() else []),
-            *(["cuda"] if _extension.available("cuda") else []),
+            *(["fused"] if _extension.available() else []),
+            *(["library"] if _extension.available("cuda") else []),
         ],
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -84,45 +82,11 @@ def _first_line(env: dict[str, Any]) -> str:
     return f"not loaded: {env['cuda_extension_error'].splitlines()[0]}"
 
 
-def plan_report(problem: Sequence[str], dtype: str) -> str:
-    """How the CUDA kernels would run a head: `problem` is fusion, rows, widths and classes."""
-    fusion, rows, widths, classes = problem
-    device = plan.current_device()
-    launches = plan.plan(
-        fusion,
-        int(rows),
-        [int(width) for width in widths.split(",")],
-        int(classes),
-        dtype=getattr(torch, dtype),
-        device=device or plan.NOMINAL,
-    )
-    name = torch.cuda.get_device_name() if device else "no GPU here; for an H100 or H200"
-    return f"{name}\nforward   {launches.forward}\nbackward  {launches.backward}"
-
-
 def main() -> None:
     """Prints the report."""
     parser = argparse.ArgumentParser(prog="python -m dgl_ext", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument(
-        "--plan",
-        nargs=4,
-        metavar=("FUSION", "ROWS", "WIDTHS", "CLASSES"),
-        help="show how the CUDA kernels would run a head, for example: concat 64 512,512 309",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=[str(dtype).removeprefix("torch.") for dtype in DTYPES],
-        default="float32",
-        help="of --plan",
-    )
     arguments = parser.parse_args()
-    if arguments.plan:
-        try:
-            print(plan_report(arguments.plan, arguments.dtype))
-        except (ValueError, RuntimeError) as error:
-            parser.error(f"--plan: {error}")
-        return
     env = environment()
     print(json.dumps(env, indent=2) if arguments.json else report(env))
 

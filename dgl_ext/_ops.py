@@ -16,33 +16,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import composed, composed_step
 
+class Executor(enum.IntEnum):
+    """Who computes an op's products on CUDA: as the plan says, our kernels, or the library."""
 
-class Path(enum.IntEnum):
-    """How an op computes: as it thinks best, by its own kernels only, or by library GEMMs."""
-
-    PLANNED = 0
-    KERNEL = 1
-    COMPOSED = 2
+    AUTO = 0
+    FUSED = 1
+    LIBRARY = 2
 
 
 # By name, as `register` fills it: a lookup in torch.ops costs 5 us where it is cold.
 _overloads: dict[str, Callable[..., list[Tensor]]] = {}
 
 
-def call(name: str, path: Path, like: Tensor, *args: Any) -> list[Tensor]:
+def call(name: str, executor: Executor, like: Tensor, *args: Any) -> list[Tensor]:
     """Calls an op from inside an autograd.Function, where no gradient can be lost.
 
     `like` is one of the features: on its device the op runs.
     """
-    if path == Path.COMPOSED:
-        return _call(_overloads[f"{name}_composed"], *args)
     op = _overloads[name]
     if not like.is_cuda:
-        return _call(op, *args)
+        return _call(op, *args) if executor == 0 else _call(op, *args, False, int(executor))
     allow_tf32 = like.dtype == torch.float32 and _tf32_allowed()
-    return _call(op, *args, allow_tf32, path == Path.KERNEL)
+    return _call(op, *args, allow_tf32, int(executor))
 
 
 def scale_gradients(grads: Sequence[Tensor], scale: Tensor, to_float16: bool) -> list[Tensor]:
@@ -103,7 +99,7 @@ def _linear_head_forward(
     biases: list[Tensor | None],
     present: list[Tensor | None],
     allow_tf32: bool = False,
-    kernel_only: bool = False,
+    executor: int = 0,
 ) -> list[Tensor]:
     shape = (*features[0].shape[:-1], weights[0].shape[0])
     return [features[0].new_empty(shape) for _ in range(len(features) + 1)]
@@ -120,7 +116,7 @@ def _linear_head_backward(
     encoder_leak: float,
     head_leak: float,
     allow_tf32: bool = False,
-    kernel_only: bool = False,
+    executor: int = 0,
 ) -> list[Tensor]:
     return _needed_grads(features, weights, needs_features, needs_weights, needs_biases)
 
@@ -131,7 +127,7 @@ def _film_head_forward(
     biases: list[Tensor | None],
     present: list[Tensor | None],
     allow_tf32: bool = False,
-    kernel_only: bool = False,
+    executor: int = 0,
 ) -> list[Tensor]:
     leading = features[0].shape[:-1]
     film_weight, out_weight = weights
@@ -155,7 +151,7 @@ def _film_head_backward(
     encoder_leak: float,
     head_leak: float,
     allow_tf32: bool = False,
-    kernel_only: bool = False,
+    executor: int = 0,
 ) -> list[Tensor]:
     return _needed_grads(features, weights, needs_features, needs_weights, needs_biases)
 
@@ -177,7 +173,7 @@ def _head_step(
     head_leak: float,
     workspace_limit: int,
     allow_tf32: bool = False,
-    kernel_only: bool = False,
+    executor: int = 0,
 ) -> list[Tensor]:
     like = features[0]
     branches = len(features) + 1
@@ -219,17 +215,13 @@ def _needed_grads(
     return [like.new_empty(shape) for shape in shapes]
 
 
-_HEAD_OPS: dict[str, Callable[..., Any]] = {
+FAKE_KERNELS: dict[str, Callable[..., Any]] = {
     "linear_head_forward": _linear_head_forward,
     "linear_head_backward": _linear_head_backward,
     "film_head_forward": _film_head_forward,
     "film_head_backward": _film_head_backward,
     "linear_head_step": _head_step,
     "film_head_step": _head_step,
-}
-FAKE_KERNELS: dict[str, Callable[..., Any]] = {
-    **_HEAD_OPS,
-    **{f"{name}_composed": fake for name, fake in _HEAD_OPS.items()},
     "scale_gradients": _scale_gradients,
     "scale_gradients_": _scale_gradients_in_place,
 }
@@ -240,22 +232,7 @@ def register() -> torch.library.Library:
     library = torch.library.Library("dgl_ext", "IMPL")
     for name, fake in FAKE_KERNELS.items():
         _register(name, fake, library)
-    for name in _HEAD_OPS:
-        module = composed_step if name.endswith("_step") else composed
-        kernel = _without_autocast(getattr(module, name))
-        library.impl(f"{name}_composed", kernel, "CompositeExplicitAutograd")
     return library
-
-
-def _without_autocast(kernel: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
-    """What comes here has been cast; autocast would cast the sums' dtype back."""
-
-    @functools.wraps(kernel)
-    def call_kernel(*args: Any) -> list[Tensor]:
-        with torch._C._DisableAutocast():
-            return kernel(*args)
-
-    return call_kernel
 
 
 def _tf32_allowed() -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from ._ops import Path
+from ._ops import Executor
 from .heads import Biases, Features, Weights
 
 Outputs = tuple[Tensor, ...]
@@ -84,7 +84,7 @@ def _prepare(
     outputs: Outputs,
     leaks: tuple[float, float],
     routing: Routing,
-    path: Path,
+    executor: Executor,
     masks: int,
 ) -> None:
     """Keeps what backward decides by, and marks the logits whose gradient could reach nothing.
@@ -92,7 +92,7 @@ def _prepare(
     Those then do not require grad, as if the reference had computed them from detached tensors.
     """
     ctx.set_materialize_grads(False)
-    ctx.leaks, ctx.path = leaks, path
+    ctx.leaks, ctx.executor = leaks, executor
     # The masks, which come last, have no gradient.
     end = len(ctx.needs_input_grad) - masks
     ctx.needs, ctx.masks = ctx.needs_input_grad[_OPTIONS:end], masks
@@ -147,7 +147,7 @@ def _call_backward(
         return (*_NO_GRADS, *(None for _ in needs), *rest)
     split_needs = _split(needs, len(grad_outputs) - 1)
     grads: Sequence[Tensor] = _ops.call(
-        name, ctx.path, saved[0], grad_outputs, *arguments, *split_needs, *ctx.leaks
+        name, ctx.executor, saved[0], grad_outputs, *arguments, *split_needs, *ctx.leaks
     )
     if torch.is_grad_enabled():  # backward(create_graph=True)
         grads = _RefuseSecondDerivative.apply(len(grads), *grads, *grad_outputs, *saved)
@@ -166,7 +166,7 @@ class LinearHead(torch.autograd.Function):
         modalities: int,
         encoder_leak: float,
         head_leak: float,
-        path: Path,
+        executor: Executor,
         masks: int,
         *tensors: Any,
     ) -> Outputs:
@@ -174,10 +174,10 @@ class LinearHead(torch.autograd.Function):
         tensors, present = _split_masks(tensors, masks)
         arguments = *_split(tensors, modalities), present
         features, weights = arguments[:2]
-        outputs = tuple(_ops.call("linear_head_forward", path, features[0], *arguments))
+        outputs = tuple(_ops.call("linear_head_forward", executor, features[0], *arguments))
         ctx.save_for_backward(*features, *weights, *present)
         ctx.routing = _linear_routing(modalities, len(weights))
-        _prepare(ctx, outputs, (encoder_leak, head_leak), ctx.routing, path, masks)
+        _prepare(ctx, outputs, (encoder_leak, head_leak), ctx.routing, executor, masks)
         return outputs
 
     @staticmethod
@@ -201,16 +201,16 @@ class FilmHead(torch.autograd.Function):
         modalities: int,
         encoder_leak: float,
         head_leak: float,
-        path: Path,
+        executor: Executor,
         masks: int,
         *tensors: Any,
     ) -> Outputs:
         """Takes features, weights, biases and masks, flat; returns the logits, fused first."""
         tensors, present = _split_masks(tensors, masks)
         arguments = *_split(tensors, modalities), present
-        *logits, film = _ops.call("film_head_forward", path, tensors[0], *arguments)
+        *logits, film = _ops.call("film_head_forward", executor, tensors[0], *arguments)
         ctx.save_for_backward(*tensors, film, *present)
-        _prepare(ctx, tuple(logits), (encoder_leak, head_leak), _FILM_ROUTING, path, masks)
+        _prepare(ctx, tuple(logits), (encoder_leak, head_leak), _FILM_ROUTING, executor, masks)
         return tuple(logits)
 
     @staticmethod
@@ -239,7 +239,7 @@ def apply(
     encoder_leak: float,
     head_leak: float,
     present: Sequence[Tensor | None] = (),
-    path: Path = Path.PLANNED,
+    executor: Executor = Executor.AUTO,
 ) -> Outputs:
     """Returns a head's logits, fused first, with disentangled gradients behind them."""
     function = FUNCTIONS[fusion]
@@ -247,7 +247,7 @@ def apply(
         len(features),
         encoder_leak,
         head_leak,
-        path,
+        executor,
         len(present),
         *features,
         *weights,

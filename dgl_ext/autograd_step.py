@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from ._ops import Path
+from ._ops import Executor
 from .cross_entropy import CrossEntropy
 from .heads import Biases, Features, Weights
 from .settings import workspace_limit
-from .types import DecoupledLoss
+from .types import DecoupledLoss, is_unit_gradient
 
 OPS = {"concat": "linear_head_step", "sum": "linear_head_step", "film": "film_head_step"}
 
@@ -26,7 +26,7 @@ class StepOptions(NamedTuple):
     """What makes up a step besides tensors: the op, how it runs, and the user's numbers."""
 
     op: str
-    path: Path
+    executor: Executor
     modalities: int
     parameters: int  # weights, and as many biases
     alpha: tuple[float, ...]
@@ -45,7 +45,7 @@ class StepOptions(NamedTuple):
         end = biases + self.parameters
         return _ops.call(
             self.op,
-            self.path,
+            self.executor,
             tensors[0],
             tensors[:weights],
             tensors[weights:biases],
@@ -111,9 +111,11 @@ class TrainingStep(torch.autograd.Function):
 def _scaled(grads: Sequence[Tensor], scale: Tensor, to_float16: bool) -> Sequence[Tensor]:
     """Multiplies by `scale`, in place where nobody will ask for the gradients again."""
     if not torch.compiler.is_compiling() and not to_float16:
-        if scale.is_cpu and scale.item() == 1:
-            return grads
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+        kept = torch._C._autograd._get_current_graph_task_keep_graph()
+        if is_unit_gradient(scale) or (scale.is_cpu and scale.item() == 1):
+            # What is kept for the next backward is not what this one hands out.
+            return [grad.clone() for grad in grads] if kept else grads
+        if not kept:
             _ops.scale_gradients_(grads, scale)
             return grads
     return _ops.scale_gradients(grads, scale, to_float16)
@@ -127,12 +129,12 @@ def apply(
     loss: CrossEntropy,
     encoder_leak: float,
     head_leak: float,
-    path: Path = Path.PLANNED,
+    executor: Executor = Executor.AUTO,
 ) -> DecoupledLoss:
     """Returns the loss of a head, with disentangled gradients behind its total."""
     options = StepOptions(
         OPS[fusion],
-        path,
+        executor,
         len(features),
         len(weights),
         loss.alpha,
@@ -156,7 +158,7 @@ def run(
     """Takes a step that `options` describe."""
     total, losses, correct = TrainingStep.apply(
         options,
-        workspace_limit(),
+        workspace_limit() or 0,  # the device's default
         torch.is_grad_enabled(),
         target,
         *features,

@@ -10,21 +10,22 @@ import torch
 from torch import Tensor
 
 from . import _extension, autograd, autograd_step, reference
-from ._ops import Path
+from ._ops import Executor
 from ._validate import check_present, check_share, plain_tuple
 from .autograd_step import StepOptions
 from .cross_entropy import CrossEntropy, check_numbers
 from .heads import Biases, Features, Head, Weights, get_head
 from .types import DecoupledLogits, DecoupledLoss
 
-BACKENDS = ("auto", "reference", "composed", "cpu", "cuda")
+BACKENDS = ("auto", "fused", "library", "reference")
 
 # What each backend has the ops do; "reference" calls none.
-_PATHS = {
-    "cpu": Path.PLANNED,
-    "cuda": Path.KERNEL,
-    "composed": Path.COMPOSED,
-}
+_EXECUTORS = {"fused": Executor.FUSED, "library": Executor.LIBRARY}
+_FORMER_NAMES = {"cpu": "fused", "cuda": "fused", "composed": "library"}
+# Where the library executor is compiled.
+LIBRARY_DEVICES = frozenset({"cuda"})
+# The kernels use cp.async and mma.sync as of this compute capability.
+_LEAST_CAPABILITY = (8, 0)
 
 
 def fused_decouple(
@@ -74,9 +75,10 @@ def fused_decouple(
             top of their own.
         head_leak: the share, 0 to 1, of the unimodal logits' gradients that the head receives on
             top of that of the fused ones. Both at 1 give plain autograd of all outputs.
-        backend: "cpu" and "cuda" are this project's kernels, "composed" library GEMMs on views of
-            the weight, on either device, "reference" plain PyTorch. "auto" takes the kernels where
-            they can do it; on CUDA, at sizes at which library GEMMs should win, those.
+        backend: "fused" is this project's kernels, on CUDA in one launch. "library" (CUDA only) is
+            cuBLAS on views of the weight, with a few kernels between. "reference" is plain PyTorch.
+            "auto" takes the kernels where they can run; on CUDA it takes "fused" for small heads
+            and "library" for large ones, and on a GPU below compute capability 8.0 the reference.
 
     Returns:
         `DecoupledLogits(fused, unimodal)`: `(..., C)` and a tuple of M `(..., C)`, in the features'
@@ -114,11 +116,11 @@ def fused_decouple(
             pass  # What follows raises it again, in the user's terms.
     tensors = head.check(features, weight, bias)
     masks = check_present(present, tensors[0])
-    path = _choose_path(backend, tensors[0])
+    executor = _choose_executor(backend, tensors[0])
     arguments = (fusion, *tensors, *leaks, masks)
-    if path is None:
+    if executor is None:
         return reference.compute(*arguments)
-    outputs = autograd.apply(*arguments, path)
+    outputs = autograd.apply(*arguments, executor)
     return DecoupledLogits(outputs[0], outputs[1:])
 
 
@@ -219,11 +221,11 @@ def fused_decouple_cross_entropy(
         tensors[0], target, alpha, reduction, ignore_index, label_smoothing, present
     )
     leaks = check_share("encoder_leak", encoder_leak), check_share("head_leak", head_leak)
-    path = _choose_path(backend, tensors[0])
+    executor = _choose_executor(backend, tensors[0])
     step = (fusion, *tensors, loss, *leaks)
-    if path is None:
+    if executor is None:
         return reference.compute_cross_entropy(*step)
-    return autograd_step.apply(*step, path)
+    return autograd_step.apply(*step, executor)
 
 
 @functools.lru_cache(typed=True)  # a loop asks for the same step again and again
@@ -241,7 +243,7 @@ def _plan_step(
     """Checks a step's numbers."""
     return StepOptions(
         autograd_step.OPS[fusion],
-        Path.PLANNED,
+        Executor.AUTO,
         modalities,
         parameters,
         *check_numbers(modalities, alpha, reduction, ignore_index, label_smoothing),
@@ -252,6 +254,8 @@ def _plan_step(
 
 def check_backend(backend: str) -> str:
     """Returns `backend` if there is one of that name."""
+    if backend in _FORMER_NAMES:
+        raise ValueError(f'backend: "{backend}" is now called "{_FORMER_NAMES[backend]}"')
     if backend not in BACKENDS:
         names = ", ".join(f'"{name}"' for name in BACKENDS)
         raise ValueError(f"backend: expected one of {names}, got {backend!r}")
@@ -279,12 +283,20 @@ def _arrange(
     device = "cpu" if like.is_cpu else "cuda" if like.is_cuda else None
     if device is None or not _extension.available(device):
         return None
+    if device == "cuda" and not _has_kernels(like.get_device()):
+        return None
     if torch.is_autocast_enabled(device) or torch._C._are_functorch_transforms_active():
         return None
     return tensors, masks
 
 
-def _choose_path(backend: str, features: Features) -> Path | None:
+@functools.cache
+def _has_kernels(index: int) -> bool:
+    """Whether the GPU of this index can run the kernels."""
+    return torch.cuda.get_device_capability(index) >= _LEAST_CAPABILITY
+
+
+def _choose_executor(backend: str, features: Features) -> Executor | None:
     """Returns how the ops shall compute, None for the reference; raises if that cannot be had."""
     device = features[0].device.type
     if backend == "auto":
@@ -293,18 +305,19 @@ def _choose_path(backend: str, features: Features) -> Path | None:
         if not able or torch._C._are_functorch_transforms_active():
             return None
         if _extension.available(device):
-            return Path.PLANNED
-        fallback = "library GEMMs" if _extension.available() else "its slower reference"
+            old = device == "cuda" and not _has_kernels(features[0].get_device())
+            return None if old else Executor.AUTO
         warnings.warn(
-            f"dgl_ext runs {fallback}: {_extension.error(device)}; see python -m dgl_ext",
+            f"dgl_ext runs its slower reference: {_extension.error(device)}; see python -m dgl_ext",
             RuntimeWarning,
             stacklevel=3,
         )
-        return Path.COMPOSED if _extension.available() else None
+        return None
     if check_backend(backend) == "reference":
         return None
-    if backend in ("cpu", "cuda") and device != backend:
-        name = {"cpu": "the CPU", "cuda": "a CUDA device"}[backend]
-        raise ValueError(f'backend: "{backend}" needs features on {name}, got {device}')
-    _extension.require("cuda" if backend == "cuda" else "cpu")
-    return _PATHS[backend]
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f'backend: "{backend}" needs features on a CPU or CUDA, got {device}')
+    if backend == "library" and device not in LIBRARY_DEVICES:
+        raise ValueError(f'backend: "library" needs features on a CUDA device, got {device}')
+    _extension.require(device)
+    return _EXECUTORS[backend]

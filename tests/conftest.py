@@ -9,15 +9,12 @@ from hypothesis import HealthCheck, settings
 
 import dgl_ext
 from dgl_ext.heads import HEADS
-from dgl_ext.settings import DEFAULT_WORKSPACE_LIMIT
 
 # Timings on a shared machine say nothing about a case, so no deadline.
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("ci", max_examples=300, **_COMMON)
 settings.register_profile("long", max_examples=100_000, **_COMMON)
 settings.load_profile("ci")
-
-BACKENDS = ("reference", "composed", "cpu")
 
 
 @pytest.fixture(params=list(HEADS))
@@ -37,7 +34,7 @@ def workspace_limit() -> Iterator[Callable[[int | None], None]]:
     """Sets the bound on a step's workspace, back to the default with None and after the test."""
 
     def set_limit(limit: int | None) -> None:
-        dgl_ext.set_workspace_limit(DEFAULT_WORKSPACE_LIMIT if limit is None else limit)
+        dgl_ext.set_workspace_limit(limit)
 
     yield set_limit
     set_limit(None)

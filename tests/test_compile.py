@@ -27,7 +27,7 @@ def test_fullgraph_equals_eager(fusion, leaks):
 
     def call():
         return problem.call(
-            dgl_ext.fused_decouple, backend="cpu", encoder_leak=leaks[0], head_leak=leaks[1]
+            dgl_ext.fused_decouple, backend="fused", encoder_leak=leaks[0], head_leak=leaks[1]
         )
 
     compiled = torch.compile(call, fullgraph=True, backend=BACKEND)()

@@ -28,9 +28,7 @@ UNITS = {  # and the heads whose kernels are in them
     "film_head": ("FilmForward", "FilmBackward"),
     "film_step": ("FilmStep",),
 }
-TILES = (
-    "float64 float32_small float32_medium tf32_small tf32_medium half_small half_medium"
-)
+TILES = "float64 float32_small float32_medium tf32_small tf32_medium half_small half_medium"
 MARGIN = 8  # registers more than recorded: another nvcc may allocate a little differently
 # Shared memory of one multiprocessor and the most that one CTA may ask for (CUDA C++ Programming
 # Guide, technical specifications by compute capability). Each CTA takes RESERVED bytes more.

@@ -8,6 +8,7 @@ from two_pass import named_logits
 
 import dgl_ext
 from dgl_ext.testing import (
+    COMPILED_BACKENDS,
     assert_same,
     assert_two_references,
     cotangents_like,
@@ -42,7 +43,7 @@ def test_no_less_exact_than_the_same_dtype_composition(
     composition = results(problem, cotangents, "reference", **options)
     # In float32 the sums of up to three products (an open leak's) are rounded in between.
     roundings = 3 if dtype == torch.float32 else 1
-    for backend in ("cpu", "composed"):
+    for backend in COMPILED_BACKENDS:
         actual = results(problem, cotangents, backend, **options)
         assert_two_references(actual, composition, truth, roundings)
 
@@ -50,7 +51,7 @@ def test_no_less_exact_than_the_same_dtype_composition(
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
 def test_outputs_and_gradients_have_the_dtype_of_their_inputs(fusion, dtype):
     problem = make_problem(fusion, dtype=dtype)
-    values = results(problem, cotangents_like(problem.call(dgl_ext.fused_decouple)), "cpu")
+    values = results(problem, cotangents_like(problem.call(dgl_ext.fused_decouple)), "fused")
     assert {value.dtype for value in values.values()} == {dtype}
 
 
@@ -59,7 +60,7 @@ def test_bias_gradients_over_many_rows_do_not_lose_bits(fusion):
     problem = make_problem(
         fusion, leading=(200_000,), widths=(2, 2), classes=1, dtype=torch.float32
     )
-    logits = problem.call(dgl_ext.fused_decouple, backend="cpu")
+    logits = problem.call(dgl_ext.fused_decouple, backend="fused")
     grad = torch.rand(logits.fused.shape) + 1
     (found,) = torch.autograd.grad(logits.fused, problem.biases[-1], grad)
     assert abs(found.double() / grad.double().sum() - 1).item() < 1e-7
@@ -79,14 +80,14 @@ class TestAutocast:
         truth = results(exact, cotangents, "reference")
         with torch.autocast("cpu", dtype):
             composition = results(problem, cotangents, "reference")
-            actual = results(problem, cotangents, "cpu")
+            actual = results(problem, cotangents, "fused")
         for name, value in actual.items():
             expected = dtype if name.startswith(("fused", "unimodal")) else torch.float32
             assert value.dtype == expected, name
         # Gradients come back in float32, rounded to the autocast dtype on their way.
         rounded = {name: value.to(dtype) for name, value in actual.items()}
-        composed = {name: value.to(dtype) for name, value in composition.items()}
-        assert_two_references(rounded, composed, truth)
+        composition_rounded = {name: value.to(dtype) for name, value in composition.items()}
+        assert_two_references(rounded, composition_rounded, truth)
 
     def test_mixed_inputs_are_cast_as_for_linear(self):
         problem = make_problem("concat", dtype=torch.float32)
@@ -98,7 +99,7 @@ class TestAutocast:
     def test_float64_stays_float64(self, fusion):
         problem = make_problem(fusion)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = problem.call(dgl_ext.fused_decouple, backend="cpu")
+            logits = problem.call(dgl_ext.fused_decouple, backend="fused")
         assert_same(named_logits(logits), named_logits(problem.call(dgl_ext.fused_decouple)))
 
     def test_disabled_inside(self):

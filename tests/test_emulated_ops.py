@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULE = Path(os.environ.get("DGL_EXT_CPP_TESTS", ROOT / "build" / "cpp")) / "emulated_ops.so"
 FILES = ["equivalence", "semantics", "edges", "opcheck", "dtypes", "errors", "present"]
 STEP_FILES = ["step_equivalence", "step_autograd", "step_errors"]
-SELECTION = "not composed and not slow and not leading3 and not lose_bits"
+SELECTION = "not slow and not leading3 and not lose_bits"
 # On CUDA that is a device-side assertion.
-STEP_SELECTION = "not composed and not out_of_range"
+STEP_SELECTION = "not out_of_range"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -81,9 +81,7 @@ sys.path.insert(0, "tests/emulator")
 from run_ops_tests import EmulatedOps
 sys.meta_path.insert(0, EmulatedOps(sys.argv[1]))
 import dgl_ext
-print(dgl_ext._C.__file__, *dgl_ext.plan.current_device() or ())
-import torch
-print(torch.ops.dgl_ext.cuda_device())
+print(dgl_ext._C.__file__)
 """
 
 
@@ -93,4 +91,3 @@ def test_the_module_under_test_is_the_emulated_one():
     )
     assert done.returncode == 0, done.stderr
     assert "emulated_ops.so" in done.stdout
-    assert done.stdout.splitlines()[-1] == "[6, 90, 1, 1, 1, 1, 1, 1, 1, 1]"

@@ -32,7 +32,12 @@ def run(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
 
 def test_the_report_names_what_a_bug_report_needs() -> None:
     report = run("-m", "dgl_ext").stdout
-    for fact in (dgl_ext.__version__, torch.__version__, "C++ extension: loaded", "composed, cpu"):
+    for fact in (
+        dgl_ext.__version__,
+        torch.__version__,
+        "C++ extension: loaded",
+        "reference, fused",
+    ):
         assert fact in report
 
 
@@ -105,7 +110,7 @@ out = dgl_ext.fused_decouple(x, w)
 expected = dgl_ext.reference.fused_decouple(x, w)
 torch.testing.assert_close(out.fused, expected.fused)
 try:
-    dgl_ext.fused_decouple(x, w, backend="cpu")
+    dgl_ext.fused_decouple(x, w, backend="fused")
 except RuntimeError as error:
     print(error)
 """

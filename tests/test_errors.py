@@ -259,21 +259,24 @@ CASES = {
     "unknown backend": (
         concat(backend="gpu"),
         ValueError,
-        'backend: expected one of "auto", "reference", "composed", "cpu", "cuda", got \'gpu\'',
+        'backend: expected one of "auto", "fused", "library", "reference", got \'gpu\'',
     ),
-    "cuda backend on the CPU": (
-        concat(backend="cuda"),
-        ValueError,
-        'backend: "cuda" needs features on a CUDA device, got cpu',
-    ),
-    "cpu backend on another device": (
+    **{
+        f"former name {former}": (
+            concat(backend=former),
+            ValueError,
+            f'backend: "{former}" is now called "{name}"',
+        )
+        for former, name in (("cpu", "fused"), ("cuda", "fused"), ("composed", "library"))
+    },
+    "fused backend on another device": (
         {
             name: [t.to("meta") for t in value] if name == "features" else value.to("meta")
             for name, value in concat().items()
         }
-        | {"backend": "cpu"},
+        | {"backend": "fused"},
         ValueError,
-        'backend: "cpu" needs features on the CPU, got meta',
+        'backend: "fused" needs features on a CPU or CUDA, got meta',
     ),
 }
 
@@ -296,7 +299,7 @@ def test_the_reference_checks_the_same(name):
 
 def test_the_reference_has_one_backend():
     with pytest.raises(ValueError, match='backend: expected "auto" or "reference" here, got'):
-        dgl_ext.reference.fused_decouple(**concat(backend="cpu"))
+        dgl_ext.reference.fused_decouple(**concat(backend="fused"))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -327,7 +330,7 @@ def test_a_backend_that_did_not_load_raises_the_real_error(monkeypatch):
     cause = ImportError("libtorch_cpu.so: not there")
     monkeypatch.setattr(_extension, "_errors", {"cpu": cause, "cuda": cause})
     with pytest.raises(RuntimeError, match=r"not loaded: libtorch_cpu\.so: not there") as raised:
-        dgl_ext.fused_decouple(**concat(backend="cpu"))
+        dgl_ext.fused_decouple(**concat(backend="fused"))
     assert raised.value.__cause__ is cause
     with pytest.warns(RuntimeWarning, match=r"runs its slower reference: libtorch_cpu\.so"):
         logits = dgl_ext.fused_decouple(**concat())

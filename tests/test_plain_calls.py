@@ -73,7 +73,7 @@ def test_a_plain_call_is_left_to_the_ops(fusion, present, looked):
 @pytest.mark.parametrize("fusion", HEADS)
 def test_what_python_looks_at_computes_the_same(fusion, looked):
     plain = call(fusion)
-    checked = call(fusion, backend="cpu")
+    checked = call(fusion, backend="fused")
     assert looked == [fusion] * 2
     for ours, theirs in zip(plain, checked, strict=True):
         assert torch.equal(ours, theirs)
@@ -83,7 +83,7 @@ OTHERS = {
     "another sequence": {"change": Sequence},
     "a subclass": {"change": lambda features: [h.as_subclass(Subclass) for h in features]},
     "an empty present": {"present": ()},
-    "a backend": {"backend": "composed"},
+    "a backend": {"backend": "fused"},
 }
 
 

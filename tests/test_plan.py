@@ -17,7 +17,18 @@ def core():
     return module
 
 
-def forward(core, rows, width, classes, dtype="float32", tf32=False, sms=132, address=0, **device):
+def forward(
+    core,
+    rows,
+    width,
+    classes,
+    dtype="float32",
+    tf32=False,
+    sms=132,
+    address=0,
+    executor=None,
+    **device,
+):
     problem = {
         "rows": rows,
         "classes": classes,
@@ -26,7 +37,9 @@ def forward(core, rows, width, classes, dtype="float32", tf32=False, sms=132, ad
         "weight": [(address, 2 * width)] * 2,
     }
     precision = core.Precision(getattr(core.Dtype, dtype), tf32)
-    return core.plan_linear_head_forward(problem, precision, core.Device(sms, **device))
+    return core.plan_linear_head_forward(
+        problem, precision, core.Device(sms, **device), core.PlanRequest(executor=executor)
+    )
 
 
 def backward(core, rows, width, classes, sms=132, **changes):
@@ -43,7 +56,10 @@ def backward(core, rows, width, classes, sms=132, **changes):
         "grad_fused_bias": GRADIENTS,
     } | changes
     return core.plan_linear_head_backward(
-        problem, core.Precision(core.Dtype.float32), core.Device(sms)
+        problem,
+        core.Precision(core.Dtype.float32),
+        core.Device(sms),
+        core.PlanRequest(executor=core.Executor.fused),
     )
 
 
@@ -56,44 +72,47 @@ def test_small_problems_split_k_to_fill_the_device(core):
     assert plan.launch.workspace_bytes == sum(plan.splits) * 64 * 40 * 4
 
 
-def test_large_problems_run_direct_on_large_tiles(core):
-    plan = forward(core, 2048, 256, 1000)
+def test_larger_problems_run_direct_on_medium_tiles(core):
+    plan = forward(core, 2048, 64, 1000, executor=core.Executor.fused)
     assert plan.launch.tile == core.Tile.float32_medium
     assert plan.direct
     assert not plan.launch.cooperative
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tf32", "composed"),
-    [("float32", False, False), ("float32", True, True), ("bfloat16", False, True)],
-)
-def test_gemm_bound_problems_take_the_composed_path(core, dtype, tf32, composed):
-    path = forward(core, 1024, 2048, 1000, dtype, tf32).launch.path
-    assert path == (core.Path.composed if composed else core.Path.kernel)
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_large_heads_take_the_library(core, dtype):
+    """From 1.2e9 flop on: 6 x rows x sum of widths x classes."""
+    assert forward(core, 256, 512, 309, dtype).launch.executor == core.Executor.fused
+    plan = forward(core, 256, 1024, 1000, dtype)
+    assert plan.launch.executor == core.Executor.library
+    assert not plan.launch.cooperative
 
 
-def test_old_devices_take_the_composed_path(core):
-    assert forward(core, 8, 8, 8, capability=75).launch.path == core.Path.composed
+def test_old_devices_run_neither(core):
+    assert forward(core, 8, 8, 8, capability=75).launch.executor == core.Executor.none
 
 
 def test_a_tile_that_does_not_fit_is_not_used(core):
     resident = [1] * core.tile_count
     resident[2] = 0  # float32_medium
-    plan = forward(core, 2048, 256, 1000, resident_ctas=resident)
+    plan = forward(core, 2048, 256, 1000, executor=core.Executor.fused, resident_ctas=resident)
     assert plan.launch.tile == core.Tile.float32_small
-    assert plan.launch.path == core.Path.kernel
+    assert plan.launch.executor == core.Executor.fused
 
 
 @pytest.mark.parametrize(("address", "width"), [(4, 512), (0, 509)])
 def test_operands_that_are_not_aligned_take_the_exact_small_tile(core, address, width):
-    plan = forward(core, 2048, width, 1000, tf32=True, address=address)
+    plan = forward(
+        core, 2048, width, 1000, tf32=True, address=address, executor=core.Executor.fused
+    )
     assert not plan.launch.aligned
     assert plan.launch.tile == core.Tile.float32_small
 
 
 def test_the_grid_is_bounded(core):
     assert forward(core, 64, 512, 309, max_ctas=7).launch.grid <= 7
-    assert forward(core, 1 << 40, 512, 309).launch.grid <= 132
+    huge = forward(core, 1 << 40, 512, 309, executor=core.Executor.fused)
+    assert huge.launch.grid <= 132
 
 
 def test_closed_leaks_on_aligned_gradients_need_no_workspace(core):
@@ -176,7 +195,10 @@ def step(core, rows, width, classes, limit=1 << 26, dtype="float32", force=False
     } | changes
     precision = core.Precision(getattr(core.Dtype, dtype))
     return core.plan_linear_head_step(
-        problem, precision, core.Device(132), core.PlanRequest(executor=core.Executor.fused if force else None)
+        problem,
+        precision,
+        core.Device(132),
+        core.PlanRequest(executor=core.Executor.fused if force else None),
     )
 
 
@@ -191,12 +213,12 @@ def test_a_small_step_runs_whole_and_splits_k(core):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("limit", [1, 1 << 20, 1 << 26])
 def test_a_large_step_keeps_its_rows_within_the_limit(core, dtype, limit):
-    whole = step(core, 16384, 512, 32000, 1 << 40, dtype)
+    whole = step(core, 16384, 512, 32000, 1 << 40, dtype, force=True)
     assert whole.step.chunk_rows == 16384
-    plan = step(core, 16384, 512, 32000, limit, dtype)
+    plan = step(core, 16384, 512, 32000, limit, dtype, force=True)
     item = 4 if dtype == "float32" else 2
     per_row = 32000 * (sum(plan.forward.splits) * 4 + plan.step.plane_count * item)
-    tile_rows = 128
+    tile_rows = 64
     assert plan.step.chunk_rows % tile_rows == 0
     assert plan.step.chunk_rows == tile_rows or plan.step.chunk_rows * per_row <= limit
     # chunks add up in the output, unless that is narrower than float32
@@ -217,9 +239,15 @@ def test_planes_of_a_step(core):
     assert step(core, 64, 512, 8, **features_only).step.plane_count == 2
 
 
-def test_gemm_bound_steps_take_the_composed_path(core):
-    assert step(core, 1024, 2048, 1000).launch.path == core.Path.kernel
-    assert step(core, 1024, 2048, 1000, dtype="bfloat16").launch.path == core.Path.composed
+def test_large_steps_take_the_library_and_chunks_of_rows_that_it_is_efficient_on(core):
+    plan = step(core, 1024, 2048, 1000)
+    assert plan.launch.executor == core.Executor.library
+    assert plan.step.chunk_rows == 1024
+    by_default = step(core, 16384, 1024, 32000, limit=0, dtype="bfloat16")
+    assert 1024 <= by_default.step.chunk_rows < 4096
+    by_user = step(core, 16384, 1024, 32000, limit=64 << 20, dtype="bfloat16")
+    assert by_user.step.chunk_rows < 1024
+    assert by_user.launch.workspace_bytes < by_default.launch.workspace_bytes
 
 
 def test_empty_steps_have_a_plan(core):

@@ -11,6 +11,7 @@ from two_pass import named_logits
 import dgl_ext
 from dgl_ext.heads import HEADS
 from dgl_ext.testing import (
+    COMPILED_BACKENDS,
     LAYOUTS,
     assert_same,
     assert_two_references,
@@ -20,7 +21,6 @@ from dgl_ext.testing import (
     make_problem,
 )
 
-BACKENDS = ("composed", "cpu")
 LEAKS = [(0.0, 0.0), (0.5, 0.25), (1.0, 1.0)]
 
 
@@ -37,7 +37,7 @@ def check(problem, backend, present, **leaks):
     return found
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", COMPILED_BACKENDS)
 @pytest.mark.parametrize(("encoder_leak", "head_leak"), LEAKS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_values_and_gradients(fusion, backend, encoder_leak, head_leak, bias):
@@ -46,7 +46,7 @@ def test_values_and_gradients(fusion, backend, encoder_leak, head_leak, bias):
     check(problem, backend, present, encoder_leak=encoder_leak, head_leak=head_leak)
 
 
-@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("backend", ["reference", *COMPILED_BACKENDS])
 def test_absent_is_the_same_as_a_feature_of_zeros(fusion, backend):
     """All but that an absent row's feature gets no gradient."""
     problem = make_problem(fusion, leading=(11,))
@@ -62,7 +62,7 @@ def test_absent_is_the_same_as_a_feature_of_zeros(fusion, backend):
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("backend", ["reference", *COMPILED_BACKENDS])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_an_absent_row_is_not_read(fusion, backend, value):
     problem = make_problem(fusion, leading=(12,))
@@ -78,7 +78,7 @@ def test_an_absent_row_is_not_read(fusion, backend, value):
         assert expected[f"features[{i}]"][mask].any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", COMPILED_BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_masks_of_any_strides(fusion, backend, layout):
     problem = make_problem(fusion, leading=(6, 4), layout=layout)
@@ -86,7 +86,7 @@ def test_masks_of_any_strides(fusion, backend, layout):
     check(problem, backend, present)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", COMPILED_BACKENDS)
 @pytest.mark.parametrize("where", ["first", "second", "all there", "all absent"])
 def test_which_masks_there_are(fusion, backend, where):
     problem = make_problem(fusion, leading=(8,))
@@ -100,7 +100,7 @@ def test_which_masks_there_are(fusion, backend, where):
     check(problem, backend, present, encoder_leak=0.5, head_leak=0.5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", COMPILED_BACKENDS)
 @pytest.mark.parametrize("modalities", [1, 3, 8])
 def test_numbers_of_modalities(fusion, backend, modalities):
     if modalities not in HEADS[fusion].modalities:
@@ -109,14 +109,14 @@ def test_numbers_of_modalities(fusion, backend, modalities):
     check(problem, backend, make_present(problem), head_leak=0.5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", COMPILED_BACKENDS)
 @pytest.mark.parametrize("leading", [(0,), (), (1,)], ids=str)
 def test_few_rows(fusion, backend, leading):
     problem = make_problem(fusion, leading=leading)
     check(problem, backend, make_present(problem))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", COMPILED_BACKENDS)
 def test_every_subset_of_losses_and_of_requires_grad(fusion, backend):
     problem = make_problem(fusion, leading=(3,), widths=(2, 3), classes=2)
     present = make_present(problem)
@@ -145,7 +145,7 @@ def test_no_less_exact_than_the_same_dtype_composition(fusion, dtype):
         for p, backend in (
             (problem.to(torch.float64), "reference"),
             (problem, "reference"),
-            (problem, "cpu"),
+            (problem, "fused"),
         )
     )
     assert_two_references(actual, composition, truth)

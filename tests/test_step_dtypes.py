@@ -9,6 +9,7 @@ from two_pass import named_loss
 import dgl_ext
 from dgl_ext import _ops
 from dgl_ext.testing import (
+    COMPILED_BACKENDS,
     assert_same,
     assert_two_references,
     loss_gradients,
@@ -35,17 +36,18 @@ def assert_no_less_exact(actual, composition, truth, dtype, roundings=1.0):
     # How far a single number is off is luck: losses are compared at the features' precision.
     there = torch.finfo(dtype).max
     overflows = {name: value.abs() > there for name, value in truth.items()}
-    rounded, composed, exact = (
+    rounded, composition, exact = (
         {name: value.detach().masked_fill(overflows[name], 0.0) for name, value in result.items()}
         for result in (actual, composition, truth)
     )
-    rounded, composed = (
-        {name: value.to(dtype) for name, value in result.items()} for result in (rounded, composed)
+    rounded, composition = (
+        {name: value.to(dtype) for name, value in result.items()}
+        for result in (rounded, composition)
     )
-    assert_two_references(rounded, composed, exact, roundings)
+    assert_two_references(rounded, composition, exact, roundings)
 
 
-@pytest.mark.parametrize("backend", ["composed", "cpu"])
+@pytest.mark.parametrize("backend", COMPILED_BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("upstream", UPSTREAM, ids=str)
 @pytest.mark.parametrize("leaks", [(0.0, 0.0), (0.5, 0.25)], ids=str)
@@ -73,7 +75,7 @@ def test_no_less_exact_than_the_same_dtype_composition(
     assert_no_less_exact(actual, composition, truth, dtype)
 
 
-@pytest.mark.parametrize("backend", ["composed", "cpu"])
+@pytest.mark.parametrize("backend", COMPILED_BACKENDS)
 def test_float16_gradients_do_not_underflow_before_they_are_scaled(fusion, backend):
     """A million rows: 1/n times a residual has two digits left in float16."""
     problem = make_problem(fusion, leading=(1_000_000,), widths=(4, 3), dtype=torch.float16)
@@ -98,7 +100,7 @@ def test_float16_gradients_are_scaled_and_rounded_in_one_pass(fusion, monkeypatc
 
     original = _ops.scale_gradients
     monkeypatch.setattr(_ops, "scale_gradients", spy)
-    results(problem, make_target(problem), "cpu", 65536.0)
+    results(problem, make_target(problem), "fused", 65536.0)
     assert dtypes == {torch.float16}
 
 
@@ -113,19 +115,19 @@ class TestAutocast:
         truth = results(exact, target, "reference", upstream)
         with torch.autocast("cpu", dtype):
             composition = results(problem, target, "reference", upstream)
-            actual = results(problem, target, "cpu", upstream)
+            actual = results(problem, target, "fused", upstream)
         assert {value.dtype for value in actual.values()} == {torch.float32}
         # Gradients come back in float32, rounded to the autocast dtype on their way.
         names = dict(problem.named())
-        rounded, composed = (
+        rounded, composition = (
             {name: value.to(dtype) if name in names else value for name, value in result.items()}
             for result in (actual, composition)
         )
-        assert_two_references(rounded, composed, truth)
+        assert_two_references(rounded, composition, truth)
 
     def test_losses_are_float32_and_float64_stays(self, fusion):
         problem = make_problem(fusion)
         target = make_target(problem)
         with torch.autocast("cpu", torch.bfloat16):
-            found = results(problem, target, "cpu", 1.0)
+            found = results(problem, target, "fused", 1.0)
         assert_same(found, results(problem, target, "reference", 1.0), 1e-11)

@@ -10,6 +10,7 @@ from two_pass import named_loss, plain_head, plain_unimodal, two_pass_loss
 import dgl_ext
 from dgl_ext.heads import HEADS
 from dgl_ext.testing import (
+    BACKENDS,
     LAYOUTS,
     assert_same,
     flat,
@@ -19,7 +20,6 @@ from dgl_ext.testing import (
     make_target,
 )
 
-BACKENDS = ("reference", "composed", "cpu")
 LEAKS = [(0.0, 0.0), (0.5, 0.0), (0.0, 0.25), (0.5, 0.25), (1.0, 1.0)]
 WIDTHS = {1: (5,), 2: (5, 4), 3: (5, 4, 6), 8: (3, 1, 4, 2, 5, 2, 6, 7)}
 
@@ -112,7 +112,7 @@ def test_sizes_of_a_real_head(fusion, backend, rows, widths, classes, threads):
 def test_many_classes_with_masks_and_leaks(fusion, rows, threads):
     problem = make_problem(fusion, leading=(rows,), widths=(70, 41), classes=200)
     options = {"encoder_leak": 0.5, "head_leak": 0.25, "present": make_present(problem)}
-    check_against_reference(problem, make_target(problem, ignored=0.2), "cpu", **options)
+    check_against_reference(problem, make_target(problem, ignored=0.2), "fused", **options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
@@ -298,6 +298,6 @@ def test_same_input_gives_same_bits(fusion, limit, workspace_limit):
     workspace_limit(limit)
     problem = make_problem(fusion, leading=(65,), widths=(33, 17), classes=70, dtype=torch.float32)
     target = make_target(problem)
-    first, *others = (step(problem, target, "cpu") for _ in range(3))
+    first, *others = (step(problem, target, "fused") for _ in range(3))
     for again in others:
         assert all(torch.equal(first[name], value) for name, value in again.items())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dgl_ext
-from dgl_ext.testing import make_problem, make_target
+from dgl_ext.testing import BACKENDS, make_problem, make_target
 from dgl_ext.types import DecoupledLoss
 
 ROWS, CLASSES = 4, 3
@@ -112,12 +112,12 @@ CASES = {
     "unknown backend": (
         {"backend": "gpu"},
         ValueError,
-        'backend: expected one of "auto", "reference", "composed", "cpu", "cuda", got \'gpu\'',
+        'backend: expected one of "auto", "fused", "library", "reference", got \'gpu\'',
     ),
-    "cuda backend on the CPU": (
-        {"backend": "cuda"},
+    "a backend's former name": (
+        {"backend": "composed"},
         ValueError,
-        'backend: "cuda" needs features on a CUDA device, got cpu',
+        'backend: "composed" is now called "library"',
     ),
 }  # fmt: skip
 
@@ -139,7 +139,7 @@ def test_the_reference_checks_the_same(name):
         assert str(raised.value) == message
 
 
-@pytest.mark.parametrize("backend", ["composed", "cpu", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", [CLASSES, -1, -101, 2**40])
 def test_a_target_out_of_range(fusion, backend, value):
     target = TARGET.clone()
@@ -152,13 +152,13 @@ def test_a_target_out_of_range(fusion, backend, value):
 def test_a_target_out_of_range_is_named(fusion):
     target = torch.tensor([0, 1, 7, 2])
     with pytest.raises(RuntimeError, match=r"target: expected .*\[0, 3\).*, got 7"):
-        call(fusion=fusion, target=target, backend="cpu")
+        call(fusion=fusion, target=target, backend="fused")
 
 
 def test_an_ignored_target_may_be_any_number(fusion):
     for index in (-1, 7, 2**40, -(2**40)):
         target = torch.tensor([0, index, 1, index])
-        loss = call(fusion=fusion, target=target, ignore_index=index, backend="cpu")
+        loss = call(fusion=fusion, target=target, ignore_index=index, backend="fused")
         assert loss.total.isfinite()
 
 

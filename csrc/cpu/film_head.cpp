@@ -25,8 +25,9 @@ Masks select_present_features(const Checks& checks, const OptionalTensors& prese
 
 std::vector<Tensor> forward(std::vector<Tensor> features, std::vector<Tensor> weights,
                             OptionalTensors biases, OptionalTensors present, bool /* allow_tf32 */,
-                            bool /* kernel_only */) {
+                            int64_t executor) {
   const Checks checks("film_head_forward");
+  checks.executor(executor);
   FilmHead head = parse_film_head(checks, features, weights);
   checks.biases(biases, weights, features[0]);
   select_present_features(checks, present, head, features[0]);
@@ -229,8 +230,9 @@ std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> f
                              OptionalTensors present, std::vector<bool> needs_features,
                              std::vector<bool> needs_weights, std::vector<bool> needs_biases,
                              double encoder_leak, double head_leak, bool /* allow_tf32 */,
-                             bool /* kernel_only */) {
+                             int64_t executor) {
   const Checks checks("film_head_backward");
+  checks.executor(executor);
   FilmHead head = parse_film_head(checks, features, weights);
   checks.biases(biases, weights, features[0]);
   checks.grad_outputs(grad_outputs, kBranches, head.leading, head.classes, features[0]);

@@ -26,8 +26,9 @@ Masks select_present_features(const Checks& checks, const OptionalTensors& prese
 
 std::vector<Tensor> forward(std::vector<Tensor> features, std::vector<Tensor> weights,
                             OptionalTensors biases, OptionalTensors present, bool /* allow_tf32 */,
-                            bool /* kernel_only */) {
+                            int64_t executor) {
   const Checks checks("linear_head_forward");
+  checks.executor(executor);
   LinearHead head = parse_linear_head(checks, features, weights);
   checks.biases(biases, weights, features[0]);
   select_present_features(checks, present, head, features[0]);
@@ -73,8 +74,9 @@ std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> f
                              std::vector<Tensor> weights, OptionalTensors present,
                              std::vector<bool> needs_features, std::vector<bool> needs_weights,
                              std::vector<bool> needs_biases, double encoder_leak, double head_leak,
-                             bool /* allow_tf32 */, bool /* kernel_only */) {
+                             bool /* allow_tf32 */, int64_t executor) {
   const Checks checks("linear_head_backward");
+  checks.executor(executor);
   LinearHead head = parse_linear_head(checks, features, weights);
   checks.grad_outputs(grad_outputs, features.size() + 1, head.leading, head.classes, features[0]);
   checks.needs(needs_features, needs_weights, needs_biases, features.size(), weights.size());

@@ -22,6 +22,9 @@ inline ScalarType gradient_dtype(ScalarType storage) {
   return storage == ScalarType::Half ? ScalarType::Float : storage;
 }
 
+// What a step may keep of logits and residuals at a time where the caller says nothing.
+constexpr int64_t kDefaultWorkspace = int64_t{64} << 20;
+
 // How many rows at a time keep within the workspace; equal chunks, at least one row. Part of it is
 // left to the buffers into which the library packs its operands.
 inline int64_t chunk_rows(int64_t rows, int64_t bytes_each, int64_t workspace_limit) {
@@ -199,13 +202,15 @@ std::vector<Tensor> step(std::vector<Tensor> features, std::vector<Tensor> weigh
                          double label_smoothing, std::vector<bool> needs_features,
                          std::vector<bool> needs_weights, std::vector<bool> needs_biases,
                          double encoder_leak, double head_leak, int64_t workspace_limit,
-                         bool /* allow_tf32 */, bool /* kernel_only */) {
+                         bool /* allow_tf32 */, int64_t executor) {
   const Checks checks(Op::kName);
+  checks.executor(executor);
   const auto head = Op::kParse(checks, features, weights);
   checks.biases(biases, weights, features[0]);
   checks.step(target, present, alpha, label_smoothing, workspace_limit, features.size(),
               head.leading, features[0]);
   checks.needs(needs_features, needs_weights, needs_biases, features.size(), weights.size());
+  if (workspace_limit == 0) workspace_limit = kDefaultWorkspace;
   const Needs needs{std::move(needs_features), std::move(needs_weights), std::move(needs_biases)};
   StepLosses losses(checks, head.rows, head.classes, target, present,
                     {alpha, mean, ignore_index, label_smoothing});

@@ -10,10 +10,13 @@
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/c/shim.h>
 #include <torch/headeronly/core/DeviceType.h>
 #include <torch/headeronly/util/shim_utils.h>
 
 #define DGL_EXT_DISPATCH_KEY CUDA
+
+struct cublasContext;
 
 namespace dgl_ext {
 
@@ -26,6 +29,13 @@ inline cudaStream_t current_stream(int32_t device_index) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
   return static_cast<cudaStream_t>(stream);
+}
+
+/// cuBLAS as torch uses it here: on the current stream, with torch's workspace and math mode.
+inline cublasContext* blas_handle() {
+  void* handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
+  return static_cast<cublasContext*>(handle);
 }
 
 }  // namespace dgl_ext

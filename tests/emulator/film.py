@@ -58,7 +58,9 @@ class FilmProblem:
             getattr(module.Dtype, case.dtype), allow_tf32=case.tile.startswith("tf32")
         )
         self.request = module.PlanRequest(
-            executor=getattr(module.Executor, case.executor), tile=getattr(module.Tile, case.tile), splits=case.splits
+            executor=getattr(module.Executor, case.executor),
+            tile=getattr(module.Tile, case.tile),
+            splits=case.splits,
         )
         seed = case.rows + case.hidden
         self.memory = memory = Memory(module, case.layout, case.dtype, seed, case.poison)

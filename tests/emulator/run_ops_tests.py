@@ -2,14 +2,16 @@
 
     python tests/emulator/run_ops_tests.py MODULE [pytest's arguments]
 
-MODULE is the `emulated_ops.so` of the C++ build. What the tests then call "cpu" is the code that
-runs on a GPU: argument checks, strides, plans, workspace, and the kernels themselves.
+MODULE is the `emulated_ops.so` of the C++ build. What the tests then call "fused" and "library"
+is the code that runs on a GPU: argument checks, strides, plans, workspace, and the kernels
+themselves.
 """
 
 from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import os
 import sys
 
 
@@ -30,4 +32,8 @@ if __name__ == "__main__":
     import pytest
 
     sys.meta_path.insert(0, EmulatedOps(sys.argv[1]))
+    os.environ["DGL_EXT_EMULATED"] = "1"
+    import dgl_ext.functional
+
+    dgl_ext.functional.LIBRARY_DEVICES = frozenset({"cpu"})
     sys.exit(pytest.main(sys.argv[2:]))

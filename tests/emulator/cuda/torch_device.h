@@ -9,6 +9,8 @@
 
 #define DGL_EXT_DISPATCH_KEY CPU
 
+struct cublasContext;
+
 namespace dgl_ext {
 
 struct DeviceGuard {
@@ -19,5 +21,8 @@ constexpr auto kDeviceType = torch::headeronly::DeviceType::CPU;
 constexpr bool kOnCuda = false;
 
 inline cudaStream_t current_stream(int32_t) { return nullptr; }
+
+// host_cublas.cpp has one for everybody.
+inline cublasContext* blas_handle() { return nullptr; }
 
 }  // namespace dgl_ext
