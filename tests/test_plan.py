@@ -38,7 +38,7 @@ def forward(
     }
     precision = core.Precision(getattr(core.Dtype, dtype), tf32)
     return core.plan_linear_head_forward(
-        problem, precision, core.Device(sms, **device), core.PlanRequest(executor=executor)
+        problem, precision, core.Device(132, **device), core.PlanRequest(executor=executor)
     )
 
 

@@ -171,12 +171,15 @@ class Schedule:
     multiprocessors: int = 3
 
 
-def launch(module, name, problem, precision, schedule: Schedule, request=None, races=False):
+def launch(
+    module, name, problem, precision, schedule: Schedule, request=None, races=False, watched=None
+):
     """Plans and runs one launch in freshly poisoned workspace; returns the plan."""
     device = module.Device(multiprocessors=schedule.multiprocessors)
     request = request or module.PlanRequest(executor=module.Executor.fused)
     plan = getattr(module, "plan_" + name)(problem, precision, device, request)
     workspace = module.Buffer("workspace", plan.launch.workspace_bytes, 16, True, False)
+    module.watch(workspace.address, watched(plan) if watched else 0)
     module.configure(
         seed=schedule.seed,
         policy=module.policies.index(schedule.policy),

@@ -22,6 +22,7 @@ class LinearStepProblem(LinearProblem):
     """A case in memory."""
 
     case: LinearStepCase
+    watched = None  # from the plan, how many bytes of the workspace to count the reads of
 
     def __init__(self, module, case: LinearStepCase):
         super().__init__(module, case)
@@ -66,7 +67,7 @@ class LinearStepProblem(LinearProblem):
         memory.check_poison()
         plan = launch(
             self.module, "linear_head_step", problem, self.precision, case.schedule,
-            self.request, races,
+            self.request, races, self.watched,
         )  # fmt: skip
         self.tf32 = uses_tf32(plan, case)
 
