@@ -13,13 +13,13 @@ backward, with every gradient None at the start. Two modalities of equal width. 
     reference             dgl_ext.reference, plain PyTorch, one backward pass
     compiled              torch.compile of the reference and its losses (compiling not counted)
     linear_cross_entropy  three calls of torch's linear_cross_entropy, in chunks (mode step)
-    composed              dgl_ext with backend="composed": library GEMMs
+    library               the same with backend="library": cuBLAS and kernels between; CUDA only
     dgl_ext_logits        dgl_ext.fused_decouple and three F.cross_entropy (mode step)
-    dgl_ext               dgl_ext.fused_decouple_cross_entropy; on CUDA with backend="cuda"
+    dgl_ext               dgl_ext.fused_decouple_cross_entropy; on CUDA with backend="fused"
 
-In mode "step" a step hands out its losses; reference, composed and dgl_ext, which then are the
+In mode "step" a step hands out its losses; reference, library and dgl_ext, which then are the
 package's training step, count top-1 hits too. In mode "logits" a step hands out the logits of all
-branches; reference, composed and dgl_ext are fused_decouple with an F.cross_entropy per branch.
+branches; reference, library and dgl_ext are fused_decouple with an F.cross_entropy per branch.
 
 On CUDA each provider is timed twice, in turns with all others: called from Python ("eager"), and
 as one CUDA graph of the whole step ("graph"), which takes the host's time out of the figure.

@@ -175,15 +175,17 @@ def _film_branches(x: Tensor, y: Tensor, weight: Any, bias: Any) -> Branches:
     )
 
 
-def _composed(mode: str, problem: Problem) -> Step:
-    """This package's backend "composed": library GEMMs on views of the weight, no kernels."""
-    if not dgl_ext._extension.available():
-        raise Unavailable(f"the C++ extension is not loaded: {dgl_ext._extension.error()}")
-    return _one_pass(problem, _forward(mode, problem, dgl_ext, backend="composed"))
+def _library(mode: str, problem: Problem) -> Step:
+    """This package's backend "library": cuBLAS on views of the weight, kernels between."""
+    if _device_type(problem) != "cuda":
+        raise Unavailable("it runs on CUDA only")
+    if not dgl_ext._extension.available("cuda"):
+        raise Unavailable(f"the CUDA extension is not loaded: {dgl_ext._extension.error('cuda')}")
+    return _one_pass(problem, _forward(mode, problem, dgl_ext, backend="library"))
 
 
 def _dgl_ext(mode: str, problem: Problem) -> Step:
-    """This package: on the CPU with the backend that it chooses itself, on CUDA with "cuda"."""
+    """This package: on the CPU with the backend that it chooses itself, on CUDA with "fused"."""
     return _own(problem, lambda backend: _forward(mode, problem, dgl_ext, backend=backend))
 
 
@@ -206,7 +208,7 @@ def _own(problem: Problem, forward_of: Callable[[str], Forward]) -> Step:
                 f"the CUDA extension is not loaded: {dgl_ext._extension.error('cuda')}: "
                 "see python -m dgl_ext"
             )
-        backend = "cuda"  # "auto" may choose library GEMMs or the reference
+        backend = "fused"  # "auto" may choose the library or the reference
     forward = forward_of(backend)
     # A small problem tells what runs, since that does not depend on the size.
     like = problem.features[0]
@@ -308,7 +310,7 @@ def _providers(mode: str) -> dict[str, Provider]:
         "reference": Provider(partial(_reference, mode)),
         "compiled": Provider(partial(_compiled, mode)),
         **({"linear_cross_entropy": Provider(_linear_cross_entropy)} if mode == STEP else {}),
-        "composed": Provider(partial(_composed, mode)),
+        "library": Provider(partial(_library, mode)),
         **({"dgl_ext_logits": Provider(_dgl_ext_logits)} if mode == STEP else {}),
         "dgl_ext": Provider(partial(_dgl_ext, mode)),
     }

@@ -21,7 +21,7 @@ COLORS = {
     "reference": "#0072b2",
     "compiled": "#cc79a7",
     "linear_cross_entropy": "#56b4e9",
-    "composed": "#e69f00",
+    "library": "#e69f00",
     "dgl_ext_logits": "#85d0b4",
     "dgl_ext": "#009e73",
 }

@@ -177,8 +177,7 @@ class Call {
                                std::to_string(device.capability / 10) + "." +
                                std::to_string(device.capability % 10));
     }
-    log_plan("dgl_ext::" + std::string(op_) + " " + describe(problem.head) + ": " +
-             describe(plan));
+    log_plan("dgl_ext::" + std::string(op_) + " " + describe(problem.head) + ": " + describe(plan));
     const int64_t bytes = plan.launch.workspace_bytes;
     if (bytes > 0) kept_.push_back(empty({bytes}, ScalarType::Byte));
     void* workspace = bytes > 0 ? kept_.back().data_ptr() : nullptr;

@@ -98,7 +98,8 @@ std::vector<Tensor> linear_step(std::vector<Tensor> features, std::vector<Tensor
   }
 
   const Precision precision{dtype, allow_tf32};
-  call.run(plan_linear_step, linear_head_step, problem, precision, executor, workspace_limit(limit));
+  call.run(plan_linear_step, linear_head_step, problem, precision, executor,
+           workspace_limit(limit));
   return step.results();
 }
 
@@ -107,8 +108,8 @@ std::vector<Tensor> film_step(std::vector<Tensor> features, std::vector<Tensor> 
                               std::vector<double> alpha, bool mean, int64_t ignore_index,
                               double label_smoothing, std::vector<bool> needs_features,
                               std::vector<bool> needs_weights, std::vector<bool> needs_biases,
-                              double encoder_leak, double head_leak, int64_t limit,
-                              bool allow_tf32, int64_t executor) {
+                              double encoder_leak, double head_leak, int64_t limit, bool allow_tf32,
+                              int64_t executor) {
   const Checks checks("film_head_step", kOnCuda, true);
   checks.executor(executor);
   const Shape leading = checks.features(features, 2, 2);

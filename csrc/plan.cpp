@@ -122,7 +122,7 @@ LinearForwardPlan plan_linear_forward(const LinearHeadForward& p, Precision prec
   LinearForwardPlan plan;
   const Output output{head.rows, head.classes * head.modalities};
   plan.launch = choose_launch(precision, aligned(head, precision.dtype), work(head), &output, 1,
-                            device, request);
+                              device, request);
   const TileShape& shape = shape_of(plan.launch.tile);
   const Output logits{head.rows, head.classes};
   const int64_t tiles = count_tiles(plan.launch.tile, &logits, 1);
@@ -133,8 +133,8 @@ LinearForwardPlan plan_linear_forward(const LinearHeadForward& p, Precision prec
   if (plan.launch.executor == Executor::kLibrary) {
     plan.direct = false;
     const int64_t splits = split_widths(head, steps, 1, shape.depth, plan);
-    plan.plane_rows = choose_chunk(head.rows, splits * plane_row, kDefaultWorkspace,
-                                   kLeastChunkRows, shape.rows);
+    plan.plane_rows =
+        choose_chunk(head.rows, splits * plane_row, kDefaultWorkspace, kLeastChunkRows, shape.rows);
     plan.launch.workspace_bytes = splits * plan.plane_rows * plane_row;
     plan.launch.grid = element_grid(device);
     return plan;
@@ -170,8 +170,8 @@ LinearBackwardPlan plan_linear_backward(const LinearHeadBackward& p, Precision p
   for (int i = 0; i < head.modalities; ++i) {
     if (p.grad_feature[i].data) outputs[count++] = {head.rows, head.width[i]};
   }
-  plan.launch = choose_launch(precision, aligned(head, precision.dtype), work(head), outputs,
-                            count, device, request);
+  plan.launch = choose_launch(precision, aligned(head, precision.dtype), work(head), outputs, count,
+                              device, request);
   SourceChooser(p, precision.dtype, plan).choose();
 
   const Tile tile = plan.launch.tile;
@@ -285,8 +285,8 @@ LinearStepPlan plan_linear_step(const LinearHeadStep& p, Precision precision, co
     masked += masked_columns(head.present[i], p.grad_weight[i], head.width[i]);
   }
   const Output all_logits{head.rows, head.classes * head.modalities};
-  plan.launch = choose_launch(precision, aligned(head, dtype), work(head), &all_logits, 1,
-                            device, request);
+  plan.launch =
+      choose_launch(precision, aligned(head, dtype), work(head), &all_logits, 1, device, request);
   const bool library = plan.launch.executor == Executor::kLibrary;
   plan.launch.cooperative = !library;
   const TileShape& shape = shape_of(plan.launch.tile);
@@ -299,8 +299,8 @@ LinearStepPlan plan_linear_step(const LinearHeadStep& p, Precision precision, co
                (splits * accumulator_size(dtype) + step.plane_count * element_size(dtype)) +
            masked * element_size(dtype);
   };
-  const int64_t rows = choose_chunk(head.rows, row_bytes(head.modalities), row_limit, least_rows,
-                                    shape.rows);
+  const int64_t rows =
+      choose_chunk(head.rows, row_bytes(head.modalities), row_limit, least_rows, shape.rows);
   step.chunk_rows = plan.forward.plane_rows = backward.plane_rows = rows;
   step.chunks = count_chunks(head.rows, rows);
 

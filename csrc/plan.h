@@ -181,7 +181,7 @@ struct StepPlan {
   bool gradients = false;  ///< any wanted; else losses only
   bool mixed = false;      ///< planes hold weighted residuals: a leak is open
   int64_t chunk_rows = 0;
-  int chunks = 1;  ///< at least one, though it be empty: results are written there
+  int chunks = 1;            ///< at least one, though it be empty: results are written there
   int counting_ctas = 1;     ///< CTAs that count rows; each leaves its number
   int summing_ctas = 1;      ///< CTAs that sum losses; each leaves its sums
   bool count_first = false;  ///< library: rows are counted by a launch of its own
@@ -245,8 +245,8 @@ LinearBackwardPlan plan_linear_backward(const LinearHeadBackward&, Precision, co
                                         const PlanRequest& = {});
 /// The limit is on what logits, planes and split sums take at a time; at least one tile of rows is
 /// always there.
-LinearStepPlan plan_linear_step(const LinearHeadStep&, Precision, const Device&,
-                                WorkspaceLimit, const PlanRequest& = {});
+LinearStepPlan plan_linear_step(const LinearHeadStep&, Precision, const Device&, WorkspaceLimit,
+                                const PlanRequest& = {});
 FilmForwardPlan plan_film_forward(const FilmHeadForward&, Precision, const Device&,
                                   const PlanRequest& = {});
 FilmBackwardPlan plan_film_backward(const FilmHeadBackward&, Precision, const Device&,

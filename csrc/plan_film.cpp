@@ -56,15 +56,15 @@ int64_t size_film_forward(const FilmHead& head, Dtype dtype, const LaunchShape& 
     plan.head_partial_offset =
         layout.add(plan.head_splits * 3 * head.rows * plan.padded_classes * size);
   }
-  return std::max({film_tiles * plan.film_splits, head_tiles * plan.head_splits,
-                   row_items(head.rows, device)});
+  return std::max(
+      {film_tiles * plan.film_splits, head_tiles * plan.head_splits, row_items(head.rows, device)});
 }
 
 /// Rows that library's forward works on at a time.
 int64_t forward_chunk(const FilmHead& head, Dtype dtype) {
   const int64_t hidden = padded(head.hidden), classes = padded(head.classes);
-  const int64_t row = (2 * hidden + 3 * classes) * accumulator_size(dtype) +
-                      3 * hidden * element_size(dtype);
+  const int64_t row =
+      (2 * hidden + 3 * classes) * accumulator_size(dtype) + 3 * hidden * element_size(dtype);
   return choose_chunk(head.rows, row, kDefaultWorkspace, kLeastChunkRows, 32);
 }
 
@@ -75,8 +75,8 @@ FilmForwardPlan plan_film_forward(const FilmHeadForward& p, Precision precision,
   const FilmHead& head = p.head;
   FilmForwardPlan plan;
   const Output outputs[] = {{head.rows, 2 * head.hidden}, {3 * head.rows, head.classes}};
-  plan.launch = choose_launch(precision, aligned(head, precision.dtype), work(head), outputs,
-                            2, device, request);
+  plan.launch = choose_launch(precision, aligned(head, precision.dtype), work(head), outputs, 2,
+                              device, request);
   Layout layout;
   FilmHead chunk = head;
   if (plan.launch.executor == Executor::kLibrary) chunk.rows = forward_chunk(head, precision.dtype);
@@ -214,8 +214,8 @@ FilmBackwardPlan plan_film_backward(const FilmHeadBackward& p, Precision precisi
   FilmOutputs outputs;
   const bool gradients_aligned = choose_film_branches(p, precision.dtype, plan, outputs);
   const Output all[] = {outputs.branch, outputs.out_weight, outputs.film_weight, outputs.condition};
-  plan.launch = choose_launch(precision, aligned(p.head, precision.dtype), work(p.head), all,
-                            4, device, request);
+  plan.launch = choose_launch(precision, aligned(p.head, precision.dtype), work(p.head), all, 4,
+                              device, request);
   plan.copy_gradients = plan.out_branches > 1 || (plan.launch.aligned && !gradients_aligned);
   Layout layout;
   const int64_t items = size_film_backward(p, precision.dtype, plan.launch, outputs, false, device,
@@ -284,8 +284,7 @@ FilmStepPlan plan_film_step(const FilmHeadStep& p, Precision precision, const De
   FilmOutputs outputs;
   choose_film_branches(b, dtype, plan.backward, outputs);
   const Output all[] = {{head.rows, 2 * head.hidden}, {3 * head.rows, head.classes}};
-  plan.launch =
-      choose_launch(precision, aligned(head, dtype), work(head), all, 2, device, request);
+  plan.launch = choose_launch(precision, aligned(head, dtype), work(head), all, 2, device, request);
   const bool library = plan.launch.executor == Executor::kLibrary;
   plan.launch.cooperative = !library;
   if (step.gradients) {

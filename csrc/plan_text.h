@@ -22,8 +22,8 @@ inline std::string describe(const FilmHead& head) {
 }
 
 inline const char* tile_name(Tile tile) {
-  constexpr const char* kNames[kTileCount] = {"float64",     "float32_small", "float32_medium",
-                                              "tf32_small",  "tf32_medium",   "half_small",
+  constexpr const char* kNames[kTileCount] = {"float64",    "float32_small", "float32_medium",
+                                              "tf32_small", "tf32_medium",   "half_small",
                                               "half_medium"};
   return kNames[static_cast<int>(tile)];
 }

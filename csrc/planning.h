@@ -130,8 +130,8 @@ inline int64_t masked_columns(const uint8_t* present, const Matrix& grad_weight,
 /// Rows that a step works on at a time: all, or as many tiles of rows as fit, evenly.
 inline int64_t choose_chunk(int64_t rows, int64_t row_bytes, int64_t bytes, int64_t least_rows,
                             int64_t tile_rows) {
-  const int64_t fit = std::max(std::max<int64_t>(bytes, 0) / std::max<int64_t>(row_bytes, 1),
-                               least_rows);
+  const int64_t fit =
+      std::max(std::max<int64_t>(bytes, 0) / std::max<int64_t>(row_bytes, 1), least_rows);
   if (fit >= rows) return std::max<int64_t>(rows, 1);
   const int64_t chunks = ceil_div(rows, std::max(fit / tile_rows * tile_rows, tile_rows));
   return round_up(ceil_div(rows, chunks), tile_rows);

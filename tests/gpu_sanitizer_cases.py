@@ -27,7 +27,7 @@ from dgl_ext.testing import (
 )
 
 DEVICE = "cuda"
-BACKEND = "cuda"
+BACKEND = "fused"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Aligned: vector copies, whole tiles. Ragged: element copies, ends in every direction. Both have

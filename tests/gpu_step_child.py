@@ -21,7 +21,7 @@ from dgl_ext.testing import assert_same, loss_gradients, make_problem, make_targ
 from dgl_ext.types import DecoupledLoss
 
 DEVICE = "cuda"
-KERNELS = "cuda"
+KERNELS = "fused"
 SIZE = {"leading": (256,), "widths": (256, 384), "classes": 128}
 CLASSES = 3  # of the problem with a target out of range
 

@@ -75,7 +75,7 @@ def test_smoke_csv(smoke, mode):
     ]
     must_run = {"joint", "two_pass", "reference"}
     if dgl_ext._extension.available():
-        must_run |= {"composed", "dgl_ext", "dgl_ext_logits"}
+        must_run |= {"dgl_ext", "dgl_ext_logits"}
     if hasattr(torch.nn.functional, "linear_cross_entropy"):
         must_run.add("linear_cross_entropy")
     for row in rows:

@@ -273,19 +273,19 @@ def test_a_wrong_provider_is_not_measured(monkeypatch, tmp_path, capsys):
 
     listed = providers.PROVIDERS["step"]
     monkeypatch.setitem(listed, "joint", providers.Provider(wrong, decoupled=False))
-    monkeypatch.setitem(listed, "composed", providers.Provider(compared, decoupled=False))
+    monkeypatch.setitem(listed, "library", providers.Provider(compared, decoupled=False))
     monkeypatch.setattr(bench_memory, "ask", answer)
     flags = [*SMALL, "--out", str(tmp_path), "--classes", "16,32", "--limit", "0.001"]
-    assert bench_memory.main([*flags, "--providers", "joint,composed"]) == 1
+    assert bench_memory.main([*flags, "--providers", "joint,library"]) == 1
     assert "joint is wrong at every size: losses[0] differs" in capsys.readouterr().out
-    assert [(one.provider, one.classes) for one in asked] == [("composed", 16), ("composed", 32)]
+    assert [(one.provider, one.classes) for one in asked] == [("library", 16), ("library", 32)]
     assert asked[0].workspace_limit == 1048  # bytes
     assert limits == [3 * 8 * 16 * 4 // 4]  # a quarter of what the smallest size needs
     assert dgl_ext.settings.workspace_limit() == dgl_ext.settings.DEFAULT_WORKSPACE_LIMIT
     document = json.loads((tmp_path / "bench_memory_cpu_float32.json").read_text())
     row = document["rows"][1]
     assert (row["rest_bytes"], row["rest_by_limit"]) == (2000, 2000 / 1048)
-    assert (row["median_us"], row["steps"], row["ratio_to_composed"]) == (2, 3, 1)
+    assert (row["median_us"], row["steps"], row["ratio_to_library"]) == (2, 3, 1)
     assert set(row) <= set(bench_memory.columns())
 
 
@@ -346,7 +346,7 @@ def table():
             figures("dgl_ext", count, classes, *mine),
             {"provider": "dgl_ext_logits", "rows": count, "classes": classes}
             | {"status": "skipped", "note": f"needs {count}"},
-            {"provider": "composed", "rows": count, "classes": classes}
+            {"provider": "library", "rows": count, "classes": classes}
             | {"status": "left out", "note": "no extension"},
         ]
         rows += bench_memory.with_ratios(here)
@@ -362,7 +362,7 @@ def test_summary(table):
         "Against joint, dgl_ext takes 0.75 (16384x32000) to 1.10 (1024x1000) times as long; slower "
         "in 1 of 2 cells.",
         "dgl_ext_logits was skipped at 1024x1000: needs 1024",
-        "composed was left out at every size: no extension",
+        "library was left out at every size: no extension",
         "dgl_ext_logits was skipped at 16384x32000: needs 16384",
         "Busy: other processes took 25% of the CPUs while this was timed.",
     ]

@@ -41,8 +41,8 @@ _REASON = reason_to_skip()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(_REASON), reason=_REASON)]
 
 DEVICE = "cuda"
-KERNELS = "cuda"  # the backend that takes this project's kernels at any size
-BACKENDS = (KERNELS, "composed", "auto")
+KERNELS = "fused"  # the backend that takes this project's kernels at any size
+BACKENDS = (KERNELS, "library", "auto")
 LOW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, *LOW_DTYPES)
 ALIGNED = {"leading": (96,), "widths": (64, 64), "classes": 32}

@@ -444,7 +444,7 @@ def test_the_sanitizer_cases_have_every_head_and_dtype():
 
 def test_the_sanitizer_cases_run(monkeypatch, capsys):
     monkeypatch.setattr(gpu_sanitizer_cases, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu_sanitizer_cases, "BACKEND", "cpu")
+    monkeypatch.setattr(gpu_sanitizer_cases, "BACKEND", "fused")
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         assert gpu_sanitizer_cases.main() == 0
@@ -456,7 +456,7 @@ def test_the_sanitizer_cases_run(monkeypatch, capsys):
 @pytest.mark.parametrize("kind", [gpu_sanitizer_cases.LOGITS, gpu_sanitizer_cases.CHUNKED])
 def test_a_sanitizer_case_that_gives_nan_fails(monkeypatch, kind):
     monkeypatch.setattr(gpu_sanitizer_cases, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu_sanitizer_cases, "BACKEND", "cpu")
+    monkeypatch.setattr(gpu_sanitizer_cases, "BACKEND", "fused")
     real = gpu_sanitizer_cases.make_problem
 
     def spoiled(*args, **options):

@@ -210,7 +210,7 @@ def test_the_host_does_not_wait(head, dtype):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second CUDA device")
-@pytest.mark.parametrize("backend", [KERNELS, "composed", "auto"])
+@pytest.mark.parametrize("backend", [KERNELS, "library", "auto"])
 @heads
 def test_a_second_device_while_the_first_is_current(head, backend):
     problem = make_problem(head, **RAGGED)

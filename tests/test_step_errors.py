@@ -85,7 +85,7 @@ CASES = {
     "ignore_index a float": (
         {"ignore_index": -100.0},
         TypeError,
-        "ignore_index: expected an int or None, got float",
+        "ignore_index: expected an int, got float",
     ),
     "label_smoothing above 1": (
         {"label_smoothing": 1.5},

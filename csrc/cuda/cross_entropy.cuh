@@ -253,7 +253,7 @@ struct StepLosses {
   /// Replaces this thread's logits of branch k that are at hand by f(logit, column).
   template <class Row, class F>
   static __device__ __forceinline__ void for_each_logit(const Row& logits, int k, F&& f) {
-#pragma unroll
+#pragma unroll 1
     for (int r = 0; r < Row::kRunCount; ++r) {
       const int count = logits.count(r);
       if (count == 0) break;
@@ -374,8 +374,7 @@ struct StepLosses {
     double loss = log_sum - (at_target - peak.largest);
     if (step.loss.label_smoothing != 0) {
       const double smoothing = step.loss.label_smoothing;
-      const double uniform =
-          log_sum + (double(peak.largest) - peak.plain / double(step.classes));
+      const double uniform = log_sum + (double(peak.largest) - peak.plain / double(step.classes));
       loss = (1 - smoothing) * loss + smoothing * uniform;
     }
     sums.loss += loss;

@@ -486,8 +486,7 @@ struct FilmGradients {
   /// What the gradient of the film bias, gamma's or beta's half, is summed from.
   static __device__ __forceinline__ void film_bias_gradient(const Arguments& args, int64_t half,
                                                             int64_t row, int64_t column, int count,
-                                                            RowRange rows,
-                                                            Accumulator (&v)[kRun]) {
+                                                            RowRange rows, Accumulator (&v)[kRun]) {
     const FilmHeadBackward& p = args.problem;
     const Accumulator leak = p.leaks.head;
     const bool to_gamma = args.plan.need_branch[0] || (leak != 0 && args.plan.need_branch[2]);
@@ -559,7 +558,8 @@ struct FilmGradients {
   }
 
   /// Sums of the biases' gradients over this CTA's rows of a chunk, as its partial sums.
-  static __device__ __forceinline__ void sum_biases(const Arguments& args, T* shared, RowRange rows) {
+  static __device__ __forceinline__ void sum_biases(const Arguments& args, T* shared,
+                                                    RowRange rows) {
     const FilmHeadBackward& p = args.problem;
     const int64_t hidden = p.head.hidden;
 #pragma unroll 1

@@ -13,8 +13,7 @@ cudaError_t film_head_forward(const FilmHeadForward& problem, Precision precisio
     return library::film_forward(problem, precision, plan, workspace, queue);
   }
   const FilmForwardArguments arguments{problem, plan, workspace};
-  return launch_head<FilmForward>(Configs{}, precision.dtype, plan.launch, arguments,
-                           queue.stream);
+  return launch_head<FilmForward>(Configs{}, precision.dtype, plan.launch, arguments, queue.stream);
 }
 
 cudaError_t film_head_backward(const FilmHeadBackward& problem, Precision precision,
@@ -34,7 +33,7 @@ cudaError_t film_head_backward(const FilmHeadBackward& problem, Precision precis
     return library::film_backward(p, precision, plan, workspace, queue);
   }
   return launch_head<FilmBackward>(Configs{}, precision.dtype, plan.launch, arguments,
-                           queue.stream);
+                                   queue.stream);
 }
 
 cudaError_t film_head_occupancy(int (&ctas)[kTileCount]) {

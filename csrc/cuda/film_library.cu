@@ -1,8 +1,7 @@
 // The library executor of FiLM: its phases (film_forward.cuh, film_gradients.cuh) as launches of
 // their own, with cuBLAS between them.
-#include "film_library.h"
-
 #include "film_backward.cuh"
+#include "film_library.h"
 #include "film_step.cuh"
 #include "library.cuh"
 
@@ -131,12 +130,12 @@ cudaError_t multiply_film(const FilmHead& head, const FilmForwardPlan& plan, Pre
     product.columns = head.hidden;
     product.depth = head.condition_width;
     product.a = moved(head.condition, begin * head.condition.stride, precision.dtype);
-    product.b = moved(head.film_weight, half * head.hidden * head.film_weight.stride,
-                      precision.dtype);
+    product.b =
+        moved(head.film_weight, half * head.hidden * head.film_weight.stride, precision.dtype);
     product.b_transposed = true;
     product.result = accumulator(precision.dtype);
-    product.c = moved(Matrix{workspace, 2 * plan.padded_hidden}, half * plan.padded_hidden,
-                      product.result);
+    product.c =
+        moved(Matrix{workspace, 2 * plan.padded_hidden}, half * plan.padded_hidden, product.result);
     products.add(product);
   }
   return products.run();
@@ -235,7 +234,8 @@ class Gradients {
     product.columns = p_.head.condition_width;
     product.depth = (2 - first_half) * hidden;
     product.a = plane(workspace_, plan_.encoder_offset, 0, plan_.encoder_pitch, dtype_);
-    product.b = moved(p_.head.film_weight, first_half * hidden * p_.head.film_weight.stride, dtype_);
+    product.b =
+        moved(p_.head.film_weight, first_half * hidden * p_.head.film_weight.stride, dtype_);
     product.c = moved(p_.grad_condition, begin * p_.grad_condition.stride, output_);
     product.result = output_;
     product.scale = scale(1);

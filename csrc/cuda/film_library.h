@@ -9,8 +9,8 @@ struct FilmStepArguments;
 
 namespace library {
 
-cudaError_t film_forward(const FilmHeadForward&, Precision, const FilmForwardPlan&,
-                         void* workspace, const Queue&);
+cudaError_t film_forward(const FilmHeadForward&, Precision, const FilmForwardPlan&, void* workspace,
+                         const Queue&);
 cudaError_t film_backward(const FilmHeadBackward&, Precision, const FilmBackwardPlan&,
                           void* workspace, const Queue&);
 /// The workspace is in the arguments.

@@ -29,8 +29,7 @@ cudaError_t film_head_step(const FilmHeadStep& problem, Precision precision,
   if (plan.launch.executor == Executor::kLibrary) {
     return library::film_step(arguments, precision, plan, queue);
   }
-  return launch_head<FilmStep>(Configs{}, precision.dtype, plan.launch, arguments,
-                           queue.stream);
+  return launch_head<FilmStep>(Configs{}, precision.dtype, plan.launch, arguments, queue.stream);
 }
 
 cudaError_t film_step_occupancy(int (&ctas)[kTileCount]) {

@@ -258,9 +258,7 @@ struct alignas(sizeof(T) * kCount) Vector {
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-constexpr int greatest(int a, int b, int c) {
-  return a > b ? (a > c ? a : c) : (b > c ? b : c);
-}
+constexpr int greatest(int a, int b, int c) { return a > b ? (a > c ? a : c) : (b > c ? b : c); }
 __host__ __device__ constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 }  // namespace dgl_ext

@@ -29,7 +29,8 @@ cudaError_t query_device(Device* device);
 cudaError_t linear_head_forward(const LinearHeadForward& problem, Precision precision,
                                 const LinearForwardPlan& plan, void* workspace, const Queue& queue);
 cudaError_t linear_head_backward(const LinearHeadBackward& problem, Precision precision,
-                                 const LinearBackwardPlan& plan, void* workspace, const Queue& queue);
+                                 const LinearBackwardPlan& plan, void* workspace,
+                                 const Queue& queue);
 cudaError_t linear_head_step(const LinearHeadStep& problem, Precision precision,
                              const LinearStepPlan& plan, void* workspace, const Queue& queue);
 cudaError_t film_head_forward(const FilmHeadForward& problem, Precision precision,

@@ -90,9 +90,7 @@ struct Scales {
     }
   }
   /// Products with one address may run together.
-  const StepTotals* of(int branch) const {
-    return totals + (branch > 0 && shared ? 1 : branch);
-  }
+  const StepTotals* of(int branch) const { return totals + (branch > 0 && shared ? 1 : branch); }
   const StepTotals* constants() const { return totals + branches; }
 };
 

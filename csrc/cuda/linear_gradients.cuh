@@ -263,8 +263,10 @@ struct LinearGradients {
     }
   }
 
-  /// Sums of the biases' gradients over the rows [begin, end) of a chunk, as this CTA's partial sums.
-  static __device__ __forceinline__ void sum_biases(const Arguments& args, T* shared, RowRange rows) {
+  /// Sums of the biases' gradients over the rows [begin, end) of a chunk, as this CTA's partial
+  /// sums.
+  static __device__ __forceinline__ void sum_biases(const Arguments& args, T* shared,
+                                                    RowRange rows) {
     const LinearHeadBackward& p = args.problem;
     const RowRange own = own_rows(rows.count);
     int width = C::kThreads;

@@ -7,18 +7,20 @@
 namespace dgl_ext {
 
 cudaError_t linear_head_forward(const LinearHeadForward& problem, Precision precision,
-                                const LinearForwardPlan& plan, void* workspace, const Queue& queue) {
+                                const LinearForwardPlan& plan, void* workspace,
+                                const Queue& queue) {
   if (problem.head.rows == 0 || problem.head.classes == 0) return cudaSuccess;
   if (plan.launch.executor == Executor::kLibrary) {
     return library::linear_forward(problem, precision, plan, workspace, queue);
   }
   const LinearForwardArguments arguments{problem, plan, workspace};
   return launch_head<LinearForward>(Configs{}, precision.dtype, plan.launch, arguments,
-                           queue.stream);
+                                    queue.stream);
 }
 
 cudaError_t linear_head_backward(const LinearHeadBackward& problem, Precision precision,
-                                 const LinearBackwardPlan& plan, void* workspace, const Queue& queue) {
+                                 const LinearBackwardPlan& plan, void* workspace,
+                                 const Queue& queue) {
   LinearBackwardArguments arguments{problem, plan, workspace};
   LinearHeadBackward& p = arguments.problem;
   bool work = false;
@@ -34,7 +36,7 @@ cudaError_t linear_head_backward(const LinearHeadBackward& problem, Precision pr
     return library::linear_backward(p, precision, plan, workspace, queue);
   }
   return launch_head<LinearBackward>(Configs{}, precision.dtype, plan.launch, arguments,
-                           queue.stream);
+                                     queue.stream);
 }
 
 cudaError_t linear_head_occupancy(int (&ctas)[kTileCount]) {

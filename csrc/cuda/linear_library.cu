@@ -173,10 +173,9 @@ class Gradients {
     product.a = source(plan_.to_weight[i], count, product);
     product.a_transposed = true;
     const MaskedCopy& masked = plan_.masked[i];
-    product.b = masked.pitch > 0
-                    ? ConstMatrix{at(workspace_, masked.offset), masked.pitch}
-                    : moved(p_.head.feature[i], begin * p_.head.feature[i].stride,
-                            precision_.dtype);
+    product.b = masked.pitch > 0 ? ConstMatrix{at(workspace_, masked.offset), masked.pitch}
+                                 : moved(p_.head.feature[i], begin * p_.head.feature[i].stride,
+                                         precision_.dtype);
     product.accumulate = begin > 0;
     product.c = p_.grad_weight[i];
     product.result = output_;
@@ -184,9 +183,9 @@ class Gradients {
       int64_t column = 0;
       for (int j = 0; j < i; ++j) column += (p_.head.width[j] + 3) / 4 * 4;
       product.result = accumulator(precision_.dtype);
-      product.c = moved(Matrix{at(workspace_, plan_.weight_partial_offset),
-                               plan_.weight_partial_columns},
-                        column, product.result);
+      product.c =
+          moved(Matrix{at(workspace_, plan_.weight_partial_offset), plan_.weight_partial_columns},
+                column, product.result);
     }
     return product;
   }
@@ -252,10 +251,10 @@ cudaError_t linear_step(const LinearStepArguments& arguments, Precision precisio
                       &scales);
   cudaError_t status = cudaSuccess;
   if (plan.step.count_first) {
-    status = launch_head<CountRows>(ElementConfigs{}, precision.dtype, plan.launch,
-                                    count_arguments(arguments.forward.problem.head, arguments.loss,
-                                                    plan.step, workspace),
-                                    queue.stream);
+    status = launch_head<CountRows>(
+        ElementConfigs{}, precision.dtype, plan.launch,
+        count_arguments(arguments.forward.problem.head, arguments.loss, plan.step, workspace),
+        queue.stream);
   }
   for (int chunk = 0; chunk < plan.step.chunks && status == cudaSuccess; ++chunk) {
     const int64_t begin = chunk * plan.step.chunk_rows;

@@ -28,8 +28,7 @@ cudaError_t linear_head_step(const LinearHeadStep& problem, Precision precision,
   if (plan.launch.executor == Executor::kLibrary) {
     return library::linear_step(arguments, precision, plan, queue);
   }
-  return launch_head<LinearStep>(Configs{}, precision.dtype, plan.launch, arguments,
-                           queue.stream);
+  return launch_head<LinearStep>(Configs{}, precision.dtype, plan.launch, arguments, queue.stream);
 }
 
 cudaError_t linear_step_occupancy(int (&ctas)[kTileCount]) {

@@ -53,9 +53,7 @@ class DevicePointers {
 /// What the operands' addresses grow by from one product of a batch to the next, in elements.
 struct Steps {
   int64_t a = 0, b = 0, c = 0;
-  bool operator==(const Steps& other) const {
-    return a == other.a && b == other.b && c == other.c;
-  }
+  bool operator==(const Steps& other) const { return a == other.a && b == other.b && c == other.c; }
 };
 
 int64_t distance(const void* from, const void* to, Dtype dtype) {
@@ -97,8 +95,8 @@ void multiply(cublasHandle_t handle, Precision precision, const StepTotals* cons
   const cudaDataType_t type = data_type(precision.dtype), result = data_type(p.result);
   const cublasOperation_t first = p.b_transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
   const cublasOperation_t second = p.a_transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
-  const int64_t lead_a = p.a_transposed ? leading(p.a.stride, p.depth, p.rows)
-                                        : leading(p.a.stride, p.rows, p.depth);
+  const int64_t lead_a =
+      p.a_transposed ? leading(p.a.stride, p.depth, p.rows) : leading(p.a.stride, p.rows, p.depth);
   const int64_t lead_b = p.b_transposed ? leading(p.b.stride, p.columns, p.depth)
                                         : leading(p.b.stride, p.depth, p.columns);
   const int64_t lead_c = leading(p.c.stride, p.rows, p.columns);

@@ -48,8 +48,8 @@ struct TileGrid {
   }
 };
 
-/// Calls f(row, column, count) for every run of `kRun` neighbours of a matrix (the last of a row may
-/// be shorter), flattened over the grid: all threads have work, whatever the shape.
+/// Calls f(row, column, count) for every run of `kRun` neighbours of a matrix (the last of a row
+/// may be shorter), flattened over the grid: all threads have work, whatever the shape.
 template <int kThreads, class F>
 __device__ __forceinline__ void for_each_run_of(int64_t rows, int64_t columns, F&& f) {
   const int64_t runs = ceil_div(columns, kRun);
@@ -87,6 +87,19 @@ __device__ __forceinline__ void read_run(const O* from, int count, accumulator_t
 #pragma unroll
   for (int e = 0; e < kRun; ++e) v[e] = e < count ? widen(from[e]) : accumulator_t<O>(0);
 }
+/// The same of a plane of the workspace, whose runs are aligned.
+template <class Accumulator>
+__device__ __forceinline__ void read_plane_run(const Accumulator* from, int count,
+                                               Accumulator (&v)[kRun]) {
+  if (count == kRun) {
+    const auto loaded = *reinterpret_cast<const Vector<Accumulator, kRun>*>(from);
+#pragma unroll
+    for (int e = 0; e < kRun; ++e) v[e] = loaded.v[e];
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < kRun; ++e) v[e] = e < count ? from[e] : Accumulator(0);
+}
 /// v += the sum of a run over `count` split planes, `stride` elements apart, in order.
 template <class Accumulator>
 __device__ __forceinline__ void add_splits(const Accumulator* p, int64_t splits, int64_t stride,
@@ -97,7 +110,7 @@ __device__ __forceinline__ void add_splits(const Accumulator* p, int64_t splits,
     Accumulator ahead[kAhead][kRun];
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
-      read_run(p + (s + a) * stride, s + a < splits ? count : 0, ahead[a]);
+      read_plane_run(p + (s + a) * stride, s + a < splits ? count : 0, ahead[a]);
     }
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
@@ -113,11 +126,11 @@ __device__ __forceinline__ void read_bias(const void* bias, int64_t column, int 
   read_run(static_cast<const T*>(bias) + column, bias ? count : 0, v);
 }
 
-/// Sums over rows [begin, end) for the columns of one tile of `width` runs, a power of two up to the
-/// number of threads: value(row, column, count, v) gives a run of one row, and done(column, sum) gets
-/// each sum. Threads beyond `width` take other rows; theirs are added in order at the end. Short
-/// stretches are summed in the accumulator type and those in double: one running float32 sum over
-/// 200,000 rows was off by 3e-6.
+/// Sums over rows [begin, end) for the columns of one tile of `width` runs, a power of two up to
+/// the number of threads: value(row, column, count, v) gives a run of one row, and done(column,
+/// sum) gets each sum. Threads beyond `width` take other rows; theirs are added in order at the
+/// end. Short stretches are summed in the accumulator type and those in double: one running float32
+/// sum over 200,000 rows was off by 3e-6.
 template <class C, class Value, class Done>
 __device__ __forceinline__ void column_sums(typename C::T* shared, int width, int64_t begin,
                                             int64_t end, int64_t columns, int64_t tile,
@@ -167,8 +180,9 @@ __device__ __forceinline__ void read_run(const ConstMatrix& m, int64_t row, int6
 }
 /// v += factor times a run of row `row`.
 template <class T>
-__device__ __forceinline__ void add_run(const ConstMatrix& m, int64_t row, int64_t column, int count,
-                                        accumulator_t<T> factor, accumulator_t<T> (&v)[kRun]) {
+__device__ __forceinline__ void add_run(const ConstMatrix& m, int64_t row, int64_t column,
+                                        int count, accumulator_t<T> factor,
+                                        accumulator_t<T> (&v)[kRun]) {
   accumulator_t<T> more[kRun];
   read_run<T>(m, row, column, count, more);
 #pragma unroll

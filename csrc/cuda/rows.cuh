@@ -110,7 +110,8 @@ class LogitRow {
         const int64_t split = s + a * replicas;
 #pragma unroll
         for (int r = 0; r < kRuns; ++r) {
-          read_run(from + r * run_step + split * plane, split < splits ? count(r) : 0, ahead[a][r]);
+          read_plane_run(from + r * run_step + split * plane, split < splits ? count(r) : 0,
+                         ahead[a][r]);
         }
       }
 #pragma unroll

@@ -187,7 +187,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     method.add_argument(
         "--backend",
-        choices=("auto", "cpu", "cuda", "composed", "reference"),
+        choices=("auto", "fused", "library", "reference"),
         default=default.backend,
         help="of dgl_ext, default auto",
     )

@@ -186,7 +186,8 @@ void bind_head(py::module_& m, const char* name,
 /// The same for a training step, whose plan also takes the workspace limit.
 template <class Problem, class Plan>
 void bind_step(py::module_& m, const char* name,
-               Plan (*plan)(const Problem&, Precision, const Device&, WorkspaceLimit, const PlanRequest&),
+               Plan (*plan)(const Problem&, Precision, const Device&, WorkspaceLimit,
+                            const PlanRequest&),
                cudaError_t (*launch)(const Problem&, Precision, const Plan&, void*, const Queue&)) {
   m.def((std::string("plan_") + name).c_str(),
         [plan](const py::dict& problem, Precision precision, const Device& device,

@@ -20,7 +20,8 @@ enum cudaError_t {
 
 inline cudaError_t cudaMemset2DAsync(void* data, size_t pitch, int value, size_t width,
                                      size_t height, cudaStream_t) {
-  for (size_t row = 0; row < height; ++row) memset(static_cast<char*>(data) + row * pitch, value, width);
+  for (size_t row = 0; row < height; ++row)
+    memset(static_cast<char*>(data) + row * pitch, value, width);
   return cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }

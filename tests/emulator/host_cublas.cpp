@@ -98,8 +98,8 @@ cublasStatus_t multiply(cublasHandle_t handle, int64_t m, int64_t n, int64_t k, 
       keep = scalar(beta);
     }
     for (int64_t batch = 0; batch < count; ++batch) {
-      const std::vector<double> product = emulator::product(
-          a.read(m, k, batch, tf32), b.read(k, n, batch, tf32), m, n, k);
+      const std::vector<double> product =
+          emulator::product(a.read(m, k, batch, tf32), b.read(k, n, batch, tf32), m, n, k);
       for (int64_t j = 0; j < n; ++j) {
         for (int64_t i = 0; i < m; ++i) {
           const int64_t at = batch * stride_c + j * ldc + i;

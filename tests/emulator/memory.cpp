@@ -132,8 +132,8 @@ bool record_access(const Accessor& who, const char* address, size_t bytes, bool 
          ", nothing orders them");
   };
   if (!write && address < watched_end && address + bytes > watched_begin) {
-    statistics().watched_reads += std::min(address + bytes, watched_end) -
-                                  std::max<const char*>(address, watched_begin);
+    statistics().watched_reads +=
+        std::min(address + bytes, watched_end) - std::max<const char*>(address, watched_begin);
   }
   const Access now{who.thread, who.grid_epoch, who.block_epoch, who.warp_epoch, instruction};
   const size_t first = (address - region->map) / kCellBytes;

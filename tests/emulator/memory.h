@@ -49,7 +49,8 @@ struct Accessor {
 /// recorded: statistics().watched_reads.
 void watch(const void* begin, size_t bytes);
 
-/// Forgets all accesses, but not what has been written; with `enabled`, makes room to record those of one launch.
+/// Forgets all accesses, but not what has been written; with `enabled`, makes room to record those
+/// of one launch.
 void start_access_record(bool enabled);
 
 /// Reports (through fail) what is out of bounds, uninitialised or not ordered by a barrier.
