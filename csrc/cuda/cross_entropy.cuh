@@ -99,12 +99,10 @@ struct StepLosses {
       __syncthreads();
     }
     Sums sums;
-    if (step.classes <= 32 * kRun) {
-      run_group<32, 1>(step, shared, rows, source, sums);
-    } else if (step.classes <= C::kThreads * kRun) {
-      run_group<C::kThreads, 1>(step, shared, rows, source, sums);
+    if (step.classes <= C::kThreads * kRun) {
+      run_group<1>(step, shared, rows, source, sums);
     } else {
-      run_group<C::kThreads, sizeof(Accumulator) == 8 ? 2 : 4>(step, shared, rows, source, sums);
+      run_group<sizeof(Accumulator) == 8 ? 2 : 4>(step, shared, rows, source, sums);
     }
     __syncthreads();  // shared memory is free again
     add_to_sums(step, shared, rows, sums);
@@ -164,18 +162,19 @@ struct StepLosses {
     return v;
   }
 
-  /// Rows one after the other, each by a group of kGroup threads. Logits stay where they are if all
-  /// columns fit; else a second sweep reads them again.
-  template <int kGroup, int kRuns, class Source>
+  /// Rows one after the other, each by a warp (few classes) or by the CTA. Logits stay where they
+  /// are if all columns fit; else a second sweep reads them again.
+  template <int kRuns, class Source>
   static __device__ __forceinline__ void run_group(const StepContext& step, T* shared,
                                                    RowRange rows, const Source& source,
                                                    Sums& sums) {
     const RowRange mine = own_rows(rows.count);
     auto& board = *reinterpret_cast<Shared*>(shared);
-    LogitRow<C, Source, kGroup, kRuns> logits(source, step.classes, &board + 1, kSlots);
+    const bool by_warp = step.classes <= 32 * kRun;
+    LogitRow<C, Source, kRuns> logits(source, step.classes, by_warp, &board + 1, kSlots);
     int parity = 0;
 #pragma unroll 1
-    for (int64_t r = threadIdx.x / kGroup; r < mine.count; r += C::kThreads / kGroup) {
+    for (int64_t r = by_warp ? threadIdx.x / 32 : 0; r < mine.count; r += by_warp ? C::kWarps : 1) {
       RowOf row{mine.begin + r, step.loss.target[rows.begin + mine.begin + r], 0};
       if (row.target != step.loss.ignore_index) {
         row.counting = 1;
@@ -201,52 +200,59 @@ struct StepLosses {
   static __device__ __forceinline__ void run_row(const StepContext& step, Shared& board,
                                                  RowRange rows, const RowOf& row, int parity,
                                                  Row& logits, Sums& sums) {
-    const int warp = threadIdx.x / 32, thread = Row::kByWarp ? threadIdx.x % 32 : threadIdx.x;
     const uint32_t taken = row.counting >> (logits.branches() - logits.parts());
     const bool once = step.classes <= logits.width();
+    // Two sweeps over the columns where they do not fit: the first finds the sums.
 #pragma unroll 1
-    for (int64_t first = 0; first < step.classes; first += logits.width()) {
-      logits.load(row.index, first, taken);
+    for (int sweep = once ? 1 : 0; sweep < 2; ++sweep) {
 #pragma unroll 1
-      for (int k = 0; k < logits.branches(); k += kTogether) {
-        look(step, board, row, parity, k, first == 0, logits);
+      for (int64_t first = 0; first < step.classes; first += logits.width()) {
+        logits.load(row.index, first, taken);
+        if (once || sweep == 0) {
+#pragma unroll 1
+          for (int k = 0; k < logits.branches(); k += kTogether) {
+            look(step, board, row, parity, k, first == 0, logits);
+          }
+        }
+        if (once) finish_row(step, board, row, parity, logits, sums);
+        if (sweep == 0) continue;
+        normalise(board, row, parity, once, logits);
+        if (logits.is_first_replica()) write_residuals(step, board, rows, row, logits);
       }
+      if (sweep == 0) finish_row(step, board, row, parity, logits, sums);
     }
-    if constexpr (Row::kByWarp) {
+  }
+
+  /// When all columns have been looked at: one thread per branch adds up its loss.
+  template <class Row>
+  static __device__ __forceinline__ void finish_row(const StepContext& step, const Shared& board,
+                                                    const RowOf& row, int parity, const Row& logits,
+                                                    Sums& sums) {
+    if (logits.by_warp()) {
       warp_sync();
     } else {
       __syncthreads();
     }
+    const int k = logits.by_warp() ? threadIdx.x % 32 : threadIdx.x;
+    if (k >= logits.branches() || !(row.counting >> k & 1)) return;
+    const int writer = logits.by_warp() ? threadIdx.x / 32 : 0;
+    add_loss(step, row.target, peak_of_row(board, parity, k, logits.by_warp()),
+             board.at_target[parity][k][writer], sums);
+  }
+
+  /// The columns at hand become the softmax: from exp(logit - largest of the warp), or from logits.
+  template <class Row>
+  static __device__ __forceinline__ void normalise(const Shared& board, const RowOf& row,
+                                                   int parity, bool once, const Row& logits) {
 #pragma unroll 1
     for (int k = 0; k < logits.branches(); ++k) {
       if (!(row.counting >> k & 1)) continue;
-      const Peak peak = peak_of_row<Row>(board, parity, k);
-      if (thread == k) {
-        const int writer = Row::kByWarp ? warp : 0;
-        add_loss(step, row.target, peak, board.at_target[parity][k][writer], sums);
-      }
-      if (!once) continue;
-      const Accumulator own = board.peaks[parity][k][warp].largest;
-      const Accumulator factor = exponential(own - peak.largest) / peak.sum;
-      for_each_logit(logits, k, [&](Accumulator z, int64_t) { return z * factor; });
-    }
-    if (once) {
-      if (logits.is_first_replica()) write_residuals(step, board, rows, row, logits);
-      return;
-    }
-#pragma unroll 1
-    for (int64_t first = 0; first < step.classes; first += logits.width()) {
-      logits.load(row.index, first, taken);
-#pragma unroll 1
-      for (int k = 0; k < logits.branches(); ++k) {
-        if (!(row.counting >> k & 1)) continue;
-        const Peak peak = peak_of_row<Row>(board, parity, k);
-        const Accumulator inverse = Accumulator(1) / peak.sum;
-        for_each_logit(logits, k, [&](Accumulator z, int64_t) {
-          return exponential(z - peak.largest) * inverse;
-        });
-      }
-      write_residuals(step, board, rows, row, logits);
+      const Peak peak = peak_of_row(board, parity, k, logits.by_warp());
+      const Accumulator own = board.peaks[parity][k][threadIdx.x / 32].largest;
+      const Accumulator factor = (once ? exponential(own - peak.largest) : 1) / peak.sum;
+      for_each_logit(logits, k, [&](Accumulator z, int64_t) {
+        return (once ? z : exponential(z - peak.largest)) * factor;
+      });
     }
   }
 
@@ -289,7 +295,7 @@ struct StepLosses {
           peak[u].best = uint32_t(column);  // -inf may be all there is
         }
         if (column == row.target && logits.is_first_replica()) {
-          board.at_target[parity][k][Row::kByWarp ? warp : 0] = z;
+          board.at_target[parity][k][logits.by_warp() ? warp : 0] = z;
         }
         plain += z;
         return z;
@@ -338,17 +344,14 @@ struct StepLosses {
     }
   }
 
-  /// What the group of threads knows of branch k, its warps in order.
-  template <class Row>
-  static __device__ __forceinline__ Peak peak_of_row(const Shared& board, int parity, int k) {
-    if constexpr (Row::kByWarp) {
-      return board.peaks[parity][k][threadIdx.x / 32];
-    } else {
-      Peak peak = board.peaks[parity][k][0];
+  /// What the threads of a row know of branch k, warps in order.
+  static __device__ __forceinline__ Peak peak_of_row(const Shared& board, int parity, int k,
+                                                     bool by_warp) {
+    if (by_warp) return board.peaks[parity][k][threadIdx.x / 32];
+    Peak peak = board.peaks[parity][k][0];
 #pragma unroll 1
-      for (int w = 1; w < C::kWarps; ++w) merge(peak, board.peaks[parity][k][w]);
-      return peak;
-    }
+    for (int w = 1; w < C::kWarps; ++w) merge(peak, board.peaks[parity][k][w]);
+    return peak;
   }
 
   static __device__ __forceinline__ bool wins(Accumulator largest, uint32_t best,
@@ -424,7 +427,7 @@ struct StepLosses {
   static __device__ __forceinline__ void clear_row(const StepContext& step, RowRange rows,
                                                    int64_t row, const Row& logits) {
     const Accumulator zeros[kRun] = {};
-    const int thread = Row::kByWarp ? threadIdx.x % 32 : threadIdx.x;
+    const int thread = logits.by_warp() ? threadIdx.x % 32 : threadIdx.x;
 #pragma unroll 1
     for (int i = 0; i < step.plan.plane_count; ++i) {
       T* to = plane_row(step, i, rows, row);

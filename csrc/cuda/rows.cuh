@@ -11,28 +11,32 @@
 
 namespace dgl_ext {
 
-/// Threads [0, kGroup) work on a row, up to kRuns runs of columns each at a time. Where a warp has
-/// more lanes than the row has runs, the others read other split planes.
-template <class C, class Source, int kGroup, int kRuns>
+/// A warp or a CTA works on a row, each thread on up to kRuns runs of columns at a time. Where a
+/// warp has more lanes than the row has runs, the others read other split planes.
+template <class C, class Source, int kRuns>
 class LogitRow {
  public:
   using Accumulator = typename C::Accumulator;
   using Slot = Vector<Accumulator, kRun>;
   static constexpr int kRunCount = kRuns;
-  static constexpr bool kByWarp = kGroup == 32;
 
   /// `slots` of them are there for each thread.
-  __device__ __forceinline__ LogitRow(const Source& source, int64_t classes, void* memory,
-                                      int slots)
-      : source_(source), classes_(classes), slots_(static_cast<Slot*>(memory) + threadIdx.x) {
+  __device__ __forceinline__ LogitRow(const Source& source, int64_t classes, bool by_warp,
+                                      void* memory, int slots)
+      : source_(source),
+        classes_(classes),
+        slots_(static_cast<Slot*>(memory) + threadIdx.x),
+        by_warp_(by_warp),
+        lanes_(by_warp ? 32 : C::kThreads) {
     branches_ = source.parts() + Source::kAdds;
     runs_ = int(smaller(slots / branches_, kRuns));
-    while (kByWarp && lanes_ > 1 && int64_t(lanes_ / 2) * kRun >= classes) lanes_ /= 2;
-    const int thread = kByWarp ? threadIdx.x % 32 : threadIdx.x;
+    while (by_warp && lanes_ > 1 && int64_t(lanes_ / 2) * kRun >= classes) lanes_ /= 2;
+    const int thread = by_warp ? threadIdx.x % 32 : threadIdx.x;
     lane_ = thread % lanes_;
     replica_ = thread / lanes_;
   }
 
+  __device__ __forceinline__ bool by_warp() const { return by_warp_; }
   __device__ __forceinline__ int branches() const { return branches_; }
   __device__ __forceinline__ int parts() const { return source_.parts(); }
   /// Lanes that share a row's columns; those beyond the first `lanes` hold the same values.
@@ -99,7 +103,7 @@ class LogitRow {
     // several loads in flight a thread: one after the other each would be a trip to L2
     constexpr int kAhead = (sizeof(Accumulator) == 8 ? 2 : 8) / kRuns;
     const int64_t splits = source_.splits(i), plane = source_.split_step();
-    const int replicas = kByWarp ? 32 / lanes_ : 1;
+    const int replicas = by_warp_ ? 32 / lanes_ : 1;
     const Accumulator* from = source_.at(row, column(0)) + offset;
     const int64_t run_step = int64_t(lanes_) * kRun;
 #pragma unroll 1
@@ -123,14 +127,12 @@ class LogitRow {
         }
       }
     }
-    if constexpr (kByWarp) {
 #pragma unroll 1
-      for (int mask = lanes_; mask < 32; mask *= 2) {
+    for (int mask = lanes_; mask < 32; mask *= 2) {  // a CTA has 128 lanes
 #pragma unroll
-        for (int r = 0; r < kRuns; ++r) {
+      for (int r = 0; r < kRuns; ++r) {
 #pragma unroll
-          for (int e = 0; e < kRun; ++e) sum[r][e] += warp_exchange(sum[r][e], mask);
-        }
+        for (int e = 0; e < kRun; ++e) sum[r][e] += warp_exchange(sum[r][e], mask);
       }
     }
   }
@@ -138,7 +140,8 @@ class LogitRow {
   const Source& source_;
   const int64_t classes_;
   Slot* const slots_;
-  int branches_, runs_, lanes_ = kGroup, lane_, replica_;
+  const bool by_warp_;
+  int branches_, runs_, lanes_, lane_, replica_;
   int64_t first_ = 0;
 };
 
