@@ -15,7 +15,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_backend"))
-from cuda_choice import CudaChoice, choose, find_toolkit  # noqa: E402
+from cuda_choice import CudaChoice, choose, find_cublas, find_toolkit  # noqa: E402
 from dgl_ext_backend import MINIMUM_TORCH  # noqa: E402
 
 SPEC = json.loads((ROOT / "csrc" / "sources.json").read_text())
@@ -77,6 +77,13 @@ class BuildExt(base_build_ext):
                 for flags in extension.extra_compile_args.values():
                     flags += ["-isystem", path]
             extension.library_dirs += cpp_extension.library_paths(device)
+            if device == "cuda":
+                packages = Path(torch.__file__).parents[1] / "nvidia"
+                cublas = find_cublas([Path(CUDA.toolkit.home), *sorted(packages.glob("*"))])
+                # After the toolkit's own headers: those of a package may lack what nvcc brings.
+                extension.extra_compile_args["cxx"] += ["-idirafter", cublas.include]
+                extension.library_dirs.append(cublas.folder)
+                extension.extra_link_args.append(f"-l:{cublas.library}")
         for name in ("linker_so", "linker_so_cxx"):
             command = getattr(self.compiler, name, None) or []
             kept = [word for word in command if not word.startswith("-Wl,-rpath")]

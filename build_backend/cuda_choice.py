@@ -6,7 +6,8 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -80,3 +81,31 @@ def choose(
     if request == "1":
         raise RuntimeError(f"DGL_EXT_CUDA=1 was set, but {why_not}")
     return CudaChoice(False, why_not)
+
+
+class Cublas(NamedTuple):
+    """Where cuBLAS is: the folders of its header and of its library, and the library's name."""
+
+    include: str
+    folder: str
+    library: str
+
+
+def find_cublas(roots: Iterable[Path]) -> Cublas:
+    """Finds cuBLAS in the first of `roots` that has it: a toolkit, or torch's nvidia packages.
+
+    A toolkit without cuBLAS is enough to compile the kernels: torch brings the library that it
+    uses itself, and the extension is linked to that one by its versioned name.
+    """
+    searched = [root for root in roots if root.is_dir()]
+    headers = [f for root in searched for f in sorted(root.glob("include/cublas_v2.h"))]
+    libraries = [
+        f
+        for root in searched
+        for pattern in ("lib64/libcublas.so*", "lib/libcublas.so*")
+        for f in sorted(root.glob(pattern))
+    ]
+    if not headers or not libraries:
+        where = ", ".join(map(str, searched)) or "no folder"
+        raise RuntimeError(f"cublas_v2.h and libcublas.so were not found in {where}")
+    return Cublas(str(headers[0].parent), str(libraries[0].parent), libraries[0].name)

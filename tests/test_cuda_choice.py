@@ -9,7 +9,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "build_backend"))
-from cuda_choice import CudaChoice, Toolkit, choose, find_toolkit  # noqa: E402
+from cuda_choice import (  # noqa: E402
+    Cublas,
+    CudaChoice,
+    Toolkit,
+    choose,
+    find_cublas,
+    find_toolkit,
+)
 
 TOOLKIT = Toolkit("/toolkit", "13.0")
 
@@ -64,3 +71,22 @@ def test_the_toolkit_is_what_nvcc_says_and_not_the_folder_it_lies_in(tmp_path: P
     (toolkit / "bin").mkdir()
     assert find_toolkit({"PATH": str(nvcc.parent)}) == Toolkit(str(toolkit), "12.9")
     assert find_toolkit({"CUDA_HOME": str(tmp_path)}) == Toolkit(str(toolkit), "12.9")
+
+
+def test_cublas_is_the_toolkits_or_that_of_torchs_packages(tmp_path: Path) -> None:
+    toolkit, package = tmp_path / "toolkit", tmp_path / "nvidia" / "cu13"
+    toolkit.mkdir()
+    (package / "include").mkdir(parents=True)
+    (package / "lib").mkdir()
+    (package / "include" / "cublas_v2.h").touch()
+    with pytest.raises(RuntimeError, match=r"cublas_v2\.h and libcublas\.so were not found in"):
+        find_cublas([toolkit, package])
+    (package / "lib" / "libcublas.so.13").touch()
+    found = find_cublas([toolkit, package, tmp_path / "missing"])
+    assert found == Cublas(f"{package}/include", f"{package}/lib", "libcublas.so.13")
+    (toolkit / "lib64").mkdir()
+    (toolkit / "include").mkdir()
+    (toolkit / "include" / "cublas_v2.h").touch()
+    (toolkit / "lib64" / "libcublas.so").touch()
+    found = find_cublas([toolkit, package])
+    assert found == Cublas(f"{toolkit}/include", f"{toolkit}/lib64", "libcublas.so")
