@@ -29,7 +29,10 @@ TILE, LOADER, PHASES = "cuda/gemm_tile.cuh", "cuda/tile_loader.cuh", "cuda/phase
 FORWARD, BACKWARD = "cuda/linear_forward.cuh", "cuda/linear_backward.cuh"
 GRADIENTS, FILM_GRADIENTS = "cuda/linear_gradients.cuh", "cuda/film_gradients.cuh"
 LINEAR_STEP, FILM_STEP = "cuda/linear_step.cuh", "cuda/film_step.cuh"
-LOSSES = "cuda/cross_entropy.cuh"
+LOSSES, ROWS = "cuda/cross_entropy.cuh", "cuda/rows.cuh"
+LINEAR_LIBRARY, FILM_LIBRARY = "cuda/linear_library.cu", "cuda/film_library.cu"
+LIBRARY, MATMUL = "cuda/library.cuh", "cuda/matmul.cpp"
+REFUSED = r"invalid value|not supported|memory fault|out of bounds"
 FILM_FORWARD, FILM_BACKWARD = "cuda/film_forward.cuh", "cuda/film_backward.cuh"
 RACE = r"race on shared memory of block \d+|read of uninitialised shared memory"
 WRONG = r"\d+ of \d+ elements wrong"
@@ -54,18 +57,18 @@ BUGS = [
     ),
     Bug(
         "no barrier in a column sum", PHASES,
-        "  partial[threadIdx.x] = sum;\n  __syncthreads();", "  partial[threadIdx.x] = sum;",
+        "kRun + e] = sum[e];\n  __syncthreads();", "kRun + e] = sum[e];",
         r"race on shared memory|elements wrong",
     ),
     Bug(
         "barrier inside a divergent branch", PHASES,
-        "partial[threadIdx.x] = sum;\n", "partial[threadIdx.x] = sum;\n  if (column < columns)\n",
+        "kRun + e] = sum[e];\n", "kRun + e] = sum[e];\n  if (count > 0)\n",
         r"barrier divergence|deadlock",
     ),
     Bug(
         "early exit before a barrier", PHASES,
-        "  double sum = 0;\n  if (column < columns) {",
-        "  double sum = 0;\n  if (column >= columns) return;\n  if (column < columns) {",
+        "  double sum[kRun] = {};\n  if (count > 0) {",
+        "  double sum[kRun] = {};\n  if (count <= 0) return;\n  if (count > 0) {",
         r"barrier divergence|deadlock",
     ),
     Bug(
@@ -181,15 +184,15 @@ BUGS = [
     ),
     Bug(
         "a closed modulation", FILM_GRADIENTS,
-        "narrow<T>(encoder * fused * y)", "narrow<T>(encoder * fused)", WRONG,
+        "v[e] = encoder * fused[e] * y[e];", "v[e] = encoder * fused[e];", WRONG,
     ),
     Bug(
         "a closed leak is a product with 0", GRADIENTS,
-        "if (leak != 0) {", "if (leak >= 0) {", r"grad_bias 0: 1 of 11 elements wrong.*got nan",
+        "      if (leak == 0) return;\n", "", r"grad_bias 0: 1 of 11 elements wrong.*got nan",
     ),
     Bug(
         "a branch without a gradient is a product with 0", FILM_GRADIENTS,
-        "args.plan.need_branch[0] ? fused * y : 0", "fused * y",
+        "has_fused ? fused[e] * y[e] : Accumulator(0)", "fused[e] * y[e]",
         r"grad_film_weight: 72 of 6912 elements wrong.*got nan",
     ),
     Bug(
@@ -198,9 +201,9 @@ BUGS = [
         RACE + "|" + WRONG,
     ),
     Bug(
-        "no barrier before warps' losses are added", LOSSES,
-        "of_warp[threadIdx.x] = {loss, hits};\n    __syncthreads();",
-        "of_warp[threadIdx.x] = {loss, hits};", RACE + "|" + WRONG,
+        "no barrier before threads' losses are added", LOSSES,
+        "of_thread[threadIdx.x] = {sums.loss, sums.hits};\n    __syncthreads();",
+        "of_thread[threadIdx.x] = {sums.loss, sums.hits};", RACE + "|" + WRONG,
     ),
     Bug(
         "no grid sync before the rows of a step", LINEAR_STEP,
@@ -239,16 +242,18 @@ BUGS = [
     ),
     Bug(
         "the residual lacks the target", LOSSES,
-        "(column == target ? at_target : rest)", "rest", WRONG,
+        "(column + e == row.target ? target_share : rest)", "rest", WRONG,
     ),
     Bug(
         "smoothing takes the target's own share away", LOSSES,
-        "at_target = 1 - smoothing + smoothing / double(step.classes)", "at_target = 1 - smoothing",
+        "target_share = 1 - smoothing + smoothing / double(step.classes)",
+        "target_share = 1 - smoothing",
         WRONG,
     ),
     Bug(
         "the last of equal maxima is the prediction", LOSSES,
-        "(c < target && !beats(at_target, v))", "(c > target && !beats(at_target, v))",
+        "(!beats(over.largest, largest) && best < over.best)",
+        "(!beats(over.largest, largest) && best > over.best)",
         r"correct: got",
     ),
     Bug(
@@ -257,7 +262,7 @@ BUGS = [
     ),
     Bug(
         "unmixed planes are weighted", LOSSES,
-        "if (plan.mixed) weight = found;", "weight = found;", WRONG,
+        "if (step.plan.mixed) weight *=", "weight *=", WRONG,
     ),
     Bug(
         "losses of earlier chunks are forgotten", LOSSES,
@@ -272,25 +277,124 @@ BUGS = [
         "if (kStep && rows.begin > 0) add_stored", "if (kStep && rows.begin < 0) add_stored", WRONG,
     ),
     Bug(
-        "features of absent rows reach the weights", GRADIENTS,
-        "to[row * pitch + column] = absent ?", "to[row * pitch + column] = false ?", WRONG,
+        "features of absent rows reach the weights", PHASES,
+        "read_run(from.data + row * from.stride + column, absent ? 0 : count, v)",
+        "read_run(from.data + row * from.stride + column, count, v)", WRONG,
     ),
     Bug(
         "absent rows get the leak's gradient", GRADIENTS,
         "v[e] = absent ? Accumulator(0) : v[e] * scale;", "v[e] *= scale;", WRONG,
     ),
     Bug(
-        "an absent modality takes part in the fused logits", LINEAR_STEP,
-        "k == 0 ? !is_absent(p.head.present[i], rows.begin + row) : k == i + 1",
-        "k == 0 || k == i + 1", WRONG,
+        "an absent modality takes part in the fused logits", ROWS,
+        "if (taken >> i & 1) add_part", "add_part", WRONG,
     ),
     Bug(
         "an absent y is read", FILM_FORWARD,
-        "if (is_absent(head.present[1], row)) return 0;\n", "", WRONG,
+        "is_absent(head.present[1], row) ? 0 : count, v", "count, v", WRONG,
     ),
     Bug(
         "every branch is scaled like the fused one", "plan.cpp",
         "const int branch = plan_.step.mixed ? 0 : i + 1;", "const int branch = 0;", WRONG,
+    ),
+    # ---- rows in one pass
+    Bug(
+        "a split plane is left out", ROWS,
+        "s < splits; s += int64_t(replicas)", "s + 1 < splits; s += int64_t(replicas)", WRONG,
+    ),
+    Bug(
+        "the lanes' split planes are not added", ROWS,
+        "for (int mask = lanes_; mask < 32; mask *= 2)", "for (int mask = 32; mask < 32; mask *= 2)",
+        WRONG,
+    ),
+    Bug(
+        "no order between a warp's peaks and their readers", LOSSES,
+        "      warp_sync();\n", "", GRID_RACE,
+    ),
+    Bug(
+        "no barrier between the warps' peaks and their readers", LOSSES,
+        "    } else {\n      __syncthreads();\n    }\n    const int k", "    }\n    const int k",
+        GRID_RACE,
+    ),
+    Bug("one board for all rows", LOSSES, "        parity ^= 1;\n", "", r"race on shared memory"),
+    Bug(
+        "the warp's own maximum is forgotten", LOSSES,
+        "once ? exponential(own - peak.largest) : 1", "1", WRONG,
+    ),
+    Bug(
+        "the second sweep takes what is there for a softmax", LOSSES,
+        "(once ? z : exponential(z - peak.largest))", "z", WRONG,
+    ),
+    Bug(
+        "blocks of columns do not add up", LOSSES,
+        "      if (first) {\n        kept = peak[u];", "      if (true) {\n        kept = peak[u];",
+        WRONG,
+    ),
+    Bug(
+        "a run is longer than the row", PHASES,
+        "int(smaller(columns - run * kRun, kRun))", "kRun",
+        r"stray write|memory fault|out of bounds|elements wrong|uninitialised",
+    ),
+    Bug(
+        "a lane of a column sum is left out", PHASES,
+        "for (int l = 1; l < lanes; ++l) all", "for (int l = 2; l < lanes; ++l) all", WRONG,
+    ),
+    Bug(
+        "a bias split is left out", GRADIENTS,
+        "0, args.plan.bias_splits, p.head.classes", "0, args.plan.bias_splits - 1, p.head.classes",
+        WRONG,
+    ),
+    # ---- the library executor
+    Bug(
+        "library: absent rows keep a leak's gradient", PHASES,
+        "if (is_absent(present, row)) write_run", "if (false) write_run",
+        WRONG + "|gradient of an absent row",
+    ),
+    Bug(
+        "library: biases of earlier chunks are forgotten", GRADIENTS,
+        "*to = kStep && rows.begin > 0 ? *to + sum : sum;", "*to = sum;", WRONG,
+    ),
+    Bug(
+        "library: the constants of products are not written", LOSSES,
+        "lane == 0 ? 1.f : 0.f}", "0.f}", WRONG,
+    ),
+    Bug(
+        "library: one scale for branches whose alphas differ", LIBRARY,
+        "shared &= loss.alpha[k - 1] == loss.alpha[0]", "shared &= true", WRONG,
+    ),
+    Bug(
+        "library: a branch of FiLM lies elsewhere", FILM_LIBRARY,
+        "k * plan_.plane_rows * plan_.padded_hidden, product.result",
+        "k * count * plan_.padded_hidden, product.result", WRONG + "|uninitialised",
+    ),
+    Bug(
+        "operands are not swapped", MATMUL,
+        "p.b.data, type,\n                          lead_b, p.a.data, type, lead_a, keep",
+        "p.a.data, type,\n                          lead_a, p.b.data, type, lead_b, keep",
+        WRONG + "|" + REFUSED,
+    ),
+    Bug(
+        "a leading dimension is the number of columns", MATMUL,
+        ": leading(p.b.stride, p.depth, p.columns);", ": std::max<int64_t>(p.columns, 1);", WRONG,
+    ),
+    Bug(
+        "beta is forgotten", MATMUL, "p.accumulate ? constants : constants + 1", "constants + 1",
+        WRONG,
+    ),
+    Bug(
+        "the second modality lies elsewhere", MATMUL, "lead_b, step.b, p.a.data", "lead_b, 0, p.a.data",
+        WRONG,
+    ),
+    Bug("a scale on the device is not read", MATMUL, "  if (p.scale) {\n    const StepTotals",
+        "  if (false) {\n    const StepTotals", WRONG + "|memory fault"),
+    Bug(
+        "products at unequal distances run together", MATMUL,
+        "precision.dtype) == step &&", "precision.dtype).a >= 0 &&",
+        WRONG + "|" + REFUSED + "|uninitialised",
+    ),
+    Bug(
+        "an empty product is left as it was", MATMUL, "if (!p.accumulate) {", "if (false) {",
+        WRONG + "|uninitialised",
     ),
 ]  # fmt: skip
 BY_NAME = {bug.name: bug for bug in BUGS}
@@ -301,12 +405,17 @@ SHORT_LIST = [
     "one row too many, 16-byte copies",
     "no grid sync before the logits",
     "no grid sync after the rows, nor between chunks",
+    "one board for all rows",
+    "beta is forgotten",
 ]
 
 FEW_CONFIGS = """
     ConfigList<Config<float, Tile::kFloat32Small, false>, Config<float, Tile::kFloat32Small, true>,
-               Config<float, Tile::kFloat32Large, true>, Config<bf16, Tile::kHalfSmall, false>,
+               Config<float, Tile::kFloat32Medium, true>, Config<bf16, Tile::kHalfSmall, false>,
                Config<bf16, Tile::kHalfSmall, true>>;
+"""
+FEW_ELEMENT_CONFIGS = """
+    ConfigList<Config<float, Tile::kFloat32Small, false>, Config<bf16, Tile::kHalfSmall, false>>;
 """
 
 
@@ -317,16 +426,14 @@ class Workshop:
         self.sources, self.build = folder / "csrc", folder / "build"
         shutil.copytree(ROOT / "csrc", self.sources)
         instances = self.sources / "cuda" / "instances.cuh"
-        text = re.sub(
-            r"(?<=using FilmConfigs =).*?;", FEW_CONFIGS, instances.read_text(), flags=re.S
-        )
-        text = re.sub(
-            r"using LinearConfigs = .*?;", "using LinearConfigs = FilmConfigs;", text, flags=re.S
-        )
+        text = instances.read_text()
+        for name, few in (("Configs", FEW_CONFIGS), ("ElementConfigs", FEW_ELEMENT_CONFIGS)):
+            text, count = re.subn(rf"(?<=using {name} =).*?;", few, text, count=1, flags=re.S)
+            assert count == 1, name
         instances.write_text(text)
         self._call(
             "cmake", "-S", str(ROOT / "tests" / "emulator"), "-B", str(self.build),
-            f"-DDGL_EXT_CSRC={self.sources}", f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DDGL_EXT_CSRC={self.sources}", "-DDGL_EXT_PLANTED=ON", f"-DPython_EXECUTABLE={sys.executable}",
         )  # fmt: skip
 
     def _call(self, *command: str) -> str:

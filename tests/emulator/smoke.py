@@ -2,7 +2,7 @@
 
     python -m emulator.smoke FOLDER     (in tests/) prints the failures as JSON
 
-Needs only the kernels that planted.py leaves in a build: float32 small and large, bfloat16 small.
+Needs only the kernels that planted.py leaves in a build: float32 small and medium, bfloat16 small.
 """
 
 from __future__ import annotations
@@ -55,6 +55,33 @@ def cases():
     yield FilmProblem, FilmCase(37, 72, 48, 11, poison=target, **x_alone, **float32), False
 
 
+def library_cases():
+    """The same by the library executor: products of equal and of unequal widths, and none."""
+    leaks = {"encoder_leak": 0.5, "head_leak": 0.25, "executor": "library"}
+    for races in (False, True):
+        yield LinearProblem, LinearCase(37, (72, 72), 11, absent=(0.3, 0.0), **leaks), races
+        yield LinearProblem, LinearCase(37, (70, 45, 0), 11, executor="library"), races
+        yield FilmProblem, FilmCase(37, 72, 48, 11, absent=(0.3, 0.4), **leaks), races
+
+
+def library_step_cases():
+    half = {"tile": "half_small", "dtype": "bfloat16"}
+    uneven = LossCase(alpha=(0.5, -2.0, 1.5, 0.25), ignored=0.2, label_smoothing=0.1)
+    chunked = LossCase(ignored=0.2, limit=1)
+    absent, leaks = {"absent": (0.3, 0.4)}, {"encoder_leak": 0.5, "head_leak": 0.25}
+    library = {"executor": "library"}
+    for races in (False, True):
+        yield LinearStepProblem, LinearStepCase(70, (48, 48), 11, loss=uneven, **library), races
+        case = LinearStepCase(70, (72, 48), 11, loss=chunked, **library, **leaks, **absent, **half)
+        yield LinearStepProblem, case, races
+        case = FilmStepCase(70, 72, 48, 11, loss=chunked, **library, **leaks, **absent, **half)
+        yield FilmStepProblem, case, races
+        yield FilmStepProblem, FilmStepCase(70, 72, 48, 11, loss=uneven, **library), races
+    # more classes than a row has room for, and more than one warp holds
+    yield LinearStepProblem, LinearStepCase(3, (16, 8), 2500, **library), False
+    yield LinearStepProblem, LinearStepCase(5, (16, 8), 300, **library), True
+
+
 def step_cases():
     """The same of the training steps."""
     leaks = {"encoder_leak": 0.5, "head_leak": 0.25}
@@ -80,11 +107,12 @@ def step_cases():
 def run(folder: Path) -> list[str]:
     module = harness.load("emulated_kernels", folder)
     failures = []
-    runs = [(*c, direction) for c in cases() for direction in ("run_forward", "run_backward")]
-    for problem, case, races, direction in runs + [(*c, "run_step") for c in step_cases()]:
+    logits, steps = [*cases(), *library_cases()], [*step_cases(), *library_step_cases()]
+    runs = [(*c, direction) for c in logits for direction in ("run_forward", "run_backward")]
+    for problem, case, races, direction in runs + [(*c, "run_step") for c in steps]:
         try:
             getattr(problem(module, case), direction)(races)
-        except (AssertionError, module.EmulatorError) as error:
+        except (AssertionError, RuntimeError) as error:
             failures.append(f"{case} {direction}: {error}")
     return failures
 
