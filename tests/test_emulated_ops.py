@@ -75,6 +75,36 @@ def test_the_bound_on_the_grid_is_read_or_refused(bound, monkeypatch):
         assert f'DGL_EXT_MAX_CTAS: expected a positive int, got "{bound}"' in done.stdout
 
 
+@pytest.mark.emulator
+@pytest.mark.parametrize("limit", ["3", "3,stubborn"])
+def test_a_cooperative_launch_that_no_longer_fits_runs_all_the_same(limit, monkeypatch):
+    """By asking the GPU again; and where the answer does not help, by the library."""
+    monkeypatch.setenv("DGL_EXT_EMULATED_LIMIT", limit)
+    monkeypatch.setenv("DGL_EXT_LOG", "plan")
+    done = run(
+        "tests/test_step_equivalence.py", "-s", "-k", "sizes_of_a_real_head and fused and 34"
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "6 passed" in done.stdout
+    executors = set(re.findall(r"step \S+: (\w+)", done.stderr))
+    assert executors == ({"fused", "library"} if "stubborn" in limit else {"fused"})
+
+
+@pytest.mark.emulator
+def test_plans_are_logged_once_for_each_shape(monkeypatch):
+    monkeypatch.setenv("DGL_EXT_LOG", "plan")
+    done = run("tests/test_step_equivalence.py", "-s", "-k", "sizes_of_a_real_head and 34 and one")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("dgl_ext::")]
+    assert len(lines) == len(set(lines))
+    pattern = (
+        r"dgl_ext::linear_head_step 64x96\+64x34: (fused, tile \w+( unaligned)?|library), "
+        r"grid \d+, workspace \d+ bytes, splits \d+, \d+, chunks \d+ of \d+ rows"
+    )
+    assert {"fused", "library"} <= {
+        found[1].split(",")[0] for line in lines if (found := re.fullmatch(pattern, line))
+    }
+
+
 CALLS = """
 import sys
 sys.path.insert(0, "tests/emulator")

@@ -304,8 +304,7 @@ BUGS = [
     ),
     Bug(
         "the lanes' split planes are not added", ROWS,
-        "for (int mask = lanes_; mask < 32; mask *= 2)", "for (int mask = 32; mask < 32; mask *= 2)",
-        WRONG,
+        "int mask = lanes_; mask < 32; mask *= 2", "int mask = 32; mask < 32; mask *= 2", WRONG,
     ),
     Bug(
         "no order between a warp's peaks and their readers", LOSSES,
@@ -382,8 +381,22 @@ BUGS = [
         WRONG,
     ),
     Bug(
-        "the second modality lies elsewhere", MATMUL, "lead_b, step.b, p.a.data", "lead_b, 0, p.a.data",
-        WRONG,
+        "the second modality lies elsewhere", MATMUL,
+        "lead_b, step.b, p.a.data", "lead_b, 0, p.a.data", WRONG,
+    ),
+    Bug(
+        "the second modality's operand a lies elsewhere", MATMUL,
+        "lead_a,\n                                      step.a, keep",
+        "lead_a,\n                                      0, keep", WRONG,
+    ),
+    Bug(
+        "the second modality's result lies elsewhere", MATMUL, "lead_c, step.c, count",
+        "lead_c, 0, count", WRONG + "|uninitialised",
+    ),
+    Bug(
+        "the result's leading dimension is its number of columns", MATMUL,
+        "leading(p.c.stride, p.rows, p.columns)", "std::max<int64_t>(p.columns, 1)",
+        WRONG + "|stray write|uninitialised",
     ),
     Bug("a scale on the device is not read", MATMUL, "  if (p.scale) {\n    const StepTotals",
         "  if (false) {\n    const StepTotals", WRONG + "|memory fault"),
@@ -433,7 +446,8 @@ class Workshop:
         instances.write_text(text)
         self._call(
             "cmake", "-S", str(ROOT / "tests" / "emulator"), "-B", str(self.build),
-            f"-DDGL_EXT_CSRC={self.sources}", "-DDGL_EXT_PLANTED=ON", f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DDGL_EXT_CSRC={self.sources}", "-DDGL_EXT_PLANTED=ON",
+            f"-DPython_EXECUTABLE={sys.executable}",
         )  # fmt: skip
 
     def _call(self, *command: str) -> str:

@@ -61,6 +61,8 @@ def library_cases():
     for races in (False, True):
         yield LinearProblem, LinearCase(37, (72, 72), 11, absent=(0.3, 0.0), **leaks), races
         yield LinearProblem, LinearCase(37, (70, 45, 0), 11, executor="library"), races
+        gaps = {"layout": Layout(aligned=False, gap=1), "concat": False, "executor": "library"}
+        yield LinearProblem, LinearCase(37, (48, 48, 48), 11, **gaps), races
         yield FilmProblem, FilmCase(37, 72, 48, 11, absent=(0.3, 0.4), **leaks), races
 
 

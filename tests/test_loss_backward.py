@@ -1,0 +1,136 @@
+"""`DecoupledLoss.backward()`: what `total.backward()` gives, with nothing but the step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dgl_ext
+from dgl_ext import _ops, types
+from dgl_ext.testing import BACKENDS, COMPILED_BACKENDS, make_problem, make_target
+
+
+def drawn(fusion, **options):
+    problem = make_problem(fusion, **{"leading": (9,), **options})
+    return problem, make_target(problem)
+
+
+def step(problem, target, backend="fused", **options):
+    return problem.step(dgl_ext.fused_decouple_cross_entropy, target, backend=backend, **options)
+
+
+def grads(problem):
+    """Takes every `.grad`, and leaves none."""
+    found = {name: tensor.grad for name, tensor in problem.named()}
+    for _, tensor in problem.named():
+        tensor.grad = None
+    return found
+
+
+def same(found, expected):
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[name], expected[name]) for name in expected
+    )
+
+
+@pytest.fixture
+def scalings(monkeypatch):
+    """The names of the ops that scale, as they are called."""
+    called = []
+    for name in ("scale_gradients", "scale_gradients_"):
+        op = getattr(_ops, name)
+        monkeypatch.setattr(
+            _ops, name, lambda *args, op=op, name=name: (called.append(name), op(*args))[1]
+        )
+    return called
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_it_gives_the_gradients_of_the_total(fusion, backend, dtype):
+    problem, target = drawn(fusion, dtype=dtype)
+    step(problem, target, backend).total.backward()
+    expected = grads(problem)
+    for _ in range(2):  # with a new one, and with the one that is kept
+        step(problem, target, backend).backward()
+        assert same(grads(problem), expected)
+
+
+@pytest.mark.parametrize("backend", COMPILED_BACKENDS)
+def test_nothing_is_filled_or_scaled(fusion, backend, scalings):
+    problem, target = drawn(fusion)
+    step(problem, target, backend).backward()
+    loss = step(problem, target, backend)
+    with torch.profiler.profile() as profile:
+        loss.backward()
+    names = {event.key for event in profile.key_averages()}
+    assert not names & {"aten::ones_like", "aten::fill_", "aten::ones", "aten::mul"}
+    assert scalings == []
+    # float16 gradients have waited in float32
+    problem, target = drawn(fusion, dtype=torch.float16)
+    step(problem, target, backend).backward()
+    assert scalings == ["scale_gradients"]
+
+
+def test_a_hook_on_the_total_is_heard(fusion):
+    problem, target = drawn(fusion)
+    step(problem, target).backward()
+    plain = grads(problem)
+    loss = step(problem, target)
+    loss.total.register_hook(lambda grad: -3 * grad)
+    loss.backward()
+    scaled = grads(problem)
+    for name, grad in plain.items():
+        torch.testing.assert_close(scaled[name], -3 * grad)
+
+
+def test_a_hook_that_writes_to_the_gradient_is_heard_and_forgotten(fusion):
+    problem, target = drawn(fusion)
+    step(problem, target).backward()
+    plain = grads(problem)
+    loss = step(problem, target)
+    loss.total.register_hook(lambda grad: grad.mul_(-3) and None)
+    loss.backward()
+    scaled = grads(problem)
+    for name, grad in plain.items():
+        torch.testing.assert_close(scaled[name], -3 * grad)
+    step(problem, target).backward()
+    assert same(grads(problem), plain)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_a_graph_that_is_kept_are_copies(fusion, backend, whole):
+    problem, target = drawn(fusion)
+    loss = step(problem, target, backend)
+    backward = loss.backward if whole else loss.total.backward
+    backward(retain_graph=True)
+    first = {name: grad.clone() for name, grad in grads(problem).items()}
+    backward(retain_graph=True)
+    for grad in grads(problem).values():
+        grad.mul_(7)
+    backward()
+    assert same(grads(problem), first)
+
+
+def test_inputs_may_be_chosen(fusion):
+    problem, target = drawn(fusion)
+    chosen = problem.features[0]
+    step(problem, target).backward(inputs=[chosen])
+    found = grads(problem)
+    assert [name for name, grad in found.items() if grad is not None] == ["features[0]"]
+
+
+def test_a_loss_without_gradients_says_what_the_total_says(fusion):
+    problem, target = drawn(fusion)
+    with torch.no_grad():
+        loss = step(problem, target)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        loss.backward()
+
+
+def test_the_gradient_is_kept_by_device_and_dtype():
+    ones = [types._unit_gradient(torch.zeros((), dtype=d)) for d in (torch.float32, torch.float64)]
+    assert [one.dtype for one in ones] == [torch.float32, torch.float64]
+    assert all(one.item() == 1 and types.is_unit_gradient(one) for one in ones)
+    assert not types.is_unit_gradient(torch.ones(()))
