@@ -162,6 +162,8 @@ def check_tests(options: argparse.Namespace) -> Part:
     command += ["-q", "--tb=short", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
     if importlib.util.find_spec("hypothesis") is None:
         command.append("--noconftest")
+    if importlib.util.find_spec("xdist") is not None:  # the tests keep the host busy, not the GPU
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
     command += gpu_test_files()
     outcome = run_command(command, options.out / "tests.log", options.timeout_tests)
     details: dict[str, Any] = {"command": command}
@@ -205,6 +207,8 @@ def check_sanitizer(tool: str, options: argparse.Namespace) -> Part:
         return Part(tool, "not found", message="compute-sanitizer: not found")
     command = [sanitizer, "--tool", tool, "--target-processes", "all", "--error-exitcode", "9"]
     command += [sys.executable, str(TESTS / "gpu_sanitizer_cases.py")]
+    if tool == "racecheck":  # all cases took it longer than all other parts together
+        command.append("--few")
     # Bounds and first writes are seen per allocation, so torch must not cut up larger ones.
     per_allocation = tool in ("memcheck", "initcheck")
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if per_allocation else {}

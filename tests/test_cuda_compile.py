@@ -139,10 +139,28 @@ def test_no_warning_no_spill_resources_as_recorded(folder, unit, architecture):
 
 
 @architectures
-def test_scaling_compiles_without_a_warning_or_a_spill(folder, architecture):
-    messages, _ = compile_unit("scale_gradients", architecture, folder)
+@pytest.mark.parametrize("unit", ["scale_gradients", "linear_library", "film_library"])
+def test_kernels_without_tiles_compile_without_a_warning_or_a_spill(folder, unit, architecture):
+    messages, _ = compile_unit(unit, architecture, folder)
     assert "warning" not in messages, messages[-4000:]
     assert set(re.findall(r"(\d+) bytes spill", messages)) == {"0"}
+
+
+@pytest.mark.parametrize("unit", ["linear_library", "film_library"])
+def test_the_rows_kernels_load_16_bytes_at_once(folder, unit):
+    tool = disassembler()
+    if tool is None:
+        pytest.skip("no nvdisasm (PyPI: nvidia-cuda-nvdisasm)")
+    _, cubin = compile_unit(unit, "sm_90", folder)
+    text = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=True)
+    sections = re.split(r"^\s*\.section\s+\.text\.(\S+?),", text.stdout, flags=re.M)
+    rows = [
+        body
+        for name, body in zip(sections[1::2], sections[2::2], strict=True)
+        if re.search(r"(Linear|Film)Rows", name)
+    ]
+    assert len(rows) == 4  # dtypes
+    assert all(re.search(r"LDG\.E\S*\.128", body) for body in rows)
 
 
 @architectures

@@ -21,6 +21,7 @@ from dgl_ext.testing import (
     Problem,
     assert_same,
     assert_two_references,
+    assert_within_rounding,
     flat,
     gradients,
     make_problem,
@@ -187,6 +188,29 @@ def check_two_references(backend: str, problem: Problem, **leaks: float) -> None
     assert_two_references(evaluate(moved, backend, cotangents, **leaks), composition, truth)
 
 
+def check_other_dtype(backend: str, problem: Problem, **leaks: float) -> None:
+    """float32 within what its roundings allow, 16 bits no worse than plain PyTorch.
+
+    Our sums run over k in another order than the library's. Each order is off by about as much, and
+    which of the two by more is chance: a bound from the other's error failed 8 tests of 1,745.
+    """
+    if problem.features[0].dtype != torch.float32:
+        check_two_references(backend, problem, **leaks)
+        return
+    cotangents = draw_cotangents(problem)
+    exact = problem.to(torch.float64)
+    truth = evaluate(exact, "reference", cotangents, **leaks)
+    # every result is a sum of products: on absolute values, the sum of theirs
+    sizes = evaluate(
+        exact.map(torch.abs), "reference", [None if g is None else g.abs() for g in cotangents],
+        **leaks,
+    )  # fmt: skip
+    terms = problem.features[0].shape[:-1].numel() + sum(h.shape[-1] for h in problem.features)
+    terms += problem.weights[-1].shape[0]
+    found = evaluate(problem.map(on_device), backend, cotangents, **leaks)
+    assert_within_rounding(found, truth, sizes, terms)
+
+
 @backends
 @pytest.mark.parametrize("dtype", LOW_DTYPES, ids=str)
 @sizes
@@ -194,7 +218,7 @@ def check_two_references(backend: str, problem: Problem, **leaks: float) -> None
 @heads
 def test_other_dtypes_are_no_worse_than_pytorch(head, backend, dtype, size, leaks):
     problem = make_problem(head, dtype=dtype, **size)
-    check_two_references(backend, problem, encoder_leak=leaks[0], head_leak=leaks[1])
+    check_other_dtype(backend, problem, encoder_leak=leaks[0], head_leak=leaks[1])
 
 
 @backends
@@ -203,7 +227,7 @@ def test_other_dtypes_are_no_worse_than_pytorch(head, backend, dtype, size, leak
 def test_other_dtypes_at_a_larger_size(head, backend, dtype):
     """Several tiles in every direction, with ragged ends."""
     problem = make_problem(head, dtype=dtype, leading=(300,), widths=(264, 392), classes=309)
-    check_two_references(backend, problem)
+    check_other_dtype(backend, problem)
 
 
 @pytest.mark.parametrize("dtype", LOW_DTYPES, ids=str)
@@ -211,7 +235,7 @@ def test_other_dtypes_at_a_larger_size(head, backend, dtype):
 @heads
 def test_other_dtypes_in_every_layout(head, dtype, layout):
     problem = make_problem(head, dtype=dtype, layout=layout, **RAGGED)
-    check_two_references(KERNELS, problem)
+    check_other_dtype(KERNELS, problem)
 
 
 @backends

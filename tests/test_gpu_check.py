@@ -442,9 +442,19 @@ def test_the_sanitizer_cases_have_every_head_and_dtype():
     assert {case.size for case in cases} == set(gpu_sanitizer_cases.SIZES)
 
 
+def test_racecheck_gets_a_case_of_every_launch():
+    few = list(gpu_sanitizer_cases.few_cases())
+    assert len(few) <= 12
+    assert {(case.fusion, case.kind, case.backend) for case in few} == {
+        (case.fusion, case.kind, case.backend)
+        for case in gpu_sanitizer_cases.cases()
+        if case.kind != gpu_sanitizer_cases.WHOLE
+    }
+
+
 def test_the_sanitizer_cases_run(monkeypatch, capsys):
     monkeypatch.setattr(gpu_sanitizer_cases, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu_sanitizer_cases, "BACKEND", "fused")
+    monkeypatch.setattr(gpu_sanitizer_cases, "BACKENDS", ("fused",))
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         assert gpu_sanitizer_cases.main() == 0
@@ -456,7 +466,7 @@ def test_the_sanitizer_cases_run(monkeypatch, capsys):
 @pytest.mark.parametrize("kind", [gpu_sanitizer_cases.LOGITS, gpu_sanitizer_cases.CHUNKED])
 def test_a_sanitizer_case_that_gives_nan_fails(monkeypatch, kind):
     monkeypatch.setattr(gpu_sanitizer_cases, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu_sanitizer_cases, "BACKEND", "fused")
+    monkeypatch.setattr(gpu_sanitizer_cases, "BACKENDS", ("fused",))
     real = gpu_sanitizer_cases.make_problem
 
     def spoiled(*args, **options):

@@ -100,8 +100,9 @@ class LogitRow {
  private:
   __device__ __forceinline__ void add_part(int i, int64_t row, int64_t offset,
                                            Accumulator (&sum)[kRuns][kRun]) {
-    // several loads in flight a thread: one after the other each would be a trip to L2
-    constexpr int kAhead = (sizeof(Accumulator) == 8 ? 2 : 8) / kRuns;
+    // Several loads in flight a thread: one after the other each would be a trip to L2. With more
+    // runs those are enough, and registers are few.
+    constexpr int kAhead = kRuns > 1 ? 1 : sizeof(Accumulator) == 8 ? 2 : 8;
     const int64_t splits = source_.splits(i), plane = source_.split_step();
     const int replicas = by_warp_ ? 32 / lanes_ : 1;
     const Accumulator* from = source_.at(row, column(0)) + offset;
