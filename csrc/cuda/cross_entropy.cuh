@@ -5,6 +5,7 @@
 // partial sum is read once, up to about 2,048 classes, and twice beyond.
 #pragma once
 
+#include "peak.cuh"
 #include "rows.cuh"
 
 namespace dgl_ext {
@@ -29,13 +30,7 @@ struct StepLosses {
     double loss = 0;
     int64_t hits = 0;
   };
-  /// What a warp knows of its columns of one branch.
-  struct Peak {
-    Accumulator largest, sum;  // of the logits; of exp(logit - largest)
-    double plain;              // sum of the logits, for smoothing
-    uint32_t best;             // column of the largest logit, the first of equal ones
-  };
-  static constexpr uint32_t kNone = 0xffffffffu;
+  using Peak = dgl_ext::Peak<Accumulator>;
   static constexpr int kMaxBranches = kMaxModalities + 1;
   static constexpr int kTogether = 3;  ///< branches whose reductions overlap
 
@@ -284,14 +279,14 @@ struct StepLosses {
 #pragma unroll
     for (int u = 0; u < kTogether; ++u) {
       const int k = begin + u;
-      peak[u] = {lowest(), 0, 0, kNone};
+      peak[u] = Peak::none();
       if (!(row.counting >> k & 1)) continue;
       Accumulator plain = 0;
       for_each_logit(logits, k, [&](Accumulator z, int64_t column) {
-        if (beats(z, peak[u].largest)) {
+        if (Peak::beats(z, peak[u].largest)) {
           peak[u].largest = z;
           peak[u].best = uint32_t(column);
-        } else if (peak[u].best == kNone) {
+        } else if (peak[u].best == Peak::kNone) {
           peak[u].best = uint32_t(column);  // -inf may be all there is
         }
         if (column == row.target && logits.is_first_replica()) {
@@ -308,7 +303,7 @@ struct StepLosses {
       for (int u = 0; u < kTogether; ++u) {
         const Accumulator largest = warp_exchange(peak[u].largest, mask);
         const uint32_t best = warp_exchange(peak[u].best, mask);
-        if (wins(largest, best, peak[u])) {
+        if (peak[u].loses_to(largest, best)) {
           peak[u].largest = largest;
           peak[u].best = best;
         }
@@ -339,7 +334,7 @@ struct StepLosses {
       if (first) {
         kept = peak[u];
       } else {
-        merge(kept, peak[u]);
+        kept.merge(peak[u]);
       }
     }
   }
@@ -350,23 +345,8 @@ struct StepLosses {
     if (by_warp) return board.peaks[parity][k][threadIdx.x / 32];
     Peak peak = board.peaks[parity][k][0];
 #pragma unroll 1
-    for (int w = 1; w < C::kWarps; ++w) merge(peak, board.peaks[parity][k][w]);
+    for (int w = 1; w < C::kWarps; ++w) peak.merge(board.peaks[parity][k][w]);
     return peak;
-  }
-
-  static __device__ __forceinline__ bool wins(Accumulator largest, uint32_t best,
-                                              const Peak& over) {
-    return beats(largest, over.largest) || (!beats(over.largest, largest) && best < over.best);
-  }
-  static __device__ __forceinline__ void merge(Peak& peak, const Peak& other) {
-    const Accumulator mine = peak.largest;
-    if (wins(other.largest, other.best, peak)) {
-      peak.largest = other.largest;
-      peak.best = other.best;
-    }
-    peak.sum = peak.sum * exponential(mine - peak.largest) +
-               other.sum * exponential(other.largest - peak.largest);
-    peak.plain += other.plain;
   }
 
   /// As in PyTorch a row with +inf or with nothing but -inf has no finite loss.
@@ -436,16 +416,6 @@ struct StepLosses {
         write_run(to + c, zeros, kRun);
       }
     }
-  }
-
-  /// Whether a wins over b wherever the two stand: NaN counts as the largest.
-  static __device__ __forceinline__ bool beats(Accumulator a, Accumulator b) {
-    return a > b || (a != a && b == b);
-  }
-  /// Finite, so that -inf minus it is no NaN.
-  static __device__ __forceinline__ Accumulator lowest() {
-    if constexpr (sizeof(Accumulator) == 8) return -1.7976931348623157e308;
-    return -3.402823466e38f;
   }
 
   static __device__ __forceinline__ double alpha_of(const StepContext& step, int k) {

@@ -251,9 +251,8 @@ BUGS = [
         WRONG,
     ),
     Bug(
-        "the last of equal maxima is the prediction", LOSSES,
-        "(!beats(over.largest, largest) && best < over.best)",
-        "(!beats(over.largest, largest) && best > over.best)",
+        "the last of equal maxima is the prediction", "cuda/peak.cuh",
+        "(!beats(largest, other) && column < best)", "(!beats(largest, other) && column > best)",
         r"correct: got",
     ),
     Bug(
@@ -273,7 +272,7 @@ BUGS = [
         "if (kStep && rows.begin > 0) add_stored", "if (kStep && rows.begin < 0) add_stored", WRONG,
     ),
     Bug(
-        "film sums of earlier chunks are forgotten", FILM_GRADIENTS,
+        "film sums of earlier chunks are forgotten", "cuda/film_planes.cuh",
         "if (kStep && rows.begin > 0) add_stored", "if (kStep && rows.begin < 0) add_stored", WRONG,
     ),
     Bug(
