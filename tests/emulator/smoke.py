@@ -95,6 +95,8 @@ def step_cases():
         absent = {"absent": (0.3, 0.4)}
         yield LinearStepProblem, LinearStepCase(70, (24, 16, 8, 40), 11, loss=loss, **absent), races
         yield LinearStepProblem, LinearStepCase(70, (72, 48), 11, loss=loss, **leaks), races
+        # more split planes than one lane reads
+        yield LinearStepProblem, LinearStepCase(40, (160, 136), 6, splits=5, loss=loss), races
         open_leaks = LinearStepCase(
             70, (72, 48), 11, loss=chunked, schedule=busy, **leaks, **absent
         )
