@@ -13,13 +13,17 @@ backward, with every gradient None at the start. Two modalities of equal width. 
     reference             dgl_ext.reference, plain PyTorch, one backward pass
     compiled              torch.compile of the reference and its losses (compiling not counted)
     linear_cross_entropy  three calls of torch's linear_cross_entropy, in chunks (mode step)
-    library               the same with backend="library": cuBLAS and kernels between; CUDA only
+    liger                 three calls of Liger's fused linear cross-entropy (mode step), where
+                          liger-kernel is installed; CUDA only, and no CUDA graph, for it waits
     dgl_ext_logits        dgl_ext.fused_decouple and three F.cross_entropy (mode step)
-    dgl_ext               dgl_ext.fused_decouple_cross_entropy; on CUDA with backend="fused"
+    fused                 dgl_ext with backend="fused", one launch of its kernels; CUDA only
+    library               dgl_ext with backend="library", cuBLAS and kernels between; CUDA only
+    dgl_ext               dgl_ext.fused_decouple_cross_entropy, backend="auto"
 
-In mode "step" a step hands out its losses; reference, library and dgl_ext, which then are the
-package's training step, count top-1 hits too. In mode "logits" a step hands out the logits of all
-branches; reference, library and dgl_ext are fused_decouple with an F.cross_entropy per branch.
+In mode "step" a step hands out its losses; reference and dgl_ext, which then are the package's
+training step, count top-1 hits too. In mode "logits" a step hands out the logits of all branches;
+reference and dgl_ext are fused_decouple with an F.cross_entropy per branch. `--dtype tf32` is
+float32 whose products on CUDA may be tf32, in every provider.
 
 On CUDA each provider is timed twice, in turns with all others: called from Python ("eager"), and
 as one CUDA graph of the whole step ("graph"), which takes the host's time out of the figure.
@@ -191,7 +195,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=shared.positive("seconds"), help="timing per cell, default 8"
     )
-    shared.add_common(parser)
+    shared.add_common(parser, (*shared.DTYPES, shared.TF32))
     options = parser.parse_args(arguments)
     options.modes = [options.mode] if options.mode else [providers.STEP]
     if options.smoke and not options.mode:

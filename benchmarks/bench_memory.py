@@ -5,14 +5,17 @@
     python benchmarks/bench_memory.py --rows 4096,16384 --classes 32000 --limit 128
 
 A step goes from leaf features to all gradients of features and head, with every gradient None at
-the start: concat, two modalities of width 512. The providers are those of `bench_fusion.py` in mode
-step that say something about memory:
+the start: concat, two modalities of one width (`--width`, 512). The providers are those of
+`bench_fusion.py` in mode step that say something about memory:
 
     joint                 plain joint training, one loss: the logits exist whole
     dgl_ext_logits        dgl_ext.fused_decouple and three F.cross_entropy: so do those of all three
     linear_cross_entropy  three calls of torch's linear_cross_entropy, in chunks of torch's choice
-    library               the same with backend="library": cuBLAS and kernels between; CUDA only
-    dgl_ext               dgl_ext.fused_decouple_cross_entropy; on CUDA with backend="fused"
+    liger                 three calls of Liger's fused linear cross-entropy, where liger-kernel is
+                          installed; CUDA only
+    fused                 dgl_ext with backend="fused", one launch of its kernels; CUDA only
+    library               dgl_ext with backend="library", cuBLAS and kernels between; CUDA only
+    dgl_ext               dgl_ext.fused_decouple_cross_entropy, backend="auto"
 
 "extra" is the memory at the peak of a step beyond what there was before it, when the inputs were
 there. It holds the gradients, which the caller keeps; "rest" is extra less these, and is to be
@@ -56,6 +59,7 @@ ROWS, CLASSES = "1024,4096,16384", "1000,8000,32000"
 SMOKE_ROWS, SMOKE_CLASSES, SMOKE_LIMIT = "256", "1000", 1.0
 WIDTH = 512
 MIB = 2**20
+LIMITS = {"cpu": 64.0, "cuda": 512.0}  # MiB, the package's defaults
 
 # How many arrays of rows x classes a step holds at its peak: the logits of a branch, then their
 # log-softmax, which autograd keeps, then two gradients of one branch at a time.
@@ -63,6 +67,8 @@ PLANES = {
     "joint": 3,
     "dgl_ext_logits": 6,
     "linear_cross_entropy": 0,
+    "liger": 0,
+    "fused": 0,
     "library": 0,
     "dgl_ext": 0,
 }
@@ -97,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
         "statistic": "peak of one step; median (p20, p80) of the steps after it",
         "device": str(options.device),
         "dtype": options.dtype_name,
-        "width": WIDTH,
+        "width": options.width,
         "workspace_limit": options.limit,
         "environment": harness.environment(options.device),
         "foreign_load": load.share,
@@ -112,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def check(rows: int, classes: int, options: argparse.Namespace) -> dict[str, tuple[str, str]]:
     """Compare all providers with the reference; returns status and note of those to leave out."""
-    size = (rows, WIDTH, classes)
+    size = (rows, options.width, classes)
     cell = fusion_cells.Cell(
         providers.STEP, memory_child.FUSION, size, options.device, options.dtype
     )
@@ -137,7 +143,7 @@ def measure(
     excluded: dict[str, tuple[str, str]],
 ) -> Row:
     """One row of the table: what a child process found, or why none was started."""
-    predicted = need(name, rows, classes, options.dtype.itemsize, options.limit)
+    predicted = need(name, rows, options.width, classes, options.dtype.itemsize, options.limit)
     row = {"rows": rows, "classes": classes, "provider": name, "predicted_bytes": predicted}
     if name in excluded:
         return row | dict(zip(("status", "note"), excluded[name], strict=True))
@@ -148,7 +154,7 @@ def measure(
     request = memory_child.Request(
         name,
         rows,
-        WIDTH,
+        options.width,
         classes,
         str(options.device),
         options.dtype_name,
@@ -185,9 +191,9 @@ def ask(request: memory_child.Request) -> dict[str, Any]:
     return {"status": "failed", "note": note}
 
 
-def need(name: str, rows: int, classes: int, itemsize: int, limit: int) -> int:
+def need(name: str, rows: int, width: int, classes: int, itemsize: int, limit: int) -> int:
     """About how many bytes a step and its inputs take."""
-    inputs = 2 * rows * WIDTH + classes * (2 * WIDTH + 1)
+    inputs = 2 * rows * width + classes * (2 * width + 1)
     planes = PLANES[name] * rows * classes
     return itemsize * (2 * inputs + planes) + limit
 
@@ -241,12 +247,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    limit, names = 64, ",".join(PLANES)  # the CPU's default
+    names = ",".join(PLANES)
     parser.add_argument("--rows", type=shared.counts, help=f"default {ROWS}")
     parser.add_argument("--classes", type=shared.counts, help=f"default {CLASSES}")
     parser.add_argument(
-        "--limit", type=shared.positive("MiB"), help=f"the workspace's, in MiB, default {limit:.0f}"
+        "--limit", type=shared.positive("MiB"), help="the workspace's, in MiB, default as dgl_ext's"
     )
+    parser.add_argument("--width", type=int, default=WIDTH, help=f"default {WIDTH}")
     parser.add_argument(
         "--providers", type=shared.some_of(PLANES), default=names, help=f"default {names}"
     )
@@ -258,7 +265,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     smoke = options.smoke
     options.rows = options.rows or shared.counts(SMOKE_ROWS if smoke else ROWS)
     options.classes = options.classes or shared.counts(SMOKE_CLASSES if smoke else CLASSES)
-    options.limit = max(1, int(MIB * (options.limit or (SMOKE_LIMIT if smoke else limit))))
+    default_limit = SMOKE_LIMIT if smoke else LIMITS[options.device.type]
+    options.limit = max(1, int(MIB * (options.limit or default_limit)))
     options.seconds = options.seconds or (0.05 if smoke else 2.0)
     shared.complete(parser, options)
     return options

@@ -15,6 +15,7 @@ import torch
 
 SIZE_COLUMNS = ("batch", "width", "classes")
 EAGER, GRAPH = "eager", "graph"
+TF32_EPSILON = 2.0**-10
 
 Row = dict[str, Any]
 Step = harness.Step
@@ -189,7 +190,8 @@ def difference(
 
     The measure is the L2 norm of the difference relative to the reference's. The limit is a
     rounding error with room for other orders of summation: 100 units of the dtype's epsilon, 4 in
-    16 bits, where rounding the stored results outweighs the sums (those are taken in float32).
+    16 bits, where rounding the stored results outweighs the sums (those are taken in float32), and
+    4 of tf32's where float32 products may be tf32.
 
     Args:
         results: what is to be judged.
@@ -199,6 +201,8 @@ def difference(
     """
     epsilon = torch.finfo(dtype).eps
     limit = (4 if torch.finfo(dtype).bits == 16 else 100) * epsilon
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        limit = 4 * TF32_EPSILON
     for name in truth if everything else list(truth)[:1]:
         got, expected = results.get(name), truth[name]
         if got is None or expected is None:

@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+TF32 = "tf32"  # float32, with products on CUDA that round their operands to 11 bits
 DEFAULT_OUT = Path(__file__).parent / "results"
 
 
-def add_common(parser: argparse.ArgumentParser) -> None:
+def add_common(parser: argparse.ArgumentParser, dtypes: Collection[str] = DTYPES) -> None:
     """Add the options that every benchmark has."""
     parser.add_argument("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:1")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", dest="dtype_name")
+    parser.add_argument("--dtype", choices=dtypes, default="float32", dest="dtype_name")
     parser.add_argument(
         "--out", type=Path, default=DEFAULT_OUT, help="folder, default benchmarks/results"
     )
@@ -26,7 +27,12 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 def complete(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Look the dtype up, and make the folder before anything takes its time."""
-    options.dtype = getattr(torch, options.dtype_name)
+    tf32 = options.dtype_name == TF32
+    if tf32 and options.device.type != "cuda":
+        parser.error(f"argument --dtype: tf32 needs --device cuda, got {options.device}")
+    options.dtype = torch.float32 if tf32 else getattr(torch, options.dtype_name)
+    if options.device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

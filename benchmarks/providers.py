@@ -126,16 +126,37 @@ def _linear_cross_entropy(problem: Problem) -> Step:
     if not hasattr(F, "linear_cross_entropy") or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         raise Unavailable(f"torch {torch.__version__} has no linear_cross_entropy in chunks")
     loss_of = partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
+    return _by_branches(problem, lambda h, w, b, target: loss_of(h, w, target, linear_bias=b))
+
+
+def _liger(problem: Problem) -> Step:
+    """Three calls of Liger's fused linear cross-entropy, as it is called by default."""
+    if _device_type(problem) != "cuda":
+        raise Unavailable("it runs on CUDA only")
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as loss_of
+    except Exception as error:  # triton may break at import in more ways than one
+        raise Unavailable(f"liger-kernel cannot be imported: {reason(error)}") from error
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Tensor:
+        # Liger makes the weight's gradient only where it makes one of the rows. So rows that are
+        # cut off get one, too, which nobody reads: what its users have to pay for that cut.
+        if not hidden.requires_grad:
+            hidden.requires_grad_()
+        return loss_of(hidden, weight, target, bias)
+
+    return _by_branches(problem, loss)
+
+
+def _by_branches(problem: Problem, loss_of: Callable[..., Tensor]) -> Step:
+    """One call of `loss_of` (hidden rows, weight, bias, target) for each branch."""
     branches = {"concat": _concat_branches, "sum": _sum_branches, "film": _film_branches}
     branches_of = branches[problem.fusion]
 
     def forward(
         features: Any, weight: Any, bias: Any, target: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        losses = tuple(
-            loss_of(hidden, w, target, linear_bias=b)
-            for hidden, w, b in branches_of(*features, weight, bias)
-        )
+        losses = tuple(loss_of(*branch, target) for branch in branches_of(*features, weight, bias))
         return reduce(torch.add, losses), losses
 
     return _one_pass(problem, forward)
@@ -175,50 +196,39 @@ def _film_branches(x: Tensor, y: Tensor, weight: Any, bias: Any) -> Branches:
     )
 
 
-def _library(mode: str, problem: Problem) -> Step:
-    """This package's backend "library": cuBLAS on views of the weight, kernels between."""
+def _executor(backend: str, mode: str, problem: Problem) -> Step:
+    """This package with one of its two executors on CUDA, whatever it would choose itself."""
     if _device_type(problem) != "cuda":
         raise Unavailable("it runs on CUDA only")
-    if not dgl_ext._extension.available("cuda"):
-        raise Unavailable(f"the CUDA extension is not loaded: {dgl_ext._extension.error('cuda')}")
-    return _one_pass(problem, _forward(mode, problem, dgl_ext, backend="library"))
+    return _own(problem, _forward(mode, problem, dgl_ext, backend=backend))
 
 
 def _dgl_ext(mode: str, problem: Problem) -> Step:
-    """This package: on the CPU with the backend that it chooses itself, on CUDA with "fused"."""
-    return _own(problem, lambda backend: _forward(mode, problem, dgl_ext, backend=backend))
+    """This package with the backend that it chooses itself."""
+    return _own(problem, _forward(mode, problem, dgl_ext))
 
 
 def _dgl_ext_logits(problem: Problem) -> Step:
     """This package's head with logits, and `F.cross_entropy` on those of each branch."""
-
-    def forward(backend: str) -> Forward:
-        decouple = partial(dgl_ext.fused_decouple, backend=backend)
-        return _head_then_losses(STEP, decouple, problem.fusion)
-
-    return _own(problem, forward)
+    return _own(problem, _head_then_losses(STEP, dgl_ext.fused_decouple, problem.fusion))
 
 
-def _own(problem: Problem, forward_of: Callable[[str], Forward]) -> Step:
-    """A step by this package's own kernels; raises `Unavailable` if others would run."""
-    backend, device_type = "auto", _device_type(problem)
-    if device_type == "cuda":
-        if not dgl_ext._extension.available("cuda"):
-            raise Unavailable(
-                f"the CUDA extension is not loaded: {dgl_ext._extension.error('cuda')}: "
-                "see python -m dgl_ext"
-            )
-        backend = "fused"  # "auto" may choose the library or the reference
-    forward = forward_of(backend)
-    # A small problem tells what runs, since that does not depend on the size.
+def _own(problem: Problem, forward: Forward) -> Step:
+    """A step by this package's ops; raises `Unavailable` if its reference would run."""
+    device_type = _device_type(problem)
+    if device_type == "cuda" and not dgl_ext._extension.available("cuda"):
+        raise Unavailable(
+            f"the CUDA extension is not loaded: {dgl_ext._extension.error('cuda')}: "
+            "see python -m dgl_ext"
+        )
+    # A small problem tells whether ops run, since that does not depend on the size.
     like = problem.features[0]
     small = make_problem(problem.fusion, 2, 3, 4, like.device, like.dtype)
     with _OperatorNames() as seen:
         _one_pass(small, forward)()
     if not any(name.startswith("dgl_ext::") for name in seen.names):
         raise Unavailable(
-            f"backend={backend!r} chose the reference for {device_type} {like.dtype}: "
-            "see python -m dgl_ext"
+            f"dgl_ext takes the reference for {device_type} {like.dtype}: see python -m dgl_ext"
         )
     return _one_pass(problem, forward)
 
@@ -304,14 +314,19 @@ class Provider:
 
 def _providers(mode: str) -> dict[str, Provider]:
     """By name, in the order of the tables."""
+    of_step = {
+        "linear_cross_entropy": Provider(_linear_cross_entropy),
+        "liger": Provider(_liger),
+        "dgl_ext_logits": Provider(_dgl_ext_logits),
+    }
     return {
         "joint": Provider(partial(_joint, mode), decoupled=False),
         "two_pass": Provider(partial(_two_pass, mode)),
         "reference": Provider(partial(_reference, mode)),
         "compiled": Provider(partial(_compiled, mode)),
-        **({"linear_cross_entropy": Provider(_linear_cross_entropy)} if mode == STEP else {}),
-        "library": Provider(partial(_library, mode)),
-        **({"dgl_ext_logits": Provider(_dgl_ext_logits)} if mode == STEP else {}),
+        **(of_step if mode == STEP else {}),
+        "fused": Provider(partial(_executor, "fused", mode)),
+        "library": Provider(partial(_executor, "library", mode)),
         "dgl_ext": Provider(partial(_dgl_ext, mode)),
     }
 

@@ -21,6 +21,8 @@ COLORS = {
     "reference": "#0072b2",
     "compiled": "#cc79a7",
     "linear_cross_entropy": "#56b4e9",
+    "liger": "#f0e442",
+    "fused": "#000000",
     "library": "#e69f00",
     "dgl_ext_logits": "#85d0b4",
     "dgl_ext": "#009e73",

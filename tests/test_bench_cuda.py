@@ -7,12 +7,14 @@ import csv
 import io
 import json
 import math
+import sys
 import types
 from pathlib import Path
 
 import pytest
 import test_bench_fusion as plain  # puts benchmarks/ on the path
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 
 import dgl_ext
@@ -103,25 +105,6 @@ def test_a_whole_step_is_captured_after_a_warm_up_on_a_side_stream():
     assert cuda.log[-1] == "replay on main"
 
 
-@pytest.mark.parametrize("end_error", [None, RuntimeError("capture was invalidated")])
-def test_the_reason_why_a_step_cannot_be_captured_is_the_first_error(end_error):
-    cuda = FakeCuda(end_error)
-    calls = []
-
-    def step():
-        calls.append(1)
-        if len(calls) > cuda_steps.WARM_UPS:
-            raise ValueError("operation not permitted when stream is capturing")
-        return (torch.randn(2),)
-
-    with pytest.raises(
-        providers.Unavailable,
-        match=r"^no CUDA graph of it can be captured: ValueError: operation not permitted",
-    ):
-        cuda_steps.Gpu(CUDA, cuda).capture(step, {})
-    assert cuda.streams == ["main"]
-
-
 def test_a_capture_that_fails_at_its_end_only_says_why():
     cuda = FakeCuda(RuntimeError("capture was invalidated"))
     with pytest.raises(providers.Unavailable, match="RuntimeError: capture was invalidated"):
@@ -150,12 +133,6 @@ def test_launches_are_the_kernels_of_one_warm_step():
     assert cuda_steps.Gpu(CUDA, cuda, profile).launches(lambda: cuda.note("step")) == 2
     names = ["step", "synchronize", "profile", "step", "synchronize", "done"]
     assert cuda.log == [f"{name} on main" for name in names]
-
-
-def test_a_profiler_that_sees_nothing_is_no_count_of_zero():
-    cuda = FakeCuda()
-    with pytest.raises(providers.Unavailable, match=r"torch.profiler saw no kernels"):
-        cuda_steps.Gpu(CUDA, cuda, profiler_of(cuda, ["gpu_memcpy"])).launches(lambda: None)
 
 
 def test_the_real_profiler_writes_such_a_trace(tmp_path):
@@ -260,18 +237,6 @@ def test_eager_and_graphs_take_turns_and_ratios_stay_within_each(monkeypatch):
     assert set(rows[3]) <= set(fusion_cells.columns("logits"))
 
 
-def test_graphs_alone_are_still_checked_eagerly_first(monkeypatch):
-    gpu = FakeGpu()
-    monkeypatch.setitem(providers.PROVIDERS["logits"], "broken", plain.broken("scaled gradients"))
-    rows = measured(["joint", "broken"], gpu, executions=("graph",), passes=2)
-    assert [(row["execution"], row["status"]) for row in rows] == [
-        ("graph", "ok"),
-        ("graph", "wrong"),
-    ]
-    assert gpu.captures == 3  # joint's, in two passes and for the count
-    assert rows[0]["rounds"] == 4
-
-
 @pytest.mark.parametrize("spoiled", ["features[1]", "bias[0]"])
 def test_a_replay_that_misses_a_gradient_is_wrong_and_eager_is_not(spoiled):
     rows = measured(["reference"], FakeGpu(spoil=spoiled))
@@ -284,40 +249,14 @@ def test_a_replay_that_misses_a_gradient_is_wrong_and_eager_is_not(spoiled):
 @pytest.mark.parametrize("spoiled", [None, "features[0]"])
 def test_every_way_to_a_step_s_losses_can_be_a_graph(spoiled):
     names = [
-        name for name in providers.PROVIDERS["step"] if name not in ("joint", "compiled", "library")
+        name
+        for name in providers.PROVIDERS["step"]
+        if name not in ("joint", "compiled", *plain.ON_CUDA)
     ]
     here, timing = plain.cell(mode="step"), fusion_cells.Timing(names, BOTH)
     fusion_cells.measure(here, timing, 1e-9, min_rounds=2, gpu=FakeGpu(spoil=spoiled))
     wrong = {candidate: status for candidate, (status, _) in timing.excluded.items()}
     assert wrong == ({(name, "graph"): "wrong" for name in names} if spoiled else {})
-
-
-def test_what_cannot_be_captured_is_left_out_in_graphs_only():
-    class CannotCapture(FakeGpu):
-        def capture(self, step, leaves):
-            raise providers.Unavailable("no CUDA graph of it can be captured: it synchronizes")
-
-    rows = measured(["joint"], CannotCapture())
-    assert [row["status"] for row in rows] == ["ok", "left out"]
-    assert fusion_report.describe(rows)[2] == (
-        "joint (CUDA graph) was left out at every cell: "
-        "no CUDA graph of it can be captured: it synchronizes"
-    )
-
-
-@pytest.mark.parametrize(
-    ("error", "note"),
-    [
-        (providers.Unavailable("saw no kernels"), "kernels not counted: saw no kernels"),
-        (OSError("disk full"), "kernels not counted: OSError: disk full"),
-    ],
-)
-def test_times_stand_without_a_count_of_kernels(error, note):
-    rows = measured(["joint"], FakeGpu(launches=error))
-    assert [(row["status"], row["launches"], row["note"]) for row in rows] == [
-        ("ok", None, note)
-    ] * 2
-    assert fusion_report.describe(rows).count(f"joint: {note}") == 1
 
 
 def test_graphs_need_a_gpu():
@@ -446,46 +385,78 @@ def test_table_with_kernels_fits_80_columns():
     assert line.split() == [*expected, "98.7%", "123"]
 
 
-@pytest.mark.parametrize(("value", "shown"), [(7.46, "7.5"), (99.94, "99.9"), (253.5, "254")])
-def test_short_times_have_a_decimal(value, shown):
-    assert fusion_report._us(value) == shown
-
-
 def cuda_problem():
     features = (types.SimpleNamespace(device=CUDA, dtype=torch.float32),) * 2
     return types.SimpleNamespace(features=features, fusion="concat")
 
 
-OWN = [("logits", "dgl_ext"), ("step", "dgl_ext"), ("step", "dgl_ext_logits")]
-
-
-@pytest.mark.parametrize(("mode", "name"), OWN)
-def test_dgl_ext_is_left_out_on_cuda_without_its_cuda_extension(monkeypatch, mode, name):
+@pytest.mark.parametrize("name", ["fused", "library", "dgl_ext", "dgl_ext_logits"])
+def test_dgl_ext_is_left_out_on_cuda_without_its_cuda_extension(monkeypatch, name):
     monkeypatch.setitem(dgl_ext._extension._errors, "cuda", ImportError("libcudart is missing"))
     with pytest.raises(providers.Unavailable, match="CUDA extension is not loaded: libcudart is"):
-        providers.PROVIDERS[mode][name].build(cuda_problem())
+        providers.PROVIDERS["step"][name].build(cuda_problem())
 
 
-@pytest.mark.parametrize(("mode", "name"), OWN)
-def test_dgl_ext_on_cuda_names_its_backend(monkeypatch, mode, name):
+@pytest.mark.parametrize("mode", ["step", "logits"])
+@pytest.mark.parametrize(("name", "backend"), [("fused",) * 2, ("library",) * 2, ("dgl_ext", None)])
+def test_a_provider_names_its_executor_and_is_left_out_if_none_runs(
+    monkeypatch, mode, name, backend
+):
     monkeypatch.setitem(dgl_ext._extension._errors, "cuda", None)
-    problem, backends = plain.cell().problem(), []
-
-    def referring(function):
-        def call(*args, backend, **kwargs):
-            backends.append(backend)
-            return function(*args, **kwargs)
-
-        return call
-
-    reference = dgl_ext.reference
-    monkeypatch.setattr(dgl_ext, "fused_decouple", referring(reference.fused_decouple))
-    step = referring(reference.fused_decouple_cross_entropy)
-    monkeypatch.setattr(dgl_ext, "fused_decouple_cross_entropy", step)
-    build = providers.PROVIDERS[mode][name].build
-    with pytest.raises(providers.Unavailable, match="backend='auto' chose the reference for cpu"):
-        build(problem)
     monkeypatch.setattr(providers, "_device_type", lambda problem: "cuda")
-    with pytest.raises(providers.Unavailable, match="backend='fused' chose the reference"):
-        build(problem)
-    assert backends == ["auto", "fused"]
+    backends = []
+    for function in ("fused_decouple", "fused_decouple_cross_entropy"):
+
+        def call(*args, function=function, backend=None, **kwargs):
+            backends.append(backend)
+            return getattr(dgl_ext.reference, function)(*args, **kwargs)
+
+        monkeypatch.setattr(dgl_ext, function, call)
+    with pytest.raises(providers.Unavailable, match=r"takes the reference for cuda torch.float32"):
+        providers.PROVIDERS[mode][name].build(plain.cell().problem())
+    assert backends == [backend]
+
+
+# --- Liger ---
+
+
+def with_liger(monkeypatch, factor=1.0):
+    """A stand-in on the CPU that, as Liger 0.8.5, makes no gradient where the rows need none."""
+
+    def loss_of(rows, weight, target, bias=None):
+        if not rows.requires_grad:
+            weight, bias = weight.detach(), bias.detach()
+        return factor * F.cross_entropy(F.linear(rows, weight, bias), target)
+
+    name = "liger_kernel.transformers.functional"
+    module = types.SimpleNamespace(liger_fused_linear_cross_entropy=loss_of)
+    for parent in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(providers, "_device_type", lambda problem: "cuda")
+
+
+def liger_row(fusion):
+    timing, here = fusion_cells.Timing(["liger", "joint"]), plain.cell(fusion, mode="step")
+    fusion_cells.measure(here, timing, 1e-9, min_rounds=1)
+    return fusion_cells.rows(here, timing, plain.CEILING)[0]
+
+
+@pytest.mark.parametrize("fusion", ["concat", "sum", "film"])
+def test_three_calls_of_liger_are_the_method_and_a_wrong_one_is_not_timed(monkeypatch, fusion):
+    with_liger(monkeypatch)
+    assert liger_row(fusion)["status"] == "ok"
+    with_liger(monkeypatch, factor=1.001)
+    row = liger_row(fusion)
+    assert row["status"] == "wrong"
+    assert "differs from the reference by 1.0e-03" in row["note"]
+
+
+def test_liger_is_left_out_in_one_line_where_it_cannot_be_imported(monkeypatch):
+    assert (liger_row("concat")["note"]) == "it runs on CUDA only"
+    with_liger(monkeypatch)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", None)
+    row = liger_row("concat")
+    assert row["status"] == "left out"
+    assert row["note"].startswith("liger-kernel cannot be imported: ModuleNotFoundError")
+    assert "\n" not in row["note"]
