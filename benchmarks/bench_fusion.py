@@ -113,7 +113,7 @@ def _run(
         for size in options.sizes
     }
     load = harness.ForeignLoad()
-    passes = 1 if options.smoke else PASSES
+    passes = options.passes
     with report.CellProgress(console, passes * len(timings)) as progress:
         for _ in range(passes):
             for cell, timing in timings.items():
@@ -195,6 +195,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=shared.positive("seconds"), help="timing per cell, default 8"
     )
+    parser.add_argument(
+        "--passes", type=shared.whole, help=f"visits of a cell, default {PASSES}, with --smoke 1"
+    )
     shared.add_common(parser, (*shared.DTYPES, shared.TF32))
     options = parser.parse_args(arguments)
     options.modes = [options.mode] if options.mode else [providers.STEP]
@@ -219,6 +222,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     default_sizes = CUDA_SIZES if on_cuda else SIZES
     options.sizes = options.sizes or _sizes(SMOKE_SIZES if options.smoke else default_sizes)
     options.seconds = options.seconds or (0.2 if options.smoke else 8.0)
+    options.passes = options.passes or (1 if options.smoke else PASSES)
     shared.complete(parser, options)
     return options
 

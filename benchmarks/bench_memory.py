@@ -253,7 +253,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=shared.positive("MiB"), help="the workspace's, in MiB, default as dgl_ext's"
     )
-    parser.add_argument("--width", type=int, default=WIDTH, help=f"default {WIDTH}")
+    parser.add_argument("--width", type=shared.whole, default=WIDTH, help=f"default {WIDTH}")
     parser.add_argument(
         "--providers", type=shared.some_of(PLANES), default=names, help=f"default {names}"
     )

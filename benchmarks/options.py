@@ -70,6 +70,13 @@ def positive(what: str) -> Callable[[str], float]:
     return parse
 
 
+def whole(text: str) -> int:
+    """The type of a whole number above 0."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0; got {text!r}")
+    return int(text)
+
+
 def counts(text: str) -> list[int]:
     """The type of a comma-separated list of whole numbers above 0."""
     parts = text.split(",")

@@ -4,18 +4,21 @@
     python tests/gpu_check.py --out DIR                # with the package already installed
     python tests/gpu_check.py --only tests,memcheck    # some of the parts
 
-Parts, each run even if an earlier one failed, each within its own time limit:
+Parts, each run even if an earlier one failed, each within its own time limit; all limits together
+are 8 minutes, meant for one GPU and 16 cores:
 
-    environment          GPU, driver, torch, CUDA, commit; fails if the CUDA kernels do not load
+    environment          GPU, driver, torch, CUDA, commit; fails if the CUDA kernels do not load;
+                         always run, since the report is nothing without it
     tests                pytest -m gpu
     memcheck, racecheck, initcheck, synccheck
-                         compute-sanitizer over gpu_sanitizer_cases.py
+                         compute-sanitizer over gpu_sanitizer_cases.py, the tools side by side
     bench_step_float32, bench_step_bfloat16, bench_logits_float32
                          benchmarks/bench_fusion.py --device cuda; results under DIR/bench
     bench_memory         benchmarks/bench_memory.py --device cuda; likewise
 
-The report is written anew after each part, so that what a cut-off run has found is kept; the whole
-output of a part is in DIR/<part>.log. Exit code: 0 if every part passed, 1 if not, 2 without a GPU.
+The report is written anew as parts end, so that what a cut-off run has found is kept; the whole
+output of a part is in DIR/<part>.log. A table of all parts is printed last. Exit code: 0 if every
+part passed, 1 if not, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,15 +53,16 @@ PARTS = (
 )
 CASES_DONE = "sanitizer cases done"
 TAIL_CHARACTERS = 4000
-# One size of each kind, and no rival that has to be compiled, so that all parts fit ten minutes;
-# `make bench` measures the whole table. For memory the smaller size is there to be checked.
+# Enough to see that all is right and how fast it is, at one size for each executor, so that all
+# parts fit their minutes; benchmarks/gpu_tables.py measures the tables. For memory the smaller size
+# is there to be checked.
 BENCH_ARGUMENTS = (
-    "--sizes 64x512x6,256x512x309,1024x2048x1000 --seconds 1 "
-    "--providers joint,two_pass,reference,library,dgl_ext"
+    "--sizes 64x512x309,1024x2048x1000 --seconds 0.3 --passes 1 --graphs graphs "
+    "--providers joint,fused,library,dgl_ext"
 )
-MEMORY_ARGUMENTS = (
-    "--rows 1024,16384 --classes 32000 --seconds 0.5 --providers joint,linear_cross_entropy,dgl_ext"
-)
+MEMORY_ARGUMENTS = "--rows 1024,16384 --classes 32000 --seconds 0.3 --providers joint,dgl_ext"
+# A host of one GPU has cores for more processes than eight; each takes half a GiB of the GPU.
+MOST_PROCESSES = 14
 
 
 @dataclass
@@ -163,7 +168,7 @@ def check_tests(options: argparse.Namespace) -> Part:
     if importlib.util.find_spec("hypothesis") is None:
         command.append("--noconftest")
     if importlib.util.find_spec("xdist") is not None:  # the tests keep the host busy, not the GPU
-        command += ["-n", str(min(8, os.cpu_count() or 1))]
+        command += ["-n", str(min(MOST_PROCESSES, os.cpu_count() or 1))]
     command += gpu_test_files()
     outcome = run_command(command, options.out / "tests.log", options.timeout_tests)
     details: dict[str, Any] = {"command": command}
@@ -339,8 +344,10 @@ def assemble(parts: list[Part], options: argparse.Namespace) -> dict[str, Any]:
     """The report: passed only if every part that was asked for has run and passed."""
     fine = ("passed", "not found") if options.allow_missing else ("passed",)
     names = [part.name for part in parts]
+    details = next((part.details for part in parts if part.name == "environment"), {})
     return {
         "report": "gpu_check",
+        **{key: details.get(key) for key in ("gpu", "torch", "cuda", "date")},
         "passed": names == options.only and all(part.status in fine for part in parts),
         "left_out": [name for name in PARTS if name not in options.only],
         "not_run_yet": [name for name in options.only if name not in names],
@@ -348,6 +355,29 @@ def assemble(parts: list[Part], options: argparse.Namespace) -> dict[str, Any]:
         "seconds": round(sum(part.seconds for part in parts), 2),
         "parts": [asdict(part) for part in parts],
     }
+
+
+def side_by_side(names: list[str]) -> Iterator[list[str]]:
+    """The parts in order, the sanitizer's tools in one group: each keeps one core busy."""
+    tools = [name for name in names if name in TOOLS]
+    for name in names:
+        if name not in TOOLS:
+            yield [name]
+        elif name == tools[0]:
+            yield tools
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for the eye: the machine, and a line for each part."""
+    lines = [f"{report['gpu']}, torch {report['torch']}, CUDA {report['cuda']}, {report['date']}"]
+    for part in report["parts"]:
+        details = part["details"]
+        counts = [f"{details[key]} {key}" for key in ("passed", "failed", "skipped", "findings")
+                  if details.get(key) is not None]  # fmt: skip
+        note = part["message"] or ", ".join(counts)
+        line = f"{part['name']:<20}  {part['status']:<9}  {part['seconds']:>5.0f} s  {note}"
+        lines.append(line.rstrip())
+    return "\n".join(lines)
 
 
 def count_gpus() -> int:
@@ -391,15 +421,14 @@ def main(arguments: list[str] | None = None) -> int:
     parts: list[Part] = []
     report = assemble(parts, options)
     available = runners()
-    for name in options.only:
-        print(f"gpu-check: {name} ...", flush=True)
-        part = run_part(name, available[name], options)
-        parts.append(part)
-        note = f": {part.message}" if part.message else ""
-        print(f"gpu-check: {name} {part.status} in {part.seconds:.0f} s{note}", flush=True)
+    for group in side_by_side(options.only):
+        print(f"gpu-check: {', '.join(group)} ...", flush=True)
+        with ThreadPoolExecutor() as pool:
+            parts += pool.map(lambda name: run_part(name, available[name], options), group)
         report = assemble(parts, options)
         options.report.write_text(json.dumps(report, indent=2) + "\n")
     print(f"gpu-check: {'passed' if report['passed'] else 'FAILED'}, wrote {options.report}")
+    print(table(report))
     return 0 if report["passed"] else 1
 
 
@@ -410,12 +439,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, default=ROOT / "build" / "gpu-check", help="folder of logs and results")
     add("--report", type=Path, help="the JSON report, default gpu_check.json in that folder")
-    add("--only", type=some_parts, default=list(PARTS), help="parts to run, comma-separated")
+    add("--only", type=some_parts, default=list(PARTS), help="parts of the list above, by commas")
     add("--allow-missing", action="store_true", help="pass where compute-sanitizer is not found")
-    add("--timeout-tests", type=seconds, default=180.0, help="seconds, default 180")
-    add("--timeout-sanitizer", type=seconds, default=40.0, help="seconds per tool, default 40")
-    add("--timeout-bench", type=seconds, default=55.0, help="seconds each, default 55")
-    add("--timeout-memory", type=seconds, default=85.0, help="seconds, default 85")
+    add("--timeout-tests", type=seconds, default=200.0, help="seconds, default 200")
+    add("--timeout-sanitizer", type=seconds, default=75.0, help="seconds per tool, default 75")
+    add("--timeout-bench", type=seconds, default=45.0, help="seconds each, default 45")
+    add("--timeout-memory", type=seconds, default=65.0, help="seconds, default 65")
     add("--bench-arguments", default=BENCH_ARGUMENTS, help=f"default {BENCH_ARGUMENTS!r}")
     add("--memory-arguments", default=MEMORY_ARGUMENTS, help=f"default {MEMORY_ARGUMENTS!r}")
     add("--look", action="store_true", help="only look for a GPU: exit code 0 with one, 2 without")
@@ -432,7 +461,7 @@ def some_parts(text: str) -> list[str]:
         if name not in PARTS:
             expected = ", ".join(PARTS)
             raise argparse.ArgumentTypeError(f"expected some of {expected}; got {name!r}")
-    return [name for name in PARTS if name in chosen]
+    return [name for name in PARTS if name in ("environment", *chosen)]
 
 
 def seconds(text: str) -> float:

@@ -59,6 +59,7 @@ def cases() -> Iterator[Case]:
     """Every head, dtype and size; float32 once more as tf32, which only aligned operands can be.
 
     Logits with the leaks closed and open; steps whole with them closed, in chunks with them open.
+    The library executor with them open only: its kernels are the same, its products cuBLAS's.
     """
     passes = [(LOGITS, leaks) for leaks in LEAKS]
     passes += zip((WHOLE, CHUNKED), LEAKS, strict=True)
@@ -68,15 +69,14 @@ def cases() -> Iterator[Case]:
                 both = dtype == torch.float32 and size == "aligned"
                 for tf32 in (False, True) if both else (False,):
                     for kind, leaks in passes:
-                        for backend in BACKENDS:
+                        for backend in BACKENDS[: 2 if any(leaks) else 1]:
                             yield Case(fusion, dtype, size, tf32, kind, leaks, backend)
 
 
 def few_cases() -> Iterator[Case]:
     """Every phase of both executors once: what racecheck, which is slow, gets through."""
     for case in cases():
-        open_leaks = case.leaks != (0.0, 0.0)
-        if case.dtype == torch.bfloat16 and case.size == "ragged" and open_leaks:
+        if case.dtype == torch.bfloat16 and case.size == "ragged" and any(case.leaks):
             yield case
 
 

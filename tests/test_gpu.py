@@ -21,7 +21,6 @@ from dgl_ext.testing import (
     Problem,
     assert_same,
     assert_two_references,
-    assert_within_rounding,
     flat,
     gradients,
     make_problem,
@@ -43,16 +42,18 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(_REASON), reason=_REASON)
 
 DEVICE = "cuda"
 KERNELS = "fused"  # the backend that takes this project's kernels at any size
-BACKENDS = (KERNELS, "library", "auto")
+BACKENDS = (KERNELS, "library")  # both executors; "auto" is one of them
 LOW_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, *LOW_DTYPES)
 ALIGNED = {"leading": (96,), "widths": (64, 64), "classes": 32}
 RAGGED = {"leading": (37,), "widths": (29, 23), "classes": 11}
+LARGEST = {"leading": (300,), "widths": (264, 392), "classes": 309}
 LARGER = {"leading": (256,), "widths": (256, 384), "classes": 128}
 SIZES = [pytest.param(ALIGNED, id="aligned"), pytest.param(RAGGED, id="ragged")]
 LEAKS = [(0.0, 0.0), (0.5, 0.0), (0.0, 0.25), (1.0, 1.0)]
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
+every_backend = pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
 heads = pytest.mark.parametrize("head", list(HEADS))
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 sizes = pytest.mark.parametrize("size", SIZES)
@@ -192,23 +193,20 @@ def check_other_dtype(backend: str, problem: Problem, **leaks: float) -> None:
     """float32 within what its roundings allow, 16 bits no worse than plain PyTorch.
 
     Our sums run over k in another order than the library's. Each order is off by about as much, and
-    which of the two by more is chance: a bound from the other's error failed 8 tests of 1,745.
+    which of the two by more is chance: a bound from the other's error failed 8 tests of 1,745 on an
+    H200, by 2 to 29 %. In 16 bits one rounding of the result outweighs what the order does.
     """
     if problem.features[0].dtype != torch.float32:
         check_two_references(backend, problem, **leaks)
         return
+    pytest.importorskip("numpy")
+    import gpu_bounds
+
     cotangents = draw_cotangents(problem)
-    exact = problem.to(torch.float64)
-    truth = evaluate(exact, "reference", cotangents, **leaks)
-    # every result is a sum of products: on absolute values, the sum of theirs
-    sizes = evaluate(
-        exact.map(torch.abs), "reference", [None if g is None else g.abs() for g in cotangents],
-        **leaks,
-    )  # fmt: skip
-    terms = problem.features[0].shape[:-1].numel() + sum(h.shape[-1] for h in problem.features)
-    terms += problem.weights[-1].shape[0]
+    truth = evaluate(problem.to(torch.float64), "reference", cotangents, **leaks)
     found = evaluate(problem.map(on_device), backend, cotangents, **leaks)
-    assert_within_rounding(found, truth, sizes, terms)
+    shares = leaks.get("encoder_leak", 0.0), leaks.get("head_leak", 0.0)
+    gpu_bounds.assert_within(found, truth, gpu_bounds.expected(problem, cotangents, *shares))
 
 
 @backends
@@ -221,12 +219,12 @@ def test_other_dtypes_are_no_worse_than_pytorch(head, backend, dtype, size, leak
     check_other_dtype(backend, problem, encoder_leak=leaks[0], head_leak=leaks[1])
 
 
-@backends
+@every_backend
 @pytest.mark.parametrize("dtype", LOW_DTYPES, ids=str)
 @heads
 def test_other_dtypes_at_a_larger_size(head, backend, dtype):
     """Several tiles in every direction, with ragged ends."""
-    problem = make_problem(head, dtype=dtype, leading=(300,), widths=(264, 392), classes=309)
+    problem = make_problem(head, dtype=dtype, **LARGEST)
     check_other_dtype(backend, problem)
 
 

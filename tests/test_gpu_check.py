@@ -13,14 +13,16 @@ from pathlib import Path
 import gpu_check
 import gpu_sanitizer_cases
 import pytest
+import test_gpu
 import torch
 
 from dgl_ext import _validate
 from dgl_ext.heads import HEADS
+from dgl_ext.testing import make_problem
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
-LEAST_GPU_TESTS = 2000
+LEAST_GPU_TESTS = 1700
 PYTHON = sys.executable  # some tests put another in its place
 
 
@@ -316,17 +318,18 @@ def test_one_bench_leaves_the_results_of_the_others(monkeypatch, tmp_path):
 
 
 def test_the_benches_accept_the_arguments_they_are_given(monkeypatch, tmp_path):
-    """On the CPU, but for the device's name; and they name their results as is looked for."""
+    """And they name their results as is looked for."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import bench_fusion
     import bench_memory
     import report
 
-    shared = ["--device", "cpu", "--out", str(tmp_path)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    shared = ["--device", "cuda", "--out", str(tmp_path)]
     for mode, dtype in gpu_check.BENCHES:
         flags = ["--mode", mode, "--dtype", dtype, *gpu_check.BENCH_ARGUMENTS.split()]
         found = bench_fusion._parse([*shared, *flags])
-        assert (found.modes, len(found.sizes)) == ([mode], 3)
+        assert (found.modes, len(found.sizes), found.passes) == ([mode], 2, 1)
         assert "dgl_ext" in found.providers
         document = {"device": "cuda:0", "dtype": dtype}
         path = report.result_paths(tmp_path, f"fusion_{mode}", document, smoke=False)[0]
@@ -389,7 +392,7 @@ def test_a_part_of_the_check_says_what_it_left_out(monkeypatch, tmp_path):
     path = tmp_path / "elsewhere" / "report.json"
     flags = ["--out", str(tmp_path), "--report", str(path), "--only", "racecheck,tests"]
     assert gpu_check.main(flags) == 0
-    assert ran == ["tests", "racecheck"]
+    assert ran == ["environment", "tests", "racecheck"]
     left_out = json.loads(path.read_text())["left_out"]
     assert left_out == [name for name in gpu_check.PARTS if name not in ran]
 
@@ -420,11 +423,11 @@ def test_every_part_has_a_runner():
     assert list(gpu_check.runners()) == list(gpu_check.PARTS)
 
 
-def test_the_default_limits_fit_ten_minutes():
+def test_the_default_limits_fit_eight_minutes():
     chosen = gpu_check.parse([])
-    limits = chosen.timeout_tests + len(gpu_check.TOOLS) * chosen.timeout_sanitizer
+    limits = chosen.timeout_tests + chosen.timeout_sanitizer  # its tools run side by side
     limits += len(gpu_check.BENCHES) * chosen.timeout_bench + chosen.timeout_memory
-    assert limits < 600
+    assert limits <= 480
 
 
 # --- the cases and the tests ---
@@ -432,7 +435,7 @@ def test_the_default_limits_fit_ten_minutes():
 
 def test_the_sanitizer_cases_have_every_head_and_dtype():
     cases = list(gpu_sanitizer_cases.cases())
-    assert len(cases) == len(set(map(str, cases))) == len(HEADS) * 9 * 4
+    assert len(cases) == len(set(map(str, cases))) == len(HEADS) * 9 * (4 + 2)
     combinations = {(case.fusion, case.dtype, case.kind) for case in cases}
     kinds = {case.kind for case in cases}
     assert len(kinds) == 3
@@ -479,6 +482,35 @@ def test_a_sanitizer_case_that_gives_nan_fails(monkeypatch, kind):
         gpu_sanitizer_cases.run(
             next(case for case in gpu_sanitizer_cases.cases() if case.kind == kind)
         )
+
+
+@pytest.mark.parametrize(
+    ("size", "wrong"),
+    [(test_gpu.ALIGNED, 1e-3), (test_gpu.LARGEST, 2e-3)],
+    ids=["aligned", "largest"],
+)
+@pytest.mark.parametrize("head", HEADS)
+def test_the_float32_bound_lets_plain_pytorch_pass_and_no_wrong_gradient(
+    monkeypatch, head, size, wrong
+):
+    """What the GPU's float32 results are held to, tried on the CPU's."""
+    monkeypatch.setattr(test_gpu, "on_device", lambda tensor, device="cpu": tensor)
+    problem = make_problem(head, dtype=torch.float32, **size)
+    evaluate, spoiled = test_gpu.evaluate, ""
+
+    def spoil(problem, *arguments, **leaks):
+        found = evaluate(problem, *arguments, **leaks)
+        if spoiled and problem.features[0].dtype == torch.float32:
+            found[spoiled] = found[spoiled] * (1 + wrong)
+        return found
+
+    monkeypatch.setattr(test_gpu, "evaluate", spoil)
+    leaks = {"encoder_leak": 0.5, "head_leak": 0.25}
+    test_gpu.check_other_dtype("reference", problem)
+    test_gpu.check_other_dtype("reference", problem, **leaks)
+    for spoiled, _ in problem.named():
+        with pytest.raises(AssertionError, match=re.escape(spoiled)):
+            test_gpu.check_other_dtype("reference", problem, **leaks)
 
 
 def test_every_gpu_test_carries_the_marker():

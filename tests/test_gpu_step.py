@@ -14,15 +14,16 @@ import pytest
 import torch
 from test_gpu import (
     ALIGNED,
-    BACKENDS,
     KERNELS,
     LARGER,
+    LARGEST,
     LEAKS,
     LOW_DTYPES,
     RAGGED,
     assert_bitwise,
     backends,
     dtypes,
+    every_backend,
     exact_products,  # noqa: F401 (a fixture)
     float32_products,
     heads,
@@ -59,8 +60,12 @@ WHOLE, TINY = None, 1  # workspace limits; the second gives chunks of one tile o
 # A thread sums a column of at most 300 rows one after the other, a library for GPUs in a tree.
 ROUNDINGS = {torch.float32: 4.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 
-both_backends = pytest.mark.parametrize("backend", BACKENDS[:2])
 low_dtypes = pytest.mark.parametrize("dtype", LOW_DTYPES, ids=str)
+executors = pytest.mark.parametrize(
+    ("backend", "limit"),
+    [(KERNELS, WHOLE), (KERNELS, TINY), ("library", WHOLE)],
+    ids=["whole", "chunked", "library"],
+)
 limits = pytest.mark.parametrize("limit", [WHOLE, TINY], ids=["whole", "chunked"])
 
 
@@ -179,7 +184,7 @@ def test_float64_with_leaks_and_masks(head, backend, leaks, bias, masked):
     check(backend, problem, target, present=present, alpha=(1.5, -0.5), **options)
 
 
-@both_backends
+@backends
 @pytest.mark.parametrize("leaks", [(0.0, 0.0), (0.5, 0.25)], ids=str)
 @heads
 def test_every_subset_of_requires_grad(head, backend, leaks):
@@ -289,7 +294,7 @@ def test_a_bias_of_minus_infinity_masks_a_class(head, backend):
 # --- chunks ---
 
 
-@both_backends
+@backends
 @pytest.mark.parametrize("limit", [TINY, 30_000])
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("leaks", [(0.0, 0.0), (0.5, 0.25)], ids=str)
@@ -303,7 +308,7 @@ def test_chunks_give_what_the_whole_gives(head, backend, limit, masked, leaks):
         check(backend, problem, target, label_smoothing=0.1, **options)
 
 
-@both_backends
+@backends
 @low_dtypes
 @sizes
 @heads
@@ -314,16 +319,16 @@ def test_chunks_are_no_less_exact_than_the_whole_has_to_be(head, backend, dtype,
         check_two_references(head, backend, dtype, **size, **MIXED)
 
 
-@limits
+@executors
 @sizes
 @dtypes
 @heads
-def test_same_input_gives_same_bits(head, dtype, size, limit):
+def test_same_input_gives_same_bits(head, dtype, size, backend, limit):
     problem = make_problem(head, dtype=dtype, **size).map(on_device)
     target, present = make_target(problem, ignored=0.2).cpu(), make_present(problem)
     with workspace(limit):
         first, *others = (
-            evaluate(problem, target, KERNELS, 1 / 3, present=present, **MIXED) for _ in range(5)
+            evaluate(problem, target, backend, 1 / 3, present=present, **MIXED) for _ in range(5)
         )
     for again in others:
         assert_bitwise(again, first)
@@ -357,7 +362,7 @@ def check_two_references(
     assert_no_less_exact(*results, dtype, ROUNDINGS[dtype])
 
 
-@both_backends
+@backends
 @low_dtypes
 @sizes
 @pytest.mark.parametrize("upstream", UPSTREAM, ids=str)
@@ -368,16 +373,15 @@ def test_other_dtypes_are_no_worse_than_pytorch(head, backend, dtype, size, upst
     check_two_references(head, backend, dtype, upstream=upstream, **size, **options)
 
 
-@backends
+@every_backend
 @low_dtypes
 @heads
 def test_other_dtypes_at_a_larger_size(head, backend, dtype):
     """Several tiles in every direction, with ragged ends."""
-    size = {"leading": (300,), "widths": (264, 392), "classes": 309}
-    check_two_references(head, backend, dtype, **size)
+    check_two_references(head, backend, dtype, **LARGEST)
 
 
-@both_backends
+@backends
 @heads
 def test_float16_gradients_do_not_underflow_before_they_are_scaled(head, backend):
     """A million rows: 1/n times a residual has two digits left in float16."""

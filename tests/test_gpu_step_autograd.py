@@ -7,7 +7,6 @@ import torch
 import training
 from test_gpu import (
     ALIGNED,
-    BACKENDS,
     DEVICE,
     KERNELS,
     RAGGED,
@@ -35,8 +34,6 @@ from dgl_ext.testing import (
 
 _REASON = reason_to_skip()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(_REASON), reason=_REASON)]
-
-both_backends = pytest.mark.parametrize("backend", BACKENDS[:2])
 
 
 def make_step(head: str, dtype: torch.dtype = torch.float64, **shape: object):
@@ -166,7 +163,7 @@ def make_scaler() -> torch.amp.GradScaler:
     return torch.amp.GradScaler(DEVICE, init_scale=65536.0)
 
 
-@both_backends
+@backends
 @heads
 def test_a_gradient_scaler_trains_as_well_as_with_the_reference(head, backend):
     """Off float64 after some steps by no more than twice what plain PyTorch is off."""
@@ -183,7 +180,7 @@ def test_a_gradient_scaler_trains_as_well_as_with_the_reference(head, backend):
         assert error(actual[name], value) <= bound, name
 
 
-@both_backends
+@backends
 @heads
 def test_a_gradient_scaler_leaves_out_a_step_that_overflows(head, backend):
     good, bad = training.batches(2)
