@@ -130,7 +130,7 @@ def _figure(row: Row, column: str, form: str, factor: float = 1.0) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run all; returns 1 if a benchmark failed; the tables of the others are written all the same."""
+    """Run all and write the tables of what ran; returns 1 if a benchmark failed."""
     names = [*DTYPES, MEMORY]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -345,6 +345,9 @@ def test_the_benches_accept_the_arguments_they_are_given(monkeypatch, tmp_path):
 # --- what it reports ---
 
 
+MACHINE = {"gpu": "NVIDIA Example", "torch": "2.13.0", "cuda": "13.0", "date": "2026-11-26"}
+
+
 def fake_parts(monkeypatch, statuses: dict[str, str]) -> list[str]:
     ran = []
 
@@ -353,7 +356,8 @@ def fake_parts(monkeypatch, statuses: dict[str, str]) -> list[str]:
             ran.append(name)
             if statuses.get(name) == "raises":
                 raise ImportError("no such package")
-            return gpu_check.Part(name, statuses.get(name, "passed"), 1.5, output_tail="tail")
+            status, details = statuses.get(name, "passed"), MACHINE if name == "environment" else {}
+            return gpu_check.Part(name, status, 1.5, details=details, output_tail="tail")
 
         return run
 
@@ -374,12 +378,25 @@ def fake_parts(monkeypatch, statuses: dict[str, str]) -> list[str]:
         ({"memcheck": "not found"}, ["--allow-missing"], 0),
     ],
 )
-def test_the_report_has_every_part_whatever_failed(monkeypatch, tmp_path, statuses, flags, code):
+def test_the_report_has_every_part_whatever_failed(
+    monkeypatch, tmp_path, capsys, statuses, flags, code
+):
     ran = fake_parts(monkeypatch, statuses)
     assert gpu_check.main(["--out", str(tmp_path), *flags]) == code
     report = json.loads((tmp_path / "gpu_check.json").read_text())
     assert report["passed"] == (code == 0)
-    assert ran == [part["name"] for part in report["parts"]] == list(gpu_check.PARTS)
+    assert [part["name"] for part in report["parts"]] == list(gpu_check.PARTS)
+    assert sorted(ran) == sorted(gpu_check.PARTS)  # the sanitizer's tools run side by side
+    if "environment" not in statuses:
+        assert {key: report[key] for key in MACHINE} == MACHINE
+    machine, *lines = capsys.readouterr().out.splitlines()[-1 - len(gpu_check.PARTS) :]
+    assert machine == ", ".join(
+        f"{title}{report[key]}"
+        for key, title in (("gpu", ""), ("torch", "torch "), ("cuda", "CUDA "), ("date", ""))
+    )
+    for part, line in zip(report["parts"], lines, strict=True):
+        assert line.split()[0] == part["name"]
+        assert part["status"] in line
     for part in report["parts"]:
         raised = statuses.get(part["name"]) == "raises"
         assert part["status"] == ("failed" if raised else statuses.get(part["name"], "passed"))
@@ -417,6 +434,13 @@ def test_bad_flags(capsys, flags, message):
     with pytest.raises(SystemExit):
         gpu_check.parse(flags)
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_help_names_every_part(capsys):
+    with pytest.raises(SystemExit):
+        gpu_check.parse(["--help"])
+    text = capsys.readouterr().out
+    assert all(name in text for name in gpu_check.PARTS)
 
 
 def test_every_part_has_a_runner():
