@@ -211,9 +211,8 @@ class Checks {
 
   // 0: as the plan says, 1: this project's products, 2: the library's.
   void executor(int64_t executor) const {
-    const int64_t last = has_library_ ? 2 : 1;
-    if (executor < 0 || executor > last) {
-      fail("executor", "0 to " + std::to_string(last), std::to_string(executor));
+    if (executor < 0 || executor > (has_library_ ? 2 : 1)) {
+      fail("executor", has_library_ ? "0, 1 or 2" : "0 or 1 on the CPU", std::to_string(executor));
     }
   }
 

@@ -8,25 +8,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Gradients of one that `DecoupledLoss.backward` hands to autograd, by device and dtype.
-_unit_gradients: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+# Gradients of one that `DecoupledLoss.backward` hands to autograd, by device and dtype. One that is
+# in use is not in here: a hook that writes to it must not be felt by another thread's backward.
+_idle: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
 
-def _unit_gradient(total: Tensor) -> Tensor:
-    """Returns a one that nothing has written to, without a kernel where there is one already."""
-    key = total.device, total.dtype
-    one = _unit_gradients.get(key)
-    if one is None or one._version != 0:  # a hook wrote to it
-        with torch.inference_mode(False):
-            one = torch.ones((), device=total.device, dtype=total.dtype)
-        _unit_gradients[key] = one
-    return one
+def _take_one(total: Tensor) -> tuple[Tensor, bool]:
+    """Returns a one that nobody else uses, and whether it may be kept for the next backward."""
+    plain = type(total) is Tensor  # fake tensors and other subclasses need one of their own
+    one = _idle.pop((total.device, total.dtype), None) if plain else None
+    if one is not None:
+        return one, True
+    with torch.inference_mode(False):
+        one = torch.ones_like(total)
+    one._dgl_ext_one = True  # type: ignore[attr-defined]
+    # While a CUDA graph is captured the fill is only recorded: nothing else may read what it fills.
+    return one, plain and not (total.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def is_unit_gradient(gradient: Tensor) -> bool:
     """Whether `gradient` is known to be one, without a look at what it holds."""
-    one = _unit_gradients.get((gradient.device, gradient.dtype))
-    return gradient is one and one._version == 0
+    return getattr(gradient, "_dgl_ext_one", False) and gradient._version == 0
 
 
 class DecoupledLogits(NamedTuple):
@@ -82,4 +84,7 @@ class DecoupledLoss(NamedTuple):
             >>> h.grad.shape
             torch.Size([8, 32])
         """
-        self.total.backward(_unit_gradient(self.total), retain_graph, create_graph, inputs)
+        one, keep = _take_one(self.total)
+        self.total.backward(one, retain_graph, create_graph, inputs)
+        if keep and one._version == 0:  # no hook wrote to it
+            _idle[one.device, one.dtype] = one

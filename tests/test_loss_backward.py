@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import dgl_ext
 from dgl_ext import _ops, types
@@ -129,8 +132,58 @@ def test_a_loss_without_gradients_says_what_the_total_says(fusion):
         loss.backward()
 
 
-def test_the_gradient_is_kept_by_device_and_dtype():
-    ones = [types._unit_gradient(torch.zeros((), dtype=d)) for d in (torch.float32, torch.float64)]
-    assert [one.dtype for one in ones] == [torch.float32, torch.float64]
-    assert all(one.item() == 1 and types.is_unit_gradient(one) for one in ones)
-    assert not types.is_unit_gradient(torch.ones(()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_gradient_is_kept_and_known_until_something_writes_to_it(dtype, monkeypatch):
+    monkeypatch.setattr(types, "_idle", {})
+    problem, target = drawn("concat", dtype=dtype)
+    seen = []
+    for _ in range(2):
+        loss = step(problem, target)
+        loss.total.register_hook(seen.append)
+        loss.backward()
+    assert seen[0] is seen[1]
+    assert list(types._idle) == [(loss.total.device, loss.total.dtype)]
+    assert seen[0].item() == 1
+    assert types.is_unit_gradient(seen[0])
+    assert not types.is_unit_gradient(torch.ones((), dtype=dtype))
+    seen[0].mul_(3)
+    assert not types.is_unit_gradient(seen[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_hook_that_writes_is_not_felt_by_another_thread(fusion, backend):
+    problem, target = drawn(fusion)
+    step(problem, target, backend).backward()
+    plain = grads(problem)
+    other, other_target = drawn(fusion)
+    step(other, other_target, backend).backward()
+    other_loss = step(other, other_target, backend)
+    other_loss.total.register_hook(lambda grad: grad.mul_(2) and None)
+    thread = threading.Thread(target=other_loss.backward)
+    loss = step(problem, target, backend)
+
+    def run_the_other(_):  # after the one is handed over, before the step looks at it
+        thread.start()
+        thread.join()
+
+    loss.total.register_hook(run_the_other)
+    loss.backward()
+    assert same(grads(problem), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fake_tensors_and_real_ones_do_not_meet(backend, dtype, monkeypatch):
+    monkeypatch.setattr(types, "_idle", {})
+
+    def run():
+        x = torch.randn(4, 3, dtype=dtype, requires_grad=True)
+        target = torch.zeros(4, dtype=torch.long)
+        weight = torch.randn(5, 3, dtype=dtype)
+        dgl_ext.fused_decouple_cross_entropy((x,), weight, target, backend=backend).backward()
+        return x.grad
+
+    for _ in range(2):  # fake before real, then after
+        with FakeTensorMode():
+            assert isinstance(run(), FakeTensor)
+        assert type(run()) is torch.Tensor

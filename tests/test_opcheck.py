@@ -88,6 +88,30 @@ def test_a_raw_backward_without_any_gradient_returns_zeros(fusion, executor):
     assert all(not g.any() for g in found)
 
 
+HEAD_OPS = [name for name in FAKE_KERNELS if not name.startswith("scale")]
+
+
+@pytest.mark.parametrize("name", HEAD_OPS)
+def test_an_executor_that_there_is_not_is_an_error(name):
+    op = getattr(torch.ops.dgl_ext, name).default
+    sample = arguments(name, "film" if name.startswith("film") else "concat", {})
+    wanted = "0, 1 or 2" if Executor.LIBRARY in EXECUTORS else "0 or 1 on the CPU"
+    for executor in {-1, 2, 3} - set(EXECUTORS):
+        with pytest.raises(RuntimeError, match=f"executor: expected {wanted}, got {executor}"):
+            op(*sample, False, executor)
+
+
+@pytest.mark.parametrize("name", [name for name in HEAD_OPS if name.endswith("step")])
+def test_a_workspace_limit_of_zero_is_the_default_and_less_an_error(name):
+    op = getattr(torch.ops.dgl_ext, name).default
+    *sample, _ = arguments(name, "film" if name.startswith("film") else "concat", {})
+    default = op(*sample, 0)
+    for found, expected in zip(default, op(*sample, 64 * 2**20), strict=True):
+        assert torch.equal(found, expected)
+    with pytest.raises(RuntimeError, match="workspace_limit: .* got -1"):
+        op(*sample, -1)
+
+
 def test_every_defined_op_has_a_fake_kernel():
     defined = {
         schema.name.removeprefix("dgl_ext::")
