@@ -101,17 +101,28 @@ def test_a_hook_that_writes_to_the_gradient_is_heard_and_forgotten(fusion):
     assert same(grads(problem), plain)
 
 
+@pytest.mark.parametrize("scale", [1, 3])
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradients_of_a_graph_that_is_kept_are_copies(fusion, backend, whole):
+def test_gradients_of_a_graph_that_is_kept_are_copies(fusion, backend, whole, scale):
+    """Hooks edit what is handed out: what autograd stores as `.grad` it has copied already."""
     problem, target = drawn(fusion)
     loss = step(problem, target, backend)
+    if scale != 1:
+        loss.total.register_hook(lambda grad: scale * grad)
     backward = loss.backward if whole else loss.total.backward
     backward(retain_graph=True)
     first = {name: grad.clone() for name, grad in grads(problem).items()}
-    backward(retain_graph=True)
-    for grad in grads(problem).values():
+
+    def edit(grad):
         grad.mul_(7)
+
+    hooks = [tensor.register_hook(edit) for _, tensor in problem.named()]
+    backward(retain_graph=True)
+    for name, grad in grads(problem).items():
+        torch.testing.assert_close(grad, 7 * first[name])
+    for hook in hooks:
+        hook.remove()
     backward()
     assert same(grads(problem), first)
 

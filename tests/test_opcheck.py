@@ -108,7 +108,7 @@ def test_a_workspace_limit_of_zero_is_the_default_and_less_an_error(name):
     default = op(*sample, 0)
     for found, expected in zip(default, op(*sample, 64 * 2**20), strict=True):
         assert torch.equal(found, expected)
-    with pytest.raises(RuntimeError, match="workspace_limit: .* got -1"):
+    with pytest.raises(RuntimeError, match=r"workspace_limit: .* got -1"):
         op(*sample, -1)
 
 
