@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 MODULE = Path(os.environ.get("DGL_EXT_CPP_TESTS", ROOT / "build" / "cpp")) / "emulated_ops.so"
 FILES = ["equivalence", "semantics", "edges", "opcheck", "dtypes", "errors", "present"]
-STEP_FILES = ["step_equivalence", "step_autograd", "step_errors"]
+STEP_FILES = ["step_equivalence", "step_autograd", "step_errors", "loss_backward"]
 SELECTION = "not slow and not leading3 and not lose_bits"
 # On CUDA that is a device-side assertion.
 STEP_SELECTION = "not out_of_range"

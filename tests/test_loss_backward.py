@@ -162,6 +162,19 @@ def test_the_gradient_is_kept_and_known_until_something_writes_to_it(dtype, monk
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_that_a_hook_kept_and_changed_afterwards_is_not_used_again(fusion, backend):
+    problem, target = drawn(fusion)
+    seen = []
+    loss = step(problem, target, backend)
+    loss.total.register_hook(seen.append)
+    loss.backward()
+    plain = grads(problem)
+    seen[0].mul_(3)
+    step(problem, target, backend).backward()
+    assert same(grads(problem), plain)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_hook_that_writes_is_not_felt_by_another_thread(fusion, backend):
     problem, target = drawn(fusion)
     step(problem, target, backend).backward()

@@ -18,7 +18,7 @@ cudaError_t query_device(Device* device) {
   if (status != cudaSuccess) return status;
   device->capability = 10 * major + minor;
   std::fill(std::begin(device->resident_ctas), std::end(device->resident_ctas), 0);
-  if (device->capability < 80) return cudaSuccess;  // no kernel to ask about: plans say composed
+  if (device->capability < 80) return cudaSuccess;  // no kernel to ask about: plans say none
 
   std::fill(std::begin(device->resident_ctas), std::end(device->resident_ctas), INT_MAX);
   status = linear_head_occupancy(device->resident_ctas);
