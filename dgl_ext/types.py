@@ -17,9 +17,7 @@ def _take_one(total: Tensor) -> tuple[Tensor, bool]:
     """Returns a one that nobody else uses, and whether it may be kept for the next backward."""
     plain = type(total) is Tensor  # fake tensors and other subclasses need one of their own
     one = _idle.pop((total.device, total.dtype), None) if plain else None
-    if (
-        one is not None and one._version == 0
-    ):  # nothing wrote to it since, as a hook that kept it may
+    if one is not None and one._version == 0:  # a hook that kept it may have written to it since
         return one, True
     with torch.inference_mode(False):
         one = torch.ones_like(total)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 import dgl_ext
@@ -38,3 +40,16 @@ def workspace_limit() -> Iterator[Callable[[int | None], None]]:
 
     yield set_limit
     set_limit(None)
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone.
+
+    It is destroyed after the test's own variables: a wrapped model that outlives it would hold it
+    last, and gloo then waits for a thread that waits for Python (seen once, a hang for good).
+    """
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

@@ -136,15 +136,6 @@ def test_a_trained_step_of_adamw_decays_nothing_that_no_loss_used():
     assert torch.equal(module.fusion.linear.weight, before)
 
 
-@pytest.fixture
-def one_process(tmp_path):
-    """A process group of this process alone."""
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def test_data_parallel_around_the_model(one_process):
     module, features = make("exchange")
     cotangents = outputs_like(module, features)

@@ -208,18 +208,13 @@ def test_sparse_gradients_tied_parameters_and_constant_losses():
     assert found.reached_by("constant") == []
 
 
-def test_a_data_parallel_model_is_looked_into(tmp_path):
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        model, batch = make()
-        parallel = nn.parallel.DistributedDataParallel(model)
-        found = routing(parallel, batch, losses, EXPECT)
-        assert found.leaked == found.missing == found.unmatched == []
-        sum(losses(parallel, batch).values()).backward()  # training goes on
-        assert model.fusion.weight.grad is not None
-    finally:
-        torch.distributed.destroy_process_group()
+def test_a_data_parallel_model_is_looked_into(one_process):
+    model, batch = make()
+    parallel = nn.parallel.DistributedDataParallel(model)
+    found = routing(parallel, batch, losses, EXPECT)
+    assert found.leaked == found.missing == found.unmatched == []
+    sum(losses(parallel, batch).values()).backward()  # training goes on
+    assert model.fusion.weight.grad is not None
 
 
 @pytest.mark.parametrize(
