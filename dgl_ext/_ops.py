@@ -73,6 +73,25 @@ def _register(name: str, fake: Callable[..., Any], library: torch.library.Librar
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     library.impl(name, refuse_autograd, "Autograd", with_keyset=True)
+    if name.startswith("scale_gradients"):  # no Tensor?[] there
+        return
+
+    def resolve(*args: Any) -> Any:
+        return overload(*[_resolved(arg) for arg in args])
+
+    # PyTorch's own kernels for these keys pass by the entries of a Tensor?[], which then lose
+    # their sign, or are read where there is no storage.
+    for key in ("Negative", "ZeroTensor"):
+        library.impl(name, resolve, key)
+
+
+def _resolved(arg: Any) -> Any:
+    """Returns an op's argument with its lazy negations done and its zeros written to memory."""
+    if isinstance(arg, (list, tuple)):
+        return [_resolved(entry) for entry in arg]
+    if not isinstance(arg, Tensor):
+        return arg
+    return torch.zeros_like(arg) if arg._is_zerotensor() else arg.resolve_neg()
 
 
 def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
