@@ -8,6 +8,7 @@ never touch a tensor's data, and make text only on the way out. Wrong types and 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -147,15 +148,15 @@ def check_shape(argument: str, index: int | None, tensor: Tensor, expected: Shap
 
 def check_width(name: str, value: object) -> int:
     """Returns a layer's width as an int if it is a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected a positive int, got {value}")
-    return value
+    width = _check_int(name, value)
+    if width < 1:
+        raise ValueError(f"{name}: expected a positive int, got {width}")
+    return width
 
 
 def check_share(name: str, value: object) -> float:
     """Returns a leak, or another share, as a float if it is a number in [0, 1]."""
+    value = _plain_number(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number in [0, 1], got {type(value).__name__}")
     if not 0 <= value <= 1:  # true of NaN, too
@@ -216,6 +217,7 @@ def check_target(target: object, like: Tensor) -> Tensor:
 
 def check_alpha(alpha: object, modalities: int) -> tuple[float, ...]:
     """Returns one weight per modality from a number for all, or a sequence of one for each."""
+    alpha = _plain_number(alpha)
     if isinstance(alpha, (int, float)) and not isinstance(alpha, bool):
         return (_check_finite("alpha", alpha),) * modalities
     values = check_sequence("alpha", alpha, "a number, or a sequence of one per modality")
@@ -226,7 +228,30 @@ def check_alpha(alpha: object, modalities: int) -> tuple[float, ...]:
     return tuple(_check_finite(f"alpha[{i}]", value) for i, value in enumerate(values))
 
 
+def _plain_number(value: object) -> object:
+    """Returns NumPy's numbers and tensors of one number as Python's, all else as it is."""
+    if type(value) in (int, float, bool):
+        return value
+    if isinstance(value, Tensor):
+        # Of fake tensors and other subclasses none may have a value.
+        single = type(value) in _PLAIN and value.dim() == 0 and value.dtype != torch.bool
+        return value.item() if single else value
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    return (
+        float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else value
+    )
+
+
+def _check_int(name: str, value: object) -> int:
+    number = _plain_number(value)
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    return number
+
+
 def _check_finite(name: str, value: object) -> float:
+    value = _plain_number(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     # math.isfinite cannot be traced where torch.compile takes the number for a variable.
@@ -243,7 +268,8 @@ def check_reduction(reduction: object) -> bool:
 
 
 def check_ignore_index(value: object) -> int:
-    """Returns `ignore_index` if it is an int."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"ignore_index: expected an int, got {type(value).__name__}")
-    return value
+    """Returns `ignore_index` if it is an int that fits the target's dtype."""
+    number = _check_int("ignore_index", value)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"ignore_index: expected an int of 64 bits, got {number}")
+    return number

@@ -60,28 +60,44 @@ class _Fusion(nn.Module, abc.ABC):
         """The `weight` and `bias` of `fused_decouple`."""
 
     def forward(
-        self, *features: Tensor, present: Sequence[Tensor | None] | None = None
-    ) -> DecoupledLogits:
-        """Calls `dgl_ext.fused_decouple` with this head's parameters.
+        self,
+        *features: Tensor,
+        target: Tensor | None = None,
+        present: Sequence[Tensor | None] | None = None,
+        **loss_options: Any,
+    ) -> DecoupledLogits | DecoupledLoss:
+        """Calls `dgl_ext.fused_decouple`, or with a target its training step.
 
         Args:
             *features: one tensor `(..., in_features[i])` per modality.
+            target: None for the logits; for the loss class indices, as in `cross_entropy`.
             present: as in `dgl_ext.fused_decouple`.
+            **loss_options: with a target, those of `cross_entropy`.
 
         Returns:
-            `DecoupledLogits(fused, unimodal)`, `(..., out_features)` each.
+            Without a target `DecoupledLogits(fused, unimodal)`, `(..., out_features)` each; with
+            one the `DecoupledLoss` of `dgl_ext.fused_decouple_cross_entropy`.
+
+        Raises:
+            TypeError: an option of the loss was given without a target.
+            ValueError: the features are not as many, or as wide, as `in_features` says.
         """
+        self._check_widths(features)
         weight, bias = self._head_parameters()
-        return fused_decouple(
-            features,
-            weight,
-            bias,
-            fusion=self.fusion,
-            present=present,
-            encoder_leak=self.encoder_leak,
-            head_leak=self.head_leak,
-            backend=self.backend,
-        )
+        options: dict[str, Any] = {
+            "fusion": self.fusion,
+            "present": present,
+            "encoder_leak": self.encoder_leak,
+            "head_leak": self.head_leak,
+            "backend": self.backend,
+        }
+        if target is not None:
+            return fused_decouple_cross_entropy(
+                features, weight, target, bias=bias, **loss_options, **options
+            )
+        if loss_options:
+            raise TypeError(f"{min(loss_options)}: expected only together with a target")
+        return fused_decouple(features, weight, bias, **options)
 
     def cross_entropy(
         self,
@@ -93,7 +109,7 @@ class _Fusion(nn.Module, abc.ABC):
         label_smoothing: float = 0.0,
         present: Sequence[Tensor | None] | None = None,
     ) -> DecoupledLoss:
-        """Calls `dgl_ext.fused_decouple_cross_entropy` with this head's parameters.
+        """Calls this module with a target, hooks included.
 
         Args:
             *features: one tensor `(..., in_features[i])` per modality.
@@ -105,24 +121,34 @@ class _Fusion(nn.Module, abc.ABC):
             present: as in `dgl_ext.fused_decouple`.
 
         Returns:
-            `DecoupledLoss(total, fused, unimodal, correct)`: call `total.backward()`.
+            `DecoupledLoss(total, fused, unimodal, correct)`: call `backward()` on it.
         """
-        weight, bias = self._head_parameters()
-        return fused_decouple_cross_entropy(
-            features,
-            weight,
-            target,
-            bias=bias,
-            fusion=self.fusion,
+        if target is None:
+            raise TypeError("target: expected an int64 tensor, got NoneType")
+        loss: DecoupledLoss = self(
+            *features,
+            target=target,
             alpha=alpha,
             reduction=reduction,
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
             present=present,
-            encoder_leak=self.encoder_leak,
-            head_leak=self.head_leak,
-            backend=self.backend,
         )
+        return loss
+
+    def _check_widths(self, features: Sequence[Tensor]) -> None:
+        if len(features) != len(self.in_features):
+            raise ValueError(
+                f"features: expected {len(self.in_features)} tensors as in_features, "
+                f"got {len(features)}"
+            )
+        for i, (feature, width) in enumerate(zip(features, self.in_features, strict=True)):
+            # What is no tensor with a width is an error of the functions.
+            if isinstance(feature, Tensor) and feature.dim() and feature.shape[-1] != width:
+                raise ValueError(
+                    f"features[{i}]: expected shape (..., {width}) as in_features, "
+                    f"got {tuple(feature.shape)}"
+                )
 
     def extra_repr(self) -> str:
         """Sizes, and the options that are not at their defaults."""

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from training import CASES, TwoModalities, batches, train, values
 
@@ -42,23 +42,11 @@ def shard(model: TwoModalities) -> None:
 def train_fsdp(rank: int, head: str, mode: str) -> dict[str, Tensor]:
     model = TwoModalities(head, mode)
     shard(model)
-    if mode == "loss":
-        register_fsdp_forward_method(model.head, "cross_entropy")
     train(model, ([part[rank::RANKS] for part in batch] for batch in batches(STEPS)))
     return {name: value.full_tensor() for name, value in values(model).items()}
 
 
-def loss_of_an_unregistered_head(rank: int, head: str, mode: str) -> str:
-    model = TwoModalities(head, mode)
-    shard(model)
-    try:
-        model(*next(batches(1)))
-    except RuntimeError as error:
-        return str(error)
-    return ""
-
-
-FUNCTIONS = (train_ddp, train_fsdp, loss_of_an_unregistered_head)
+FUNCTIONS = (train_ddp, train_fsdp)
 
 
 def work(rank: int, folder: str) -> None:
@@ -120,11 +108,3 @@ def test_ddp_equals_one_process_on_the_whole_batch(results, head, mode):
 def test_fsdp_equals_one_process_on_the_whole_batch(results, head, mode):
     for result in results:
         assert_same(result["train_fsdp", head, mode], one_process(head, mode), 1e-6)
-
-
-@pytest.mark.parametrize(("head", "mode"), CASES, ids=IDS)
-def test_a_sharded_head_needs_its_loss_method_registered(results, head, mode):
-    """FSDP2 gathers parameters when a module is called, or a method that it was told of."""
-    for result in results:
-        message = result["loss_of_an_unregistered_head", head, mode]
-        assert ("DTensor" in message) == (mode == "loss"), message

@@ -217,7 +217,7 @@ CASES = {
         "head_leak: expected a number in [0, 1], got -0.1",
     ),
     "leak a tensor": (
-        concat(head_leak=torch.tensor(0.5)),
+        concat(head_leak=torch.tensor([0.5, 0.5])),
         TypeError,
         "head_leak: expected a number in [0, 1], got Tensor",
     ),

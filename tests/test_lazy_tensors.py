@@ -1,4 +1,4 @@
-"""Lazily negated tensors, and zeros without storage, count as what they stand for: every argument."""
+"""Lazily negated tensors, and zeros without storage, count as what they stand for everywhere."""
 
 import pytest
 import torch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from two_pass import named_logits
@@ -147,3 +148,56 @@ def test_bad_arguments(fusion, arguments, error, message):
 def test_film_takes_two_modalities():
     with pytest.raises(ValueError, match=r'expected 2 widths for fusion="film", got 3'):
         FiLMFusion((6, 4, 2), 3)
+
+
+@pytest.mark.parametrize("fusion", MODULES)
+def test_hooks_of_a_head_run_in_both_modes(fusion):
+    head = MODULES[fusion]((6, 4), 3)
+    seen = []
+    head.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs)))
+    head.register_forward_hook(lambda module, inputs, output: seen.append(type(output).__name__))
+    features = torch.randn(5, 6), torch.randn(5, 4)
+    target = torch.randint(3, (5,))
+    head(*features)
+    by_name = head.cross_entropy(*features, target=target, alpha=0.5)
+    called = head(*features, target=target, alpha=0.5)
+    assert seen == [2, "DecoupledLogits", 2, "DecoupledLoss", 2, "DecoupledLoss"]
+    torch.testing.assert_close(by_name, called, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fusion", MODULES)
+def test_a_head_names_what_it_cannot_take(fusion):
+    head = MODULES[fusion]((6, 4), 3)
+    x, y, target = torch.randn(5, 6), torch.randn(5, 4), torch.randint(3, (5,))
+    for features, message in (
+        ((y, x), r"features\[0\]: expected shape \(\.\.\., 6\) as in_features, got \(5, 4\)"),
+        (
+            (x, y[:, :3]),
+            r"features\[1\]: expected shape \(\.\.\., 4\) as in_features, got \(5, 3\)",
+        ),
+        ((torch.cat([x, y], 1),), "features: expected 2 tensors as in_features, got 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            head(*features)
+        with pytest.raises(ValueError, match=message):
+            head.cross_entropy(*features, target=target)
+    with pytest.raises(TypeError, match="alpha: expected only together with a target"):
+        head(x, y, alpha=0.5)
+    with pytest.raises(TypeError, match="target: expected an int64 tensor, got NoneType"):
+        head.cross_entropy(x, y, target=None)
+
+
+def test_numpy_numbers_and_tensors_of_one_number_are_numbers():
+    head = dgl_ext.nn.ConcatFusion((np.int64(6), 4), np.int32(3), encoder_leak=np.float32(0.5))
+    assert type(head.out_features) is int
+    assert type(head.encoder_leak) is float
+    features, target = (torch.randn(5, 6), torch.randn(5, 4)), torch.tensor([0, 1, 2, 7, 1])
+    options = {"label_smoothing": np.float64(0.25), "ignore_index": np.int64(7)}
+    expected = head.cross_entropy(
+        *features, target=target, alpha=0.5, label_smoothing=0.25, ignore_index=7
+    )
+    for alpha in (np.float32(0.5), np.float64(0.5), torch.tensor(0.5), (np.float32(0.5), 0.5)):
+        loss = head.cross_entropy(*features, target=target, alpha=alpha, **options)
+        torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="ignore_index: expected an int of 64 bits, got"):
+        head.cross_entropy(*features, target=target, ignore_index=2**63)

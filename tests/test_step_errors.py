@@ -63,7 +63,7 @@ CASES = {
         "alpha: expected 2 numbers, one per modality, got 1",
     ),
     "alpha of tensors": (
-        {"alpha": [torch.tensor(1.0), 1.0]},
+        {"alpha": [torch.tensor([1.0, 2.0]), 1.0]},
         TypeError,
         "alpha[0]: expected a number, got Tensor",
     ),
