@@ -112,7 +112,9 @@ def _scaled(grads: Sequence[Tensor], scale: Tensor, to_float16: bool) -> Sequenc
     """Multiplies by `scale`, in place where nobody will ask for the gradients again."""
     if not torch.compiler.is_compiling() and not to_float16:
         kept = torch._C._autograd._get_current_graph_task_keep_graph()
-        if is_unit_gradient(scale) or (scale.is_cpu and scale.item() == 1):
+        # Fake tensors and other subclasses may have no value to look at.
+        readable = type(scale) is Tensor and scale.is_cpu
+        if is_unit_gradient(scale) or (readable and scale.item() == 1):
             # What is kept for the next backward is not what this one hands out.
             return [grad.clone() for grad in grads] if kept else grads
         if not kept:

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import dgl_ext
 from dgl_ext import _ops, types
+from dgl_ext.nn import MODULES
 from dgl_ext.testing import BACKENDS, COMPILED_BACKENDS, make_problem, make_target
 
 
@@ -211,3 +212,15 @@ def test_fake_tensors_and_real_ones_do_not_meet(backend, dtype, monkeypatch):
         with FakeTensorMode():
             assert isinstance(run(), FakeTensor)
         assert type(run()) is torch.Tensor
+
+
+@pytest.mark.parametrize("fusion", MODULES)
+def test_a_step_runs_on_fake_tensors(fusion):
+    with FakeTensorMode():
+        head = MODULES[fusion]((6, 4), 3)
+        x, y = torch.randn(5, 6, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+        target = torch.randint(3, (5,))
+        head.cross_entropy(x, y, target=target).total.backward()
+        for tensor in (x, y, *head.parameters()):
+            assert tensor.grad.shape == tensor.shape
+        (2 * head.cross_entropy(x, y, target=target).total).backward()
