@@ -199,8 +199,10 @@ def fused_decouple_cross_entropy(
     plain = _arrange(backend, head, features, weight, bias, present)
     if plain is not None and plain_tuple((target,)):
         tensors, masks = plain
-        # Among several, 1 and True would be one and the same to the cache.
-        plan = _plan_step if isinstance(alpha, (int, float)) else _plan_step.__wrapped__
+        # To the cache 1 and True in a sequence are the same, and so is a tensor that has changed.
+        numbers = (alpha, ignore_index, label_smoothing, encoder_leak, head_leak)
+        cached = all(isinstance(number, (int, float)) for number in numbers)
+        plan = _plan_step if cached else _plan_step.__wrapped__
         try:
             options = plan(
                 fusion,

@@ -201,3 +201,16 @@ def test_numpy_numbers_and_tensors_of_one_number_are_numbers():
         torch.testing.assert_close(loss, expected, rtol=0, atol=0)
     with pytest.raises(ValueError, match="ignore_index: expected an int of 64 bits, got"):
         head.cross_entropy(*features, target=target, ignore_index=2**63)
+
+
+@pytest.mark.parametrize("name", ["alpha", "label_smoothing", "encoder_leak", "head_leak"])
+def test_a_number_that_changes_in_its_tensor_is_read_anew(name):
+    h, weight = torch.randn(5, 6, requires_grad=True), torch.randn(3, 6, requires_grad=True)
+    target, number = torch.tensor([0, 1, 2, 0, 1]), torch.tensor(0.25)
+    for value in (0.25, 0.75):
+        number.fill_(value)
+        results = []
+        for given in (number, value):
+            loss = dgl_ext.fused_decouple_cross_entropy((h,), weight, target, **{name: given})
+            results.append((loss.total, *torch.autograd.grad(loss.total, (h, weight))))
+        torch.testing.assert_close(*results, rtol=0, atol=0)
