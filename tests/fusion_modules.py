@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 
 import torch
+from support.problems import cotangents_like, flat
 from torch import Tensor, nn
 
 import dgl_ext
 from dgl_ext.decoupled import Decoupled
-from dgl_ext.testing import cotangents_like, flat
 
 
 class Concat(nn.Module):

@@ -12,9 +12,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from emulator.bounded import Bounded, add, concatenate, matmul
+from support.problems import Problem, assert_same_names
 from torch import Tensor
-
-from dgl_ext.testing import Problem, assert_same_names
 
 ROUNDED = "float32"
 

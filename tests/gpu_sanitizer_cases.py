@@ -13,10 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-
-import dgl_ext
-from dgl_ext.heads import HEADS
-from dgl_ext.testing import (
+from support.problems import (
     Problem,
     flat,
     gradients,
@@ -25,6 +22,9 @@ from dgl_ext.testing import (
     make_target,
     random_tensor,
 )
+
+import dgl_ext
+from dgl_ext.heads import HEADS
 
 DEVICE = "cuda"
 BACKENDS = ("fused", "library")

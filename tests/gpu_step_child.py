@@ -14,10 +14,10 @@ import tempfile
 from pathlib import Path
 
 import torch
+from support.problems import assert_same, loss_gradients, make_problem, make_target
 
 import dgl_ext
 from dgl_ext.heads import HEADS
-from dgl_ext.testing import assert_same, loss_gradients, make_problem, make_target
 from dgl_ext.types import DecoupledLoss
 
 DEVICE = "cuda"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo.testing
+from support.problems import assert_same, cotangents_like, flat, gradients, make_problem
 from two_pass import named_logits
 
 import dgl_ext
-from dgl_ext.testing import assert_same, cotangents_like, flat, gradients, make_problem
 
 # Tracing is what is tested here; generating code for each case would only cost time.
 BACKEND = "aot_eager"

@@ -19,13 +19,13 @@ from fusion_modules import (
     run,
     substituted,
 )
+from support.problems import assert_same, cotangents_like, flat
 from torch import nn
 from two_pass import named_logits
 
 import dgl_ext
 from dgl_ext import decoupled
 from dgl_ext.decoupled import Decoupled
-from dgl_ext.testing import assert_same, cotangents_like, flat
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

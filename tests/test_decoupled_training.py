@@ -17,13 +17,13 @@ from fusion_modules import (
     run,
     substituted,
 )
+from support.problems import assert_same, cotangents_like
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from two_pass import named_logits
 
 import dgl_ext
 from dgl_ext.decoupled import Decoupled
-from dgl_ext.testing import assert_same, cotangents_like
 
 
 def test_checkpointing_around_it_works_and_inside_it_raises():

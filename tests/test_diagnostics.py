@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fusion_modules import make
+from support.problems import assert_same, make_problem
 from torch import nn
 from two_pass import plain_head, plain_unimodal
 
@@ -25,7 +26,6 @@ from dgl_ext.diagnostics import (
 )
 from dgl_ext.heads import HEADS
 from dgl_ext.nn import MODULES
-from dgl_ext.testing import assert_same, make_problem
 
 TARGET = torch.tensor([0, 2, 1, 1, 0, 2, 2])
 

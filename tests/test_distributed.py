@@ -8,13 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from support.problems import assert_same
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from training import CASES, TwoModalities, batches, train, values
-
-from dgl_ext.testing import assert_same
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch has no distributed package")
 

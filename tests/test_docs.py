@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.problems import assert_same
 from two_pass import named_logits
 
 import dgl_ext
-from dgl_ext.testing import assert_same
 from dgl_ext.types import DecoupledLogits
 
 ROOT = Path(__file__).resolve().parents[1]

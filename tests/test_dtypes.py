@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from two_pass import named_logits
-
-import dgl_ext
-from dgl_ext.testing import (
+from support.problems import (
     COMPILED_BACKENDS,
     assert_same,
     assert_two_references,
@@ -16,6 +13,9 @@ from dgl_ext.testing import (
     gradients,
     make_problem,
 )
+from two_pass import named_logits
+
+import dgl_ext
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.problems import BACKENDS, assert_same, cotangents_like, flat, gradients, make_problem
 from two_pass import named_logits, two_pass
 
 import dgl_ext
-from dgl_ext.testing import BACKENDS, assert_same, cotangents_like, flat, gradients, make_problem
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

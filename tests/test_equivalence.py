@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from two_pass import named_logits, plain_head, plain_unimodal, two_pass
-
-import dgl_ext
-from dgl_ext.heads import HEADS
-from dgl_ext.testing import (
+from support.problems import (
     BACKENDS,
     LAYOUTS,
     assert_same,
@@ -17,6 +13,10 @@ from dgl_ext.testing import (
     gradients,
     make_problem,
 )
+from two_pass import named_logits, plain_head, plain_unimodal, two_pass
+
+import dgl_ext
+from dgl_ext.heads import HEADS
 
 WIDTHS = {
     1: (5,),

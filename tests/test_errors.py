@@ -6,10 +6,10 @@ import time
 
 import pytest
 import torch
+from support.problems import make_problem
 
 import dgl_ext
 from dgl_ext import _extension
-from dgl_ext.testing import make_problem
 
 ROWS, WIDTHS, CLASSES = 4, (5, 4), 3
 

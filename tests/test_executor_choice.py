@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.problems import COMPILED_BACKENDS, make_problem, make_target
 
 import dgl_ext
 from dgl_ext import _extension, _ops, functional
 from dgl_ext._ops import Executor
-from dgl_ext.testing import COMPILED_BACKENDS, make_problem, make_target
 
 
 def on_gpu(index=0):

@@ -17,10 +17,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from support.problems import assert_same
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-
-from dgl_ext.testing import assert_same
 
 PAGE = "from-published-code.md"
 RANKS = 2

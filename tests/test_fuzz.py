@@ -8,11 +8,7 @@ from __future__ import annotations
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from two_pass import named_logits
-
-import dgl_ext
-from dgl_ext.heads import HEADS
-from dgl_ext.testing import (
+from support.problems import (
     LAYOUTS,
     assert_same,
     assert_within_rounding,
@@ -21,6 +17,10 @@ from dgl_ext.testing import (
     gradients,
     make_problem,
 )
+from two_pass import named_logits
+
+import dgl_ext
+from dgl_ext.heads import HEADS
 
 SIZES = st.one_of(st.integers(0, 9), st.sampled_from([16, 31, 64, 65, 100]))
 LEAKS = st.sampled_from([0.0, 0.0, 0.25, 1.0])

@@ -11,12 +11,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor
-
-import dgl_ext
-from dgl_ext import _extension
-from dgl_ext.heads import HEADS
-from dgl_ext.testing import (
+from support.problems import (
     LAYOUTS,
     Problem,
     assert_same,
@@ -26,6 +21,11 @@ from dgl_ext.testing import (
     make_problem,
     random_tensor,
 )
+from torch import Tensor
+
+import dgl_ext
+from dgl_ext import _extension
+from dgl_ext.heads import HEADS
 
 
 def reason_to_skip() -> str:

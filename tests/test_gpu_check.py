@@ -15,10 +15,10 @@ import gpu_sanitizer_cases
 import pytest
 import test_gpu
 import torch
+from support.problems import make_problem
 
 from dgl_ext import _validate
 from dgl_ext.heads import HEADS
-from dgl_ext.testing import make_problem
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent

@@ -12,6 +12,17 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+from support.problems import (
+    LAYOUTS,
+    Problem,
+    assert_same,
+    error,
+    loss_gradients,
+    magnitude,
+    make_present,
+    make_problem,
+    make_target,
+)
 from test_gpu import (
     ALIGNED,
     KERNELS,
@@ -37,17 +48,6 @@ from torch import Tensor
 from two_pass import named_loss
 
 import dgl_ext
-from dgl_ext.testing import (
-    LAYOUTS,
-    Problem,
-    assert_same,
-    error,
-    loss_gradients,
-    magnitude,
-    make_present,
-    make_problem,
-    make_target,
-)
 
 _REASON = reason_to_skip()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(_REASON), reason=_REASON)]

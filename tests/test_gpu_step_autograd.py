@@ -5,6 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import training
+from support.problems import (
+    Problem,
+    assert_same,
+    error,
+    loss_gradients,
+    magnitude,
+    make_present,
+    make_problem,
+    make_target,
+)
 from test_gpu import (
     ALIGNED,
     DEVICE,
@@ -21,16 +31,6 @@ from test_gpu_step import MIXED, Results, evaluate, without_hits
 from torch import Tensor
 
 import dgl_ext
-from dgl_ext.testing import (
-    Problem,
-    assert_same,
-    error,
-    loss_gradients,
-    magnitude,
-    make_present,
-    make_problem,
-    make_target,
-)
 
 _REASON = reason_to_skip()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(_REASON), reason=_REASON)]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.problems import loss_gradients, make_present, make_problem, make_target
 from test_gpu import (
     ALIGNED,
     DEVICE,
@@ -40,7 +41,6 @@ from test_gpu_streams import (
 from torch import Tensor
 
 import dgl_ext
-from dgl_ext.testing import loss_gradients, make_present, make_problem, make_target
 from dgl_ext.types import DecoupledLoss
 
 _REASON = reason_to_skip()

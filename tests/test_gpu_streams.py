@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.problems import Problem, flat, gradients, make_problem
 from test_gpu import (
     ALIGNED,
     DEVICE,
@@ -30,7 +31,6 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import dgl_ext
-from dgl_ext.testing import Problem, flat, gradients, make_problem
 
 _REASON = reason_to_skip()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(_REASON), reason=_REASON)]

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from support.problems import make_problem, make_target
 
 import dgl_ext
 from dgl_ext.heads import HEADS
-from dgl_ext.testing import make_problem, make_target
 
 
 def negated(tensor):

@@ -6,12 +6,12 @@ import threading
 
 import pytest
 import torch
+from support.problems import BACKENDS, COMPILED_BACKENDS, make_problem, make_target
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import dgl_ext
 from dgl_ext import _ops, types
 from dgl_ext.nn import MODULES
-from dgl_ext.testing import BACKENDS, COMPILED_BACKENDS, make_problem, make_target
 
 
 def drawn(fusion, **options):

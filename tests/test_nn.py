@@ -8,11 +8,11 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from support.problems import assert_same
 from two_pass import named_logits
 
 import dgl_ext
 from dgl_ext.nn import MODULES, ConcatFusion, FiLMFusion, SumFusion
-from dgl_ext.testing import assert_same
 
 NAMES = {
     "concat": ["weight", "bias"],

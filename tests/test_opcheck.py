@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.problems import COMPILED_BACKENDS, make_problem
 
 from dgl_ext._ops import FAKE_KERNELS, Executor
-from dgl_ext.testing import COMPILED_BACKENDS, make_problem
 
 EXECUTORS = (0, *(Executor[name.upper()] for name in COMPILED_BACKENDS))
 SAMPLES = {

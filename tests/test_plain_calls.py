@@ -6,12 +6,12 @@ import contextlib
 
 import pytest
 import torch
+from support.problems import make_problem
 from torch import Tensor
 
 import dgl_ext
 from dgl_ext import _extension
 from dgl_ext.heads import HEADS, Head
-from dgl_ext.testing import make_problem
 
 ROWS = 4
 MASK = torch.tensor([True, False, True, True])

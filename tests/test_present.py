@@ -6,11 +6,7 @@ import itertools
 
 import pytest
 import torch
-from two_pass import named_logits
-
-import dgl_ext
-from dgl_ext.heads import HEADS
-from dgl_ext.testing import (
+from support.problems import (
     COMPILED_BACKENDS,
     LAYOUTS,
     assert_same,
@@ -20,6 +16,10 @@ from dgl_ext.testing import (
     make_present,
     make_problem,
 )
+from two_pass import named_logits
+
+import dgl_ext
+from dgl_ext.heads import HEADS
 
 LEAKS = [(0.0, 0.0), (0.5, 0.25), (1.0, 1.0)]
 

@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from support.problems import assert_same
 from torch import nn
 
 import dgl_ext
 from dgl_ext.decoupled import Decoupled
 from dgl_ext.diagnostics import routing
-from dgl_ext.testing import assert_same
 
 EXPECT = {"audio.*": "audio", "video.*": "video", "fusion.*": "fused"}
 LOSSES = ("fused", "audio", "video")

@@ -9,10 +9,7 @@ import itertools
 
 import pytest
 import torch
-
-import dgl_ext
-from dgl_ext.heads import HEADS
-from dgl_ext.testing import (
+from support.problems import (
     BACKENDS,
     assert_same,
     assert_same_names,
@@ -21,6 +18,9 @@ from dgl_ext.testing import (
     gradients,
     make_problem,
 )
+
+import dgl_ext
+from dgl_ext.heads import HEADS
 
 LEAKS = [(0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (1.0, 1.0)]
 

@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 import torch
+from support.problems import BACKENDS, assert_same, loss_gradients, make_problem, make_target
 
 import dgl_ext
 from dgl_ext import _ops
-from dgl_ext.testing import BACKENDS, assert_same, loss_gradients, make_problem, make_target
 
 
 def call(problem, target, backend="fused", **options):

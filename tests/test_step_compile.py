@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo.testing
+from support.problems import assert_same, loss_gradients, make_present, make_problem, make_target
 from two_pass import named_loss
 
 import dgl_ext
-from dgl_ext.testing import assert_same, loss_gradients, make_present, make_problem, make_target
 
 BACKEND = "aot_eager"
 

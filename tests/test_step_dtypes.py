@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from two_pass import named_loss
-
-import dgl_ext
-from dgl_ext import _ops
-from dgl_ext.testing import (
+from support.problems import (
     COMPILED_BACKENDS,
     assert_same,
     assert_two_references,
@@ -17,6 +13,10 @@ from dgl_ext.testing import (
     make_problem,
     make_target,
 )
+from two_pass import named_loss
+
+import dgl_ext
+from dgl_ext import _ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # A gradient scaler's factor and a micro-batch's. In float16 a gradient of 1/3 per 400 rows is near

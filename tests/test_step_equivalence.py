@@ -5,11 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from two_pass import named_loss, plain_head, plain_unimodal, two_pass_loss
-
-import dgl_ext
-from dgl_ext.heads import HEADS
-from dgl_ext.testing import (
+from support.problems import (
     BACKENDS,
     LAYOUTS,
     assert_same,
@@ -19,6 +15,10 @@ from dgl_ext.testing import (
     make_problem,
     make_target,
 )
+from two_pass import named_loss, plain_head, plain_unimodal, two_pass_loss
+
+import dgl_ext
+from dgl_ext.heads import HEADS
 
 LEAKS = [(0.0, 0.0), (0.5, 0.0), (0.0, 0.25), (0.5, 0.25), (1.0, 1.0)]
 WIDTHS = {1: (5,), 2: (5, 4), 3: (5, 4, 6), 8: (3, 1, 4, 2, 5, 2, 6, 7)}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.problems import BACKENDS, make_problem, make_target
 
 import dgl_ext
-from dgl_ext.testing import BACKENDS, make_problem, make_target
 from dgl_ext.types import DecoupledLoss
 
 ROWS, CLASSES = 4, 3

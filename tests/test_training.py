@@ -10,13 +10,13 @@ from functools import partial
 import pytest
 import torch
 import torch._dynamo.testing
+from support.problems import assert_same, assert_two_references
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from training import CASES, CLASSES, WIDTHS, TwoModalities, batches, grads, sgd, train, values
 
 import dgl_ext
-from dgl_ext.testing import assert_same, assert_two_references
 
 IDS = ["-".join(case) for case in CASES]
 each_case = pytest.mark.parametrize("case", CASES, ids=IDS)

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from support.problems import Problem, flat
 from torch import Tensor
 
-from dgl_ext.testing import Problem, flat
 from dgl_ext.types import DecoupledLogits
 
 
@@ -76,7 +76,7 @@ def two_pass_loss(
 def named_loss(
     total: Tensor, fused: Tensor, unimodal: Sequence[Tensor]
 ) -> dict[str, Tensor | None]:
-    """The total and its parts by name, for the comparisons of `dgl_ext.testing`."""
+    """The total and its parts by name, for the comparisons of `support.problems`."""
     parts = {f"unimodal[{i}]": loss for i, loss in enumerate(unimodal)}
     return {"total": total, "fused": fused, **parts}
 
@@ -102,6 +102,6 @@ def two_pass(
 
 
 def named_logits(logits: DecoupledLogits) -> dict[str, Tensor | None]:
-    """Logits by name, for the comparisons of `dgl_ext.testing`."""
+    """Logits by name, for the comparisons of `support.problems`."""
     names = ["fused", *(f"unimodal[{i}]" for i in range(len(logits.unimodal)))]
     return dict(zip(names, flat(logits), strict=True))

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .heads import get_head
-from .types import DecoupledLogits, DecoupledLoss
+from dgl_ext.heads import get_head
+from dgl_ext.types import DecoupledLogits, DecoupledLoss
 
 LAYOUTS = ("contiguous", "transposed", "sliced", "expanded")
 # Under the emulator (tests/emulator/run_ops_tests.py) CUDA's second executor runs on the CPU too.
