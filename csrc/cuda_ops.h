@@ -25,6 +25,7 @@
 #include "plan.h"
 #include "plan_text.h"
 #include "row_stride.h"
+#include "torch_errors.h"
 
 namespace dgl_ext {
 

@@ -55,8 +55,14 @@ def _call(op: Callable[..., list[Tensor]], *args: Any) -> list[Tensor]:
     """Goes past the checking kernels below, which would cost 5 us a call."""
     if torch.compiler.is_compiling():  # Dynamo does not trace the guard
         return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+    except RuntimeError as error:
+        # Through the stable ABI every error is a RuntimeError.
+        if type(error) is RuntimeError and str(error).startswith("CUDA out of memory"):
+            raise torch.OutOfMemoryError(str(error)) from None
+        raise
 
 
 def _register(name: str, fake: Callable[..., Any], library: torch.library.Library) -> None:

@@ -107,15 +107,18 @@ def fused_decouple(
     head = get_head(fusion)
     leaks = check_share("encoder_leak", encoder_leak), check_share("head_leak", head_leak)
     plain = _arrange(backend, head, features, weight, bias, present)
+    refusal = None
     if plain is not None:
         tensors, masks = plain
         try:
             outputs = autograd.apply(fusion, *tensors, *leaks, masks)
             return DecoupledLogits(outputs[0], outputs[1:])
-        except RuntimeError:
-            pass  # What follows raises it again, in the user's terms.
+        except RuntimeError as error:
+            refusal = _refusal(error)
     tensors = head.check(features, weight, bias)
     masks = check_present(present, tensors[0])
+    if refusal:
+        raise refusal
     executor = _choose_executor(backend, tensors[0])
     arguments = (fusion, *tensors, *leaks, masks)
     if executor is None:
@@ -197,32 +200,35 @@ def fused_decouple_cross_entropy(
     """
     head = get_head(fusion)
     plain = _arrange(backend, head, features, weight, bias, present)
+    refusal = None
     if plain is not None and plain_tuple((target,)):
         tensors, masks = plain
         # To the cache 1 and True in a sequence are the same, and so is a tensor that has changed.
         numbers = (alpha, ignore_index, label_smoothing, encoder_leak, head_leak)
         cached = all(isinstance(number, (int, float)) for number in numbers)
-        plan = _plan_step if cached else _plan_step.__wrapped__
+        plan = _plan_step if cached and isinstance(reduction, str) else _plan_step.__wrapped__
+        options = plan(
+            fusion,
+            len(tensors[0]),
+            len(tensors[1]),
+            alpha,
+            reduction,
+            ignore_index,
+            label_smoothing,
+            encoder_leak,
+            head_leak,
+        )
         try:
-            options = plan(
-                fusion,
-                len(tensors[0]),
-                len(tensors[1]),
-                alpha,
-                reduction,
-                ignore_index,
-                label_smoothing,
-                encoder_leak,
-                head_leak,
-            )
             return autograd_step.run(options, *tensors, target, masks)
-        except (RuntimeError, TypeError, ValueError):
-            pass  # What follows raises it again, in the user's terms.
+        except RuntimeError as error:
+            refusal = _refusal(error)
     tensors = head.check(features, weight, bias)
     loss = CrossEntropy.check(
         tensors[0], target, alpha, reduction, ignore_index, label_smoothing, present
     )
     leaks = check_share("encoder_leak", encoder_leak), check_share("head_leak", head_leak)
+    if refusal:  # of what only an op can see, such as a target's values
+        raise refusal
     executor = _choose_executor(backend, tensors[0])
     step = (fusion, *tensors, loss, *leaks)
     if executor is None:
@@ -254,9 +260,16 @@ def _plan_step(
     )
 
 
+def _refusal(error: RuntimeError) -> RuntimeError:
+    """Returns an op's own error, which is said again in the user's terms; raises all others."""
+    if "dgl_ext::" not in str(error):
+        raise error
+    return error
+
+
 def check_backend(backend: str) -> str:
     """Returns `backend` if there is one of that name."""
-    if backend in _FORMER_NAMES:
+    if isinstance(backend, str) and backend in _FORMER_NAMES:
         raise ValueError(f'backend: "{backend}" is now called "{_FORMER_NAMES[backend]}"')
     if backend not in BACKENDS:
         names = ", ".join(f'"{name}"' for name in BACKENDS)

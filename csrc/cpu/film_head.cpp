@@ -236,7 +236,7 @@ std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> f
   FilmHead head = parse_film_head(checks, features, weights);
   checks.biases(biases, weights, features[0]);
   checks.grad_outputs(grad_outputs, kBranches, head.leading, head.classes, features[0]);
-  checks.needs(needs_features, needs_weights, needs_biases, 2, 2);
+  checks.needs(needs_features, needs_weights, needs_biases, encoder_leak, head_leak, 2, 2);
   Shape film_shape = head.leading;
   film_shape.push_back(2 * head.hidden);
   checks.shape("film", film, film_shape);
@@ -268,8 +268,8 @@ std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> f
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dgl_ext, CPU, m) {
-  m.impl("film_head_forward", TORCH_BOX(&forward));
-  m.impl("film_head_backward", TORCH_BOX(&backward));
+  m.impl("film_head_forward", DGL_EXT_CPU_OP(&forward));
+  m.impl("film_head_backward", DGL_EXT_CPU_OP(&backward));
 }
 
 }  // namespace dgl_ext::cpu

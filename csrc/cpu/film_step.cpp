@@ -72,7 +72,7 @@ class FilmStep {
  private:
   using Plane = std::unique_ptr<T[]>;
 
-  static Plane plane(int64_t rows, int64_t cols) { return Plane(new T[rows * cols]); }
+  static Plane plane(int64_t rows, int64_t cols) { return allocate<T>(rows * cols); }
 
   MatrixView matrix(T* data, int64_t rows, int64_t cols) const {
     return MatrixView::from_memory(data, rows, cols, head_.compute);
@@ -272,7 +272,7 @@ struct FilmStepOp {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dgl_ext, CPU, m) {
-  m.impl(FilmStepOp::kName, TORCH_BOX(&step<FilmStepOp>));
+  m.impl(FilmStepOp::kName, DGL_EXT_CPU_OP(&step<FilmStepOp>));
 }
 
 }  // namespace dgl_ext::cpu

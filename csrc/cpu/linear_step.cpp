@@ -43,7 +43,7 @@ class LinearStep {
     chunk_ = choose_chunk(planes, workspace_limit);
     dots_ = prefers_dots();
     by_rows_ = runs_by_rows();
-    workspace_ = std::unique_ptr<T[]>(new T[planes * chunk_ * head.classes]);
+    workspace_ = allocate<T>(planes * chunk_ * head.classes);
     for (int64_t b = 0; b < static_cast<int64_t>(biases.size()); ++b) {
       bias_totals_.emplace_back(needs.biases[b] ? head.classes : 0, 0.0);
     }
@@ -303,7 +303,7 @@ struct LinearStepOp {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dgl_ext, CPU, m) {
-  m.impl(LinearStepOp::kName, TORCH_BOX(&step<LinearStepOp>));
+  m.impl(LinearStepOp::kName, DGL_EXT_CPU_OP(&step<LinearStepOp>));
 }
 
 }  // namespace dgl_ext::cpu

@@ -16,6 +16,8 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <memory>
+#include <new>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -24,6 +26,7 @@
 #include "cpu/gemm.h"
 #include "cpu/row_passes.h"
 #include "row_stride.h"
+#include "torch_errors.h"
 
 namespace dgl_ext {
 
@@ -57,6 +60,15 @@ inline Tensor empty_cpu(const Shape& shape, ScalarType dtype) {
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       aoti_torch_device_type_cpu(), /*device_index=*/0, &handle));
   return Tensor(handle);
+}
+
+// Memory without values for intermediates; where there is none left, torch's own words.
+template <typename T>
+std::unique_ptr<T[]> allocate(int64_t count) {
+  std::unique_ptr<T[]> memory(new (std::nothrow) T[count]);
+  if (memory) return memory;
+  throw std::runtime_error("DefaultCPUAllocator: can't allocate memory: you tried to allocate " +
+                           std::to_string(count * int64_t(sizeof(T))) + " bytes.");
 }
 
 inline Tensor to_contiguous(const Tensor& tensor) {

@@ -1,5 +1,6 @@
 // A step's gradients times the gradient of its total, on the CPU. The product is taken in float32
-// (float64 for float64 gradients) and rounded once.
+// (float64 for float64 gradients) and rounded once. Zero stays zero, times infinity and NaN too:
+// rows that are absent or ignored have no gradient, whatever becomes of the others.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/BFloat16.h>
@@ -36,7 +37,8 @@ void scale_into(const Tensor& from, double scale, const Tensor& to) {
   const Compute factor = static_cast<Compute>(scale);
   parallel_ranges(from.numel(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
-      out[k] = static_cast<To>(static_cast<Compute>(in[k]) * factor);
+      const Compute value = static_cast<Compute>(in[k]);
+      out[k] = static_cast<To>(value == 0 ? value : value * factor);
     }
   });
 }
@@ -94,8 +96,8 @@ std::vector<Tensor> scale_copies(std::vector<Tensor> grads, Tensor scale, bool t
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dgl_ext, CPU, m) {
-  m.impl("scale_gradients_", TORCH_BOX(&scale_in_place));
-  m.impl("scale_gradients", TORCH_BOX(&scale_copies));
+  m.impl("scale_gradients_", DGL_EXT_CPU_OP(&scale_in_place));
+  m.impl("scale_gradients", DGL_EXT_CPU_OP(&scale_copies));
 }
 
 }  // namespace dgl_ext::cpu

@@ -209,7 +209,8 @@ std::vector<Tensor> step(std::vector<Tensor> features, std::vector<Tensor> weigh
   checks.biases(biases, weights, features[0]);
   checks.step(target, present, alpha, label_smoothing, workspace_limit, features.size(),
               head.leading, features[0]);
-  checks.needs(needs_features, needs_weights, needs_biases, features.size(), weights.size());
+  checks.needs(needs_features, needs_weights, needs_biases, encoder_leak, head_leak,
+               features.size(), weights.size());
   if (workspace_limit == 0) workspace_limit = kDefaultWorkspace;
   const Needs needs{std::move(needs_features), std::move(needs_weights), std::move(needs_biases)};
   StepLosses losses(checks, head.rows, head.classes, target, present,
