@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -36,7 +36,7 @@ def check_tensor(argument: str, index: int | None, value: object) -> Tensor:
     name = label(argument, index)
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-    if isinstance(value, UninitializedTensorMixin):
+    if is_lazy(value):
         raise ValueError(
             f"{name}: expected a tensor with a shape, got an {type(value).__name__}: "
             "call its lazy module once before"
@@ -125,6 +125,7 @@ def check_parameter(
     """Returns a weight or bias, cast to `dtype` if there is one, if it then is like `like`."""
     if (
         dtype is None
+        and isinstance(value, Tensor)
         and type(value) in _PLAIN
         and value.dtype is like.dtype
         and value.device == like.device
@@ -281,8 +282,9 @@ def _check_finite(name: str, value: object) -> float:
 
 def shown(value: float) -> str:
     """Returns a number as text; Python refuses to write out an int of thousands of digits."""
-    long = isinstance(value, int) and abs(value) > _LARGEST
-    return f"an int of {value.bit_length()} bits" if long else str(value)
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        return f"an int of {value.bit_length()} bits"
+    return str(value)
 
 
 def check_reduction(reduction: object) -> bool:

@@ -1,4 +1,4 @@
-"""Infinite and NaN gradients from above, as under GradScaler, and rows that have no part in them."""
+"""Infinite and NaN gradients from above, as under GradScaler; rows that have no part in them."""
 
 from __future__ import annotations
 
