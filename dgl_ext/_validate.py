@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+_LAZY = (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer)
 _LARGEST = sys.float_info.max
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
@@ -36,7 +36,7 @@ def check_tensor(argument: str, index: int | None, value: object) -> Tensor:
     name = label(argument, index)
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-    if is_lazy(value):
+    if isinstance(value, _LAZY):
         raise ValueError(
             f"{name}: expected a tensor with a shape, got an {type(value).__name__}: "
             "call its lazy module once before"
