@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 
 class Executor(enum.IntEnum):
@@ -24,6 +25,9 @@ class Executor(enum.IntEnum):
     FUSED = 1
     LIBRARY = 2
 
+
+# The key of the older of PyTorch's two vmaps, which autograd uses.
+_BATCHED = torch._C._dispatch_key_parse("Batched")
 
 # By name, as `register` fills it: a lookup in torch.ops costs 5 us where it is cold.
 _overloads: dict[str, Callable[..., list[Tensor]]] = {}
@@ -73,12 +77,15 @@ def _register(name: str, fake: Callable[..., Any], library: torch.library.Librar
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             raise RuntimeError(
                 f"dgl_ext::{name} is not differentiable on its own: call dgl_ext.fused_decouple. "
-                'For second derivatives use backend="reference".'
+                "For second derivatives, and for exported programs that are trained, use "
+                'backend="reference".'
             )
         with torch._C._AutoDispatchBelowAutograd():
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     library.impl(name, refuse_autograd, "Autograd", with_keyset=True)
+    if not name.endswith("_"):
+        _register_batched(name, overload, library)
     if name.startswith("scale_gradients"):  # no Tensor?[] there
         return
 
@@ -89,6 +96,55 @@ def _register(name: str, fake: Callable[..., Any], library: torch.library.Librar
     # their sign, or are read where there is no storage.
     for key in ("Negative", "ZeroTensor"):
         library.impl(name, resolve, key)
+
+
+def _register_batched(name: str, op: Callable[..., Any], library: torch.library.Library) -> None:
+    """Has an op called once for each of a batch of gradients, as of a vectorized Jacobian.
+
+    PyTorch's rules for lists of optional tensors do not do it, in neither of its two vmaps.
+    """
+
+    def call_each(size: int, dims: Any, args: Any) -> list[Tensor]:
+        each = [op(*_taken(args, dims, i)) for i in range(size)]
+        return [torch.stack(tensors) for tensors in zip(*each, strict=True)]
+
+    def of_func(info: Any, dims: Any, *args: Any) -> tuple[list[Tensor], list[int]]:
+        results = call_each(info.batch_size, dims, args)
+        return results, [0] * len(results)
+
+    def of_autograd(*args: Any) -> list[Tensor]:  # grad(..., is_grads_batched=True)
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        sizes: list[int] = []
+
+        def unwrap(arg: Any) -> Any:
+            if not is_batched(arg):
+                return arg
+            opened = torch._remove_batch_dim(arg, level, 1, 0)
+            sizes.append(opened.shape[0])
+            return opened
+
+        dims = tree_map(lambda arg: 0 if is_batched(arg) else None, args)
+        opened = tree_map(unwrap, args)
+        return [torch._add_batch_dim(r, 0, level) for r in call_each(sizes[0], dims, opened)]
+
+    torch.library.register_vmap(f"dgl_ext::{name}", of_func, lib=library)
+    library.impl(name, of_autograd, "Batched")
+
+
+def is_batched(arg: Any) -> bool:
+    """Whether one of PyTorch's vmaps has `arg` stand for a batch of tensors."""
+    if not isinstance(arg, Tensor):
+        return False
+    keys = torch._C._dispatch_keys(arg)
+    return keys.has(_BATCHED) or keys.has(torch._C.DispatchKey.FuncTorchBatched)
+
+
+def _taken(arg: Any, dim: Any, i: int) -> Any:
+    """Returns the arguments of the i-th call of a batch, which are batched along `dim`."""
+    if isinstance(dim, (list, tuple)):
+        return [_taken(entry, d, i) for entry, d in zip(arg, dim, strict=True)]
+    return arg if dim is None else arg.select(dim, i)
 
 
 def _resolved(arg: Any) -> Any:

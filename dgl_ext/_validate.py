@@ -65,8 +65,10 @@ def check_sequence(name: str, value: object, what: str) -> tuple[object, ...]:
         return tuple(value)
     # torch.nn.ParameterList is not a Sequence, but has all that one needs; a tensor would be
     # cut along its batch in silence.
-    if isinstance(value, (Tensor, str)) or hasattr(value, "keys") or not (
-        hasattr(value, "__len__") and hasattr(value, "__getitem__")
+    if (
+        isinstance(value, (Tensor, str))
+        or hasattr(value, "keys")
+        or not (hasattr(value, "__len__") and hasattr(value, "__getitem__"))
     ):
         raise TypeError(f"{name}: expected {what}, got {type(value).__name__}")
     return tuple(value[i] for i in range(len(value)))
@@ -182,9 +184,9 @@ def check_share(name: str, value: object) -> float:
 
 
 def check_present(present: object, features: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """Returns one bool tensor of the leading shape, or None, per modality; nothing for None."""
-    if present is None:
-        return ()
+    """Returns one bool tensor of the leading shape, or None, per modality."""
+    if present is None:  # not nothing: exported programs lose an empty list of optional tensors
+        return (None,) * len(features)
     values = check_sequence("present", present, "a sequence of bool tensors, one per modality")
     if len(values) != len(features):
         raise ValueError(

@@ -110,7 +110,7 @@ class TrainingStep(torch.autograd.Function):
 
 def _scaled(grads: Sequence[Tensor], scale: Tensor, to_float16: bool) -> Sequence[Tensor]:
     """Multiplies by `scale`, in place where nobody will ask for the gradients again."""
-    if not torch.compiler.is_compiling() and not to_float16:
+    if not torch.compiler.is_compiling() and not to_float16 and not _ops.is_batched(scale):
         kept = torch._C._autograd._get_current_graph_task_keep_graph()
         # Fake tensors and other subclasses may have no value to look at.
         readable = type(scale) is Tensor and scale.is_cpu

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _extension, autograd, autograd_step, reference
 from ._ops import Executor
@@ -300,9 +301,20 @@ def _arrange(
         return None
     if device == "cuda" and not _has_kernels(like.get_device()):
         return None
-    if torch.is_autocast_enabled(device) or torch._C._are_functorch_transforms_active():
+    if torch.is_autocast_enabled(device) or _beyond_ops():
         return None
     return tensors, masks
+
+
+def _beyond_ops() -> str | None:
+    """Names what is under way that takes operations of PyTorch only, if anything is."""
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func"
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace"
+    return "forward-mode differentiation" if forward_ad._current_level >= 0 else None
 
 
 @functools.cache
@@ -314,10 +326,10 @@ def _has_kernels(index: int) -> bool:
 def _choose_executor(backend: str, features: Features) -> Executor | None:
     """Returns how the ops shall compute, None for the reference; raises if that cannot be had."""
     device = features[0].device.type
+    beyond = _beyond_ops()
     if backend == "auto":
-        # torch.func's transforms (vmap, grad, ...) take plain PyTorch only.
-        able = device in ("cpu", "cuda")
-        if not able or torch._C._are_functorch_transforms_active():
+        # An exported program of plain PyTorch can be trained, and needs nothing of ours to run.
+        if device not in ("cpu", "cuda") or beyond or torch.compiler.is_exporting():
             return None
         if _extension.available(device):
             old = device == "cuda" and not _has_kernels(features[0].get_device())
@@ -330,6 +342,10 @@ def _choose_executor(backend: str, features: Features) -> Executor | None:
         return None
     if check_backend(backend) == "reference":
         return None
+    if beyond:
+        raise ValueError(
+            f'backend: "{backend}" cannot be part of {beyond}: use backend="reference" or "auto"'
+        )
     if device not in ("cpu", "cuda"):
         raise ValueError(f'backend: "{backend}" needs features on a CPU or CUDA, got {device}')
     if backend == "library" and device not in LIBRARY_DEVICES:

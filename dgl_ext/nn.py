@@ -21,6 +21,10 @@ from .functional import check_backend, fused_decouple, fused_decouple_cross_entr
 from .heads import get_head
 from .types import DecoupledLogits, DecoupledLoss
 
+# To torch.fx a call is one node: what it does depends on what it gets.
+torch.fx.wrap("fused_decouple")
+torch.fx.wrap("fused_decouple_cross_entropy")
+
 
 class _Fusion(nn.Module, abc.ABC):
     """What the heads share: sizes, options, and the call."""

@@ -22,24 +22,16 @@ from .types import DecoupledLogits, DecoupledLoss
 Formula = Callable[[Features, Weights, Biases, float, float], tuple[Tensor, tuple[Tensor, ...]]]
 
 
-class _ScaleGradient(torch.autograd.Function):
-    """Identity forward; the gradient is multiplied by a constant."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return grad_outputs[0] * ctx.scale, None
-
-
 def _leak(tensor: Tensor, share: float) -> Tensor:
     """Lets the given share of the gradient through: all at 1, none (not zeros) at 0."""
     if share == 0:
         return tensor.detach()
-    return tensor if share == 1 else _ScaleGradient.apply(tensor, share)
+    if share == 1:
+        return tensor
+    # A zero with the tensor's gradient, by operations that every transform of PyTorch knows, as
+    # it does not know an autograd.Function. (Infinity less itself is NaN, and goes without.)
+    zero = (tensor - tensor.detach()).nan_to_num()
+    return tensor.detach() + share * zero
 
 
 def _leak_all(tensors: Biases, share: float) -> Biases:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,3 +88,14 @@ class DecoupledLoss(NamedTuple):
         self.total.backward(one, retain_graph, create_graph, inputs)
         if keep and one._version == 0:  # no hook wrote to it
             _idle[one.device, one.dtype] = one
+
+
+def _register(result: type[tuple[Any, ...]]) -> None:
+    """Lets exported programs be saved that return it, and checkpoints be loaded that hold it."""
+    name = f"dgl_ext.{result.__name__}"
+    torch.utils._pytree._register_namedtuple(result, serialized_type_name=name)
+    torch.serialization.add_safe_globals([result])
+
+
+_register(DecoupledLogits)
+_register(DecoupledLoss)
