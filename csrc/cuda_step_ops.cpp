@@ -144,7 +144,7 @@ void scale_all(const char* op, const std::vector<Tensor>& from, const std::vecto
                const Tensor& scale) {
   const Call call(op, from[0]);
   ScaledGradients problem;
-  problem.scale = scale.data_ptr();
+  problem.scale = scale.const_data_ptr();
   problem.dtype = dtype_of(from[0]);
   problem.to_float16 = from[0].scalar_type() != to[0].scalar_type();
   const auto launch = [&] {
@@ -154,7 +154,7 @@ void scale_all(const char* op, const std::vector<Tensor>& from, const std::vecto
   };
   for (size_t i = 0; i < from.size(); ++i) {
     if (from[i].numel() == 0) continue;
-    problem.from[problem.count] = from[i].data_ptr();
+    problem.from[problem.count] = from[i].const_data_ptr();
     problem.to[problem.count] = to[i].data_ptr();
     problem.size[problem.count++] = from[i].numel();
     if (problem.count == kMaxScaled) launch();

@@ -24,7 +24,8 @@ def _linear_terms(call: SimpleNamespace, forward: bool, backward: bool) -> int:
     if backward:
         columns += _needed(widths, call.needs_features)
         columns += _needed([weight[1] for weight in call.weights], call.needs_weights)
-    rows, classes = math.prod(call.features[0][:-1]), int(call.weights[0][0])
+    rows: int = math.prod(call.features[0][:-1])
+    classes: int = call.weights[0][0]
     return rows * classes * columns
 
 

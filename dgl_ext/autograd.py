@@ -151,7 +151,7 @@ def _call_backward(
         name, ctx.executor, saved[0], grad_outputs, *arguments, *split_needs, *ctx.leaks
     )
     if torch.is_grad_enabled():  # backward(create_graph=True)
-        if torch._C._are_functorch_transforms_active():
+        if any(map(_ops.is_batched, grad_outputs)):  # which would leave the node below behind
             raise RuntimeError(_NO_SECOND)
         grads = _RefuseSecondDerivative.apply(len(grads), *grads, *grad_outputs, *saved)
     if len(grads) == len(needs):

@@ -82,7 +82,7 @@ class FilmStep {
     return stack.get() + branch * rows_ * cols;
   }
   const T* hidden_grad(int64_t branch) const { return part(hidden_grads_, branch, head_.hidden); }
-  const T* film_bias() const { return static_cast<const T*>(film_bias_.data_ptr()); }
+  const T* film_bias() const { return static_cast<const T*>(film_bias_.const_data_ptr()); }
 
   void run_chunk(int64_t first_row, int64_t rows) {
     rows_ = rows;
@@ -119,7 +119,7 @@ class FilmStep {
     const MatrixView partial =
         multiply_weight(matrix(hidden_.get(), kBranches * rows_, head_.hidden), head_.out_weight,
                         matrix(logits_.get(), kBranches * rows_, classes));
-    const T* bias = static_cast<const T*>(out_bias_.data_ptr());
+    const T* bias = static_cast<const T*>(out_bias_.const_data_ptr());
     parallel_ranges(rows_, 4 * kBranches * classes, [&](int64_t begin, int64_t end) {
       for (int64_t branch = 0; branch < kBranches; ++branch) {
         const auto in = partial.row_block(branch * rows_, rows_).template strided<T>();

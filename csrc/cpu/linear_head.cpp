@@ -53,12 +53,12 @@ std::vector<Tensor> forward(std::vector<Tensor> features, std::vector<Tensor> we
     std::vector<LogitsBranch<T>> branches;
     for (int64_t i = 0; i < head.modalities(); ++i) {
       const Tensor& bias = bias_rows[head.shared ? 0 : i];
-      branches.push_back({partials[i].strided<T>(), static_cast<const T*>(bias.data_ptr()),
+      branches.push_back({partials[i].strided<T>(), static_cast<const T*>(bias.const_data_ptr()),
                           static_cast<T*>(logits[i + 1].data_ptr())});
     }
     std::vector<T> fused_bias(head.classes, T(0));
     for (const Tensor& bias : bias_rows) {
-      const T* data = static_cast<const T*>(bias.data_ptr());
+      const T* data = static_cast<const T*>(bias.const_data_ptr());
       for (int64_t c = 0; c < head.classes; ++c) fused_bias[c] += data[c];
     }
     T* fused = static_cast<T*>(logits[0].data_ptr());

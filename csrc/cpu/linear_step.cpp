@@ -82,7 +82,9 @@ class LinearStep {
   }
 
  private:
-  const T* bias_data(size_t b) const { return static_cast<const T*>(bias_rows_[b].data_ptr()); }
+  const T* bias_data(size_t b) const {
+    return static_cast<const T*>(bias_rows_[b].const_data_ptr());
+  }
 
   // multiply_weight may put the logits of few classes, or of few rows, into a matrix of its own.
   int64_t choose_chunk(int64_t planes, int64_t workspace_limit) const {

@@ -133,7 +133,7 @@ class MatrixView {
 
   template <typename T>
   T* data() const {
-    return static_cast<T*>(tensor_.data_ptr()) + offset_;
+    return static_cast<T*>(address()) + offset_;
   }
 
   template <typename T>
@@ -150,13 +150,16 @@ class MatrixView {
   Tensor view() const {
     const std::array<int64_t, 2> sizes{rows, cols};
     const std::array<int64_t, 2> strides{row_stride_, col_stride_};
-    char* base = static_cast<char*>(tensor_.data_ptr());
+    char* base = static_cast<char*>(address());
     return torch::stable::from_blob(base + offset_ * tensor_.element_size(), sizes, strides,
                                     torch::stable::Device(torch::headeronly::DeviceType::CPU),
                                     tensor_.scalar_type());
   }
 
  private:
+  // Inputs are only read, and results are ours: nothing is written that is copied on write.
+  void* address() const { return const_cast<void*>(tensor_.const_data_ptr()); }
+
   MatrixView(Tensor tensor, int64_t offset, int64_t rows, int64_t cols, int64_t row_stride,
              int64_t col_stride)
       : rows(rows),

@@ -32,8 +32,8 @@ void dispatch_gradient(ScalarType dtype, const F& f) {
 template <typename From, typename To>
 void scale_into(const Tensor& from, double scale, const Tensor& to) {
   using Compute = std::conditional_t<std::is_same_v<From, double>, double, float>;
-  const From* in = static_cast<const From*>(from.data_ptr());
-  To* out = static_cast<To*>(to.data_ptr());
+  To* out = static_cast<To*>(to.data_ptr());  // first, since it copies what is copied on write
+  const From* in = static_cast<const From*>(from.const_data_ptr());
   const Compute factor = static_cast<Compute>(scale);
   parallel_ranges(from.numel(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
@@ -51,8 +51,8 @@ double check(const Checks& checks, const std::vector<Tensor>& grads, const Tenso
       grads.empty() ? ScalarType::Float : compute_dtype(grads[0].scalar_type());
   checks.saved("scale", scale, grads.empty() ? scale : grads[0], dtype);
   checks.shape("scale", scale, {});
-  return dtype == ScalarType::Double ? *static_cast<const double*>(scale.data_ptr())
-                                     : *static_cast<const float*>(scale.data_ptr());
+  return dtype == ScalarType::Double ? *static_cast<const double*>(scale.const_data_ptr())
+                                     : *static_cast<const float*>(scale.const_data_ptr());
 }
 
 void scale_in_place(std::vector<Tensor> grads, Tensor scale) {
