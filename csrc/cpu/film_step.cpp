@@ -124,10 +124,10 @@ class FilmStep {
       for (int64_t branch = 0; branch < kBranches; ++branch) {
         const auto in = partial.row_block(branch * rows_, rows_).template strided<T>();
         T* logits = part(logits_, branch, classes);
-        for (int64_t r = begin; r < end; ++r) {
-          add_bias<T>(r, r + 1, classes, in, bias, logits);
-          losses_.add_rows<T>(r, r + 1, classes, branch, residual_[branch], logits);
-        }
+        for_cached_rows(begin, end, classes, [&](int64_t first, int64_t last) {
+          add_bias<T>(first, last, classes, in, bias, logits);
+          losses_.add_rows<T>(first, last, classes, branch, residual_[branch], logits);
+        });
       }
     });
   }

@@ -236,13 +236,10 @@ class LinearStep {
                     [&](int64_t begin, int64_t end) { add_biases(begin, end); });
   }
 
-  // From products to residuals, a few rows at a time so that they stay in cache.
+  // From products to residuals.
   void residual_rows(int64_t begin, int64_t end, const std::vector<LogitsBranch<T>>& branches) {
-    constexpr int64_t kCached = 4096;
     const int64_t classes = head_.classes;
-    const int64_t step = std::max<int64_t>(1, kCached / std::max<int64_t>(1, classes));
-    for (int64_t first = begin; first < end; first += step) {
-      const int64_t last = std::min(end, first + step);
+    for_cached_rows(begin, end, classes, [&](int64_t first, int64_t last) {
       combine_logits<T>(first, last, classes, branches.data(), branches.size(), fused_bias_.data(),
                         plane(0));
       losses_.add_rows<T>(first, last, classes, 0, fused_residual_, plane(0));
@@ -252,7 +249,7 @@ class LinearStep {
         if (mixes_features_) mix_planes(first, last, i + 1, 0, encoder_leak_, feature_plane(i));
         if (mixes_weights_) mix_planes(first, last, 0, i + 1, head_leak_, weight_plane(i));
       }
-    }
+    });
   }
 
   void mix_planes(int64_t begin, int64_t end, int64_t whole, int64_t leaking, double leak, T* out) {

@@ -46,6 +46,15 @@ void for_chunks(int64_t rows, int64_t chunk, const F& f) {
   } while (begin < rows);
 }
 
+// Calls f(begin, end) for a range of rows, a few of them at a time so that their logits stay in
+// cache from the products to the residuals.
+template <typename F>
+void for_cached_rows(int64_t begin, int64_t end, int64_t classes, const F& f) {
+  constexpr int64_t kCached = 4096;
+  const int64_t step = std::max<int64_t>(1, kCached / std::max<int64_t>(1, classes));
+  for (int64_t first = begin; first < end; first += step) f(first, std::min(end, first + step));
+}
+
 // Which gradients a step is asked for.
 struct Needs {
   std::vector<bool> features;
