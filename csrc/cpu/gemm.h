@@ -41,25 +41,50 @@ DGL_EXT_INLINE double lane_sum(const Lanes<double>::Vector& v) {
 
 // Products of at most so many columns, and as few rows or inputs, would leave vectors nearly empty.
 constexpr int64_t kThin = 4;
+constexpr int64_t kThinInputs = 16;
 
-// The same sums by scalars, over short blocks of inputs and over the blocks.
+// The same sums by scalars: many rows side by side, or many inputs in several chains, in blocks.
 template <typename T>
 DGL_EXT_INLINE void thin(int64_t rows, int64_t cols, int64_t count, const Strided<T>& a,
                          const Strided<T>& b, const Output<T>& out) {
   constexpr int64_t kBlock = 256;
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t k = 0; k < cols; ++k) {
-      T& at = out.data[i * out.row_stride + k * out.col_stride];
-      T total = out.add ? at : T(0);
-      for (int64_t begin = 0; begin < count; begin += kBlock) {
-        const int64_t end = std::min(count, begin + kBlock);
-        T sum = 0;
-        for (int64_t j = begin; j < end; ++j) {
-          sum += a.row(i)[j * a.col_stride] * b.row(j)[k * b.col_stride];
+  constexpr int64_t kChains = 8;
+  for (int64_t k = 0; k < cols; ++k) {
+    const Strided<T> column{b.data + k * b.col_stride, b.row_stride, 0};
+    T* to = out.data + k * out.col_stride;
+    if (rows <= kThin) {
+      for (int64_t i = 0; i < rows; ++i) {
+        const T* row = a.row(i);
+        T total = out.add ? to[i * out.row_stride] : T(0);
+        for (int64_t begin = 0; begin < count; begin += kBlock) {
+          const int64_t end = std::min(count, begin + kBlock);
+          T sums[kChains] = {};
+          int64_t j = begin;
+          for (; j + kChains <= end; j += kChains) {
+            for (int64_t l = 0; l < kChains; ++l) {
+              sums[l] += row[(j + l) * a.col_stride] * *column.row(j + l);
+            }
+          }
+          for (; j < end; ++j) sums[0] += row[j * a.col_stride] * *column.row(j);
+          total += ((sums[0] + sums[4]) + (sums[2] + sums[6])) +
+                   ((sums[1] + sums[5]) + (sums[3] + sums[7]));
         }
-        total += sum;
+        to[i * out.row_stride] = total;
       }
-      at = total;
+      continue;
+    }
+    for (int64_t begin = 0; begin < rows; begin += kBlock) {
+      const int64_t many = std::min(kBlock, rows - begin);
+      T sums[kBlock] = {};
+      for (int64_t j = 0; j < count; ++j) {
+        const T* values = a.row(begin) + j * a.col_stride;
+        const T factor = *column.row(j);
+        for (int64_t i = 0; i < many; ++i) sums[i] += values[i * a.row_stride] * factor;
+      }
+      T* at = to + begin * out.row_stride;
+      for (int64_t i = 0; i < many; ++i) {
+        at[i * out.row_stride] = out.add ? at[i * out.row_stride] + sums[i] : sums[i];
+      }
     }
   }
 }
@@ -261,7 +286,7 @@ DGL_EXT_INLINE void product_body(int64_t row_begin, int64_t row_end, int64_t col
   constexpr int64_t kFewRows = 12;
   constexpr int64_t kFewInputs = 8;
   const int64_t rows = row_end - row_begin;
-  if (col_end - col_begin <= kThin && (count <= kThin || rows <= kThin)) {
+  if (col_end - col_begin <= kThin && (count <= kThinInputs || rows <= kThin)) {
     Output<T> at = out;
     at.data += row_begin * out.row_stride + col_begin * out.col_stride;
     const Strided<T> from{b.data + col_begin * b.col_stride, b.row_stride, b.col_stride};
