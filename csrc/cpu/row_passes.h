@@ -128,27 +128,21 @@ void add_block_sums(int64_t begin, int64_t width, int64_t rows, const Term<T>* t
   for (int64_t k = 0; k < count; ++k) {
     const Strided<T>& values = terms[k].values;
     const double scale = terms[k].scale;
-    double sum[kSumBlock] = {};
-    int64_t r = 0;
-    if (width == 1) {  // several chains, since each sum waits for the one before
-      constexpr int64_t kChains = 8;
-      double chains[kChains] = {};
-      for (; r + kChains <= rows; r += kChains) {
-        for (int64_t i = 0; i < kChains; ++i) {
-          chains[i] += values.row(r + i)[begin * values.col_stride];
-        }
-      }
-      for (const double chain : chains) sum[0] += chain;
-    }
-    for (; r < rows; ++r) {
+    // Rows in turn, since each sum waits for the one before: of few columns there is little else.
+    constexpr int64_t kChains = 4;
+    double sums[kChains][kSumBlock] = {};
+    for (int64_t r = 0; r < rows; ++r) {
       const T* row = values.row(r) + begin * values.col_stride;
+      double* sum = sums[r % kChains];
       if (values.col_stride == 1) {
         for (int64_t c = 0; c < width; ++c) sum[c] += row[c];
       } else {
         for (int64_t c = 0; c < width; ++c) sum[c] += row[c * values.col_stride];
       }
     }
-    for (int64_t c = 0; c < width; ++c) totals[c] += scale * sum[c];
+    for (int64_t c = 0; c < width; ++c) {
+      totals[c] += scale * ((sums[0][c] + sums[2][c]) + (sums[1][c] + sums[3][c]));
+    }
   }
 }
 
