@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -84,6 +86,17 @@ def plain_tuple(value: object, or_none: bool = False) -> tuple[Any, ...] | None:
         return None
     values = tuple(value)
     return values if (_PLAIN_OR_NONE if or_none else _PLAIN).issuperset(map(type, values)) else None
+
+
+def is_foreign(value: object) -> bool:
+    """Whether `value` is a tensor that acts for itself, as DTensor and torchao's do.
+
+    The ops know nothing of such subclasses, but for those of torch.compile.
+    """
+    if type(value) in _PLAIN or not isinstance(value, Tensor):
+        return False
+    acts = type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return acts and not isinstance(value, (FakeTensor, FunctionalTensor))
 
 
 def check_features(features: object) -> tuple[Tensor, ...]:

@@ -17,7 +17,6 @@ from . import nn as heads
 from ._routing import Route, Routing, check_loss, random_state_kept, routing
 from ._validate import check_alpha, check_sequence, check_tensor, check_width
 from .decoupled import Decoupled
-from .functional import fused_decouple
 from .types import DecoupledLogits
 
 __all__ = [
@@ -176,19 +175,8 @@ def _uncut(
     head: Head, leaves: tuple[Tensor, ...], present: Sequence[Tensor | None] | None
 ) -> DecoupledLogits:
     """The head's outputs with gradients to the features from all of them."""
-    if isinstance(head, Decoupled):
+    if isinstance(head, (Decoupled, heads._Fusion)):
         return head._probe(leaves, present)
-    if isinstance(head, heads._Fusion):
-        weight, bias = head._head_parameters()
-        return fused_decouple(
-            leaves,
-            weight,
-            bias,
-            fusion=head.fusion,
-            present=present,
-            encoder_leak=1.0,
-            backend=head.backend,
-        )
     if isinstance(head, nn.Module) or not callable(head):
         raise TypeError(
             "head: expected a module of dgl_ext.nn or a function like dgl_ext.fused_decouple, "

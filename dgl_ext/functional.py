@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch.autograd import forward_ad
 
 from . import _extension, autograd, autograd_step, reference
 from ._ops import Executor
-from ._validate import check_present, check_share, plain_tuple
+from ._validate import check_present, check_share, is_foreign, plain_tuple
 from .autograd_step import StepOptions
 from .cross_entropy import CrossEntropy, check_numbers
 from .heads import Biases, Features, Head, Weights, get_head
@@ -120,7 +121,7 @@ def fused_decouple(
     masks = check_present(present, tensors[0])
     if refusal:
         raise refusal
-    executor = _choose_executor(backend, tensors[0])
+    executor = _choose_executor(backend, tensors)
     arguments = (fusion, *tensors, *leaks, masks)
     if executor is None:
         return reference.compute(*arguments)
@@ -230,7 +231,7 @@ def fused_decouple_cross_entropy(
     leaks = check_share("encoder_leak", encoder_leak), check_share("head_leak", head_leak)
     if refusal:  # of what only an op can see, such as a target's values
         raise refusal
-    executor = _choose_executor(backend, tensors[0])
+    executor = _choose_executor(backend, tensors)
     step = (fusion, *tensors, loss, *leaks)
     if executor is None:
         return reference.compute_cross_entropy(*step)
@@ -323,10 +324,14 @@ def _has_kernels(index: int) -> bool:
     return torch.cuda.get_device_capability(index) >= _LEAST_CAPABILITY
 
 
-def _choose_executor(backend: str, features: Features) -> Executor | None:
+def _choose_executor(backend: str, tensors: tuple[Features, Weights, Biases]) -> Executor | None:
     """Returns how the ops shall compute, None for the reference; raises if that cannot be had."""
+    features = tensors[0]
     device = features[0].device.type
     beyond = _beyond_ops()
+    for tensor in chain(*tensors):
+        if is_foreign(tensor):
+            beyond = f"what {type(tensor).__name__} does"
     if backend == "auto":
         # An exported program of plain PyTorch can be trained, and needs nothing of ours to run.
         if device not in ("cpu", "cuda") or beyond or torch.compiler.is_exporting():
