@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.utils import parametrize
 
+from . import _torch_private
 from .reference import _leak
 
 _lock = threading.RLock()
@@ -39,11 +39,11 @@ def call(
     # One entry for each place, though a module may have several names: replaced under two of them,
     # a parameter would not come back.
     for prefix, owner in module.named_modules():
-        for name, parameter in owner._parameters.items():
-            if parameter is not None:
-                if id(parameter) not in leaked:
-                    leaked[id(parameter)] = _leak(parameter, share)
-                replaced[f"{prefix}.{name}" if prefix else name] = leaked[id(parameter)]
+        places = owner.named_parameters(prefix, recurse=False, remove_duplicate=False)
+        for name, parameter in places:
+            if id(parameter) not in leaked:
+                leaked[id(parameter)] = _leak(parameter, share)
+            replaced[name] = leaked[id(parameter)]
     with _uncached(module):
         return functional_call(
             module, {**replaced, **(buffers or {})}, args, dict(kwargs or {}), tie_weights=False
@@ -51,9 +51,13 @@ def call(
 
 
 @contextlib.contextmanager
-def _fresh_cache(module: nn.Module) -> Iterator[None]:
+def _uncached(module: nn.Module) -> Iterator[None]:
+    """Has parametrizations compute anew what `parametrize.cached()` keeps of other calls."""
+    cache = None if torch.compiler.is_compiling() else _torch_private.cached_weights()
+    if cache is None:
+        yield
+        return
     modules = {id(owner) for owner in module.modules()}
-    cache = parametrize._cache
 
     def take() -> dict[Any, Any]:
         return {key: cache.pop(key) for key in list(cache) if key[0] in modules}
@@ -64,12 +68,6 @@ def _fresh_cache(module: nn.Module) -> Iterator[None]:
     finally:
         take()
         cache.update(before)
-
-
-def _uncached(module: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Has parametrizations compute anew what `parametrize.cached()` keeps of other calls."""
-    cached = not torch.compiler.is_compiling() and parametrize._cache_enabled
-    return _fresh_cache(module) if cached else contextlib.nullcontext()
 
 
 def check_not_sharded(argument: str, module: nn.Module, instead: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _cut, reference
+from . import _cut, _torch_private, reference
 from ._validate import check_features, check_present, is_foreign
 from .cross_entropy import CrossEntropy
 from .types import DecoupledLogits, DecoupledLoss
@@ -27,10 +27,7 @@ def is_plain(layer: nn.Module) -> bool:
     return (
         type(layer).forward is nn.Linear.forward  # of a parametrized layer, too
         and "forward" not in layer.__dict__
-        and not layer._forward_hooks
-        and not layer._forward_pre_hooks
-        and not layer._backward_hooks
-        and not layer._backward_pre_hooks
+        and not _torch_private.has_hooks(layer)
         and not is_foreign(layer.weight)
     )
 

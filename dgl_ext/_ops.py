@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+
+from . import _torch_private
 
 
 class Executor(enum.IntEnum):
@@ -25,9 +26,6 @@ class Executor(enum.IntEnum):
     FUSED = 1
     LIBRARY = 2
 
-
-# The key of the older of PyTorch's two vmaps, which autograd uses.
-_BATCHED = torch._C._dispatch_key_parse("Batched")
 
 # By name, as `register` fills it: a lookup in torch.ops costs 5 us where it is cold.
 _overloads: dict[str, Callable[..., list[Tensor]]] = {}
@@ -60,7 +58,7 @@ def _call(op: Callable[..., list[Tensor]], *args: Any) -> list[Tensor]:
     if torch.compiler.is_compiling():  # Dynamo does not trace the guard
         return op(*args)
     try:
-        with torch._C._AutoDispatchBelowAutograd():
+        with _torch_private.below_autograd():
             return op(*args)
     except RuntimeError as error:
         # Through the stable ABI every error is a RuntimeError.
@@ -74,16 +72,17 @@ def _register(name: str, fake: Callable[..., Any], library: torch.library.Librar
     overload = _overloads[name] = getattr(torch.ops.dgl_ext, name).default
 
     def refuse_autograd(keyset: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if torch.is_grad_enabled() and _torch_private.any_requires_grad(*args):
             raise RuntimeError(
                 f"dgl_ext::{name} is not differentiable on its own: call dgl_ext.fused_decouple. "
                 "For second derivatives, and for exported programs that are trained, use "
                 'backend="reference".'
             )
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        with _torch_private.below_autograd():
+            return overload.redispatch(keyset & _torch_private.after_autograd, *args)
 
-    library.impl(name, refuse_autograd, "Autograd", with_keyset=True)
+    if _torch_private.after_autograd is not None:
+        library.impl(name, refuse_autograd, "Autograd", with_keyset=True)
     if not name.endswith("_"):
         _register_batched(name, overload, library)
     if name.startswith("scale_gradients"):  # no Tensor?[] there
@@ -113,31 +112,26 @@ def _register_batched(name: str, op: Callable[..., Any], library: torch.library.
         return results, [0] * len(results)
 
     def of_autograd(*args: Any) -> list[Tensor]:  # grad(..., is_grads_batched=True)
-        level = torch._C._vmapmode_increment_nesting() - 1
-        torch._C._vmapmode_decrement_nesting()
+        level = _torch_private.enter_vmap() - 1
+        _torch_private.leave_vmap()
         sizes: list[int] = []
 
         def unwrap(arg: Any) -> Any:
-            if not is_batched(arg):
+            if not _torch_private.is_batched(arg):
                 return arg
-            opened = torch._remove_batch_dim(arg, level, 1, 0)
+            opened = _torch_private.remove_batch(arg, level, 1, 0)
             sizes.append(opened.shape[0])
             return opened
 
-        dims = tree_map(lambda arg: 0 if is_batched(arg) else None, args)
-        opened = tree_map(unwrap, args)
-        return [torch._add_batch_dim(r, 0, level) for r in call_each(sizes[0], dims, opened)]
+        dims = _torch_private.tree_map(
+            lambda arg: 0 if _torch_private.is_batched(arg) else None, args
+        )
+        opened = _torch_private.tree_map(unwrap, args)
+        return [_torch_private.add_batch(r, 0, level) for r in call_each(sizes[0], dims, opened)]
 
     torch.library.register_vmap(f"dgl_ext::{name}", of_func, lib=library)
-    library.impl(name, of_autograd, "Batched")
-
-
-def is_batched(arg: Any) -> bool:
-    """Whether one of PyTorch's vmaps has `arg` stand for a batch of tensors."""
-    if not isinstance(arg, Tensor):
-        return False
-    keys = torch._C._dispatch_keys(arg)
-    return keys.has(_BATCHED) or keys.has(torch._C.DispatchKey.FuncTorchBatched)
+    if _torch_private.enter_vmap is not None:
+        library.impl(name, of_autograd, "Batched")
 
 
 def _taken(arg: Any, dim: Any, i: int) -> Any:
@@ -318,8 +312,7 @@ def register() -> torch.library.Library:
 
 def _tf32_allowed() -> bool:
     """Whether float32 products on CUDA may be tf32, as `torch.backends.cuda.matmul` says."""
-    # The public getter raises where old and new settings are mixed.
-    return bool(torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32")
+    return bool(_torch_private.matmul_precision("cuda", "matmul") == "tf32")
 
 
 # Dynamo takes the answer for a constant; its guards see the setting change.

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
+
+from . import _torch_private
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -96,7 +96,8 @@ def is_foreign(value: object) -> bool:
     if type(value) in _PLAIN or not isinstance(value, Tensor):
         return False
     acts = type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__
-    return acts and not isinstance(value, (FakeTensor, FunctionalTensor))
+    ours = _torch_private.FakeTensor, _torch_private.FunctionalTensor
+    return acts and not isinstance(value, ours)
 
 
 def check_features(features: object) -> tuple[Tensor, ...]:

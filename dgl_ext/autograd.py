@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _ops
+from . import _ops, _torch_private
 from ._ops import Executor
 from .heads import Biases, Features, Weights
 
@@ -151,7 +151,9 @@ def _call_backward(
         name, ctx.executor, saved[0], grad_outputs, *arguments, *split_needs, *ctx.leaks
     )
     if torch.is_grad_enabled():  # backward(create_graph=True)
-        if any(map(_ops.is_batched, grad_outputs)):  # which would leave the node below behind
+        if any(
+            map(_torch_private.is_batched, grad_outputs)
+        ):  # which would leave the node below behind
             raise RuntimeError(_NO_SECOND)
         grads = _RefuseSecondDerivative.apply(len(grads), *grads, *grad_outputs, *saved)
     if len(grads) == len(needs):

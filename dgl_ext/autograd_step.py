@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _ops
+from . import _ops, _torch_private
 from ._ops import Executor
 from .cross_entropy import CrossEntropy
 from .heads import Biases, Features, Weights
@@ -105,7 +105,7 @@ class TrainingStep(torch.autograd.Function):
                 "dgl_ext: a training step has no second derivatives; "
                 'use backend="reference" for them'
             )
-        if torch.compiler.is_compiling() or ctx.to_float16 or _ops.is_batched(scale):
+        if torch.compiler.is_compiling() or ctx.to_float16 or _torch_private.is_batched(scale):
             grads: Sequence[Tensor]
             grads = _ops.scale_gradients(ctx.saved_tensors, scale, ctx.to_float16)
         else:
@@ -127,7 +127,7 @@ def _scaled(ctx: Any, scale: Tensor) -> Sequence[Tensor]:
             "dgl_ext: two threads differentiated one training step, and the first one frees it: "
             "use retain_graph=True in both"
         )
-    kept = torch._C._autograd._get_current_graph_task_keep_graph()
+    kept = _torch_private.keeps_graph()
     ctx.spent = not kept
     # Fake tensors and other subclasses may have no value to look at.
     readable = type(scale) is Tensor and scale.is_cpu

@@ -9,9 +9,8 @@ from itertools import chain
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from . import _extension, autograd, autograd_step, reference
+from . import _extension, _torch_private, autograd, autograd_step, reference
 from ._ops import Executor
 from ._validate import check_present, check_share, is_foreign, plain_tuple
 from .autograd_step import StepOptions
@@ -309,13 +308,13 @@ def _arrange(
 
 def _beyond_ops() -> str | None:
     """Names what is under way that takes operations of PyTorch only, if anything is."""
-    if torch._C._are_functorch_transforms_active():
+    if _torch_private.under_transforms():
         return "torch.func"
     if torch.compiler.is_compiling():
         return None
-    if torch._C._get_tracing_state() is not None:
+    if _torch_private.is_traced():
         return "torch.jit.trace"
-    return "forward-mode differentiation" if forward_ad._current_level >= 0 else None
+    return "forward-mode differentiation" if _torch_private.forward_level() >= 0 else None
 
 
 @functools.cache

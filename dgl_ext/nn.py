@@ -104,7 +104,7 @@ class _Fusion(nn.Module, abc.ABC):
             return _layers.compute(self, formula, leaks, features, target, present, loss_options)
         weight: Any = [layer.weight for layer in layers]
         bias: Any = [layer.bias for layer in layers]
-        if self.fusion == "concat":
+        if get_head(self.fusion).bare:
             (weight,), (bias,) = weight, bias
         options: dict[str, Any] = {
             "fusion": self.fusion,

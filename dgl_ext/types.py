@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _torch_private
+
 # Gradients of one that `DecoupledLoss.backward` hands to autograd, by device and dtype. One that is
 # in use is not in here: a hook that writes to it must not be felt by another thread's backward.
 _idle: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -93,7 +95,7 @@ class DecoupledLoss(NamedTuple):
 def _register(result: type[tuple[Any, ...]]) -> None:
     """Lets exported programs be saved that return it, and checkpoints be loaded that hold it."""
     name = f"dgl_ext.{result.__name__}"
-    torch.utils._pytree._register_namedtuple(result, serialized_type_name=name)
+    _torch_private.register_namedtuple(result, serialized_type_name=name)
     torch.serialization.add_safe_globals([result])
 
 

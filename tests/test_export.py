@@ -13,12 +13,6 @@ from torch.utils._pytree import tree_leaves
 import dgl_ext
 from dgl_ext.heads import HEADS
 
-HEAD_MODULES = {
-    "concat": dgl_ext.nn.ConcatFusion,
-    "sum": dgl_ext.nn.SumFusion,
-    "film": dgl_ext.nn.FiLMFusion,
-}
-
 
 class Model(nn.Module):
     """Two encoders and a head; with a target its loss."""
@@ -27,7 +21,7 @@ class Model(nn.Module):
         super().__init__()
         torch.manual_seed(1)
         self.a, self.v = nn.Linear(4, 7), nn.Linear(3, 5)
-        self.head = HEAD_MODULES[fusion]((7, 5), 6, **options)
+        self.head = dgl_ext.nn.MODULES[fusion]((7, 5), 6, **options)
 
     def forward(self, a: Tensor, v: Tensor, target: Tensor | None = None):
         return self.head(self.a(a), self.v(v), target=target)

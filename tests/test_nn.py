@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from support.problems import assert_same
+from support.problems import assert_same, head_arguments
 from two_pass import named_logits
 
 import dgl_ext
@@ -37,10 +37,7 @@ def test_state_dict_names(fusion):
 
 def test_forward_calls_the_function(fusion):
     module = make(fusion)
-    layers = module._layers()
-    weight, bias = [layer.weight for layer in layers], [layer.bias for layer in layers]
-    if fusion == "concat":
-        weight, bias = module.weight, module.bias
+    weight, bias = head_arguments(module)
     expected = dgl_ext.reference.fused_decouple(features(), weight, bias, fusion=fusion)
     assert_same(named_logits(module(*features())), named_logits(expected), 1e-5)
 

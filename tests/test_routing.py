@@ -98,7 +98,9 @@ def test_a_planted_leak_is_found():
     found = routing(model, batch, leaky, EXPECT)
     encoders = [n for n, _ in model.named_parameters() if not n.startswith("fusion")]
     expected = [(name, "fused") for name in encoders]
-    expected += [(f"fusion.linear.{n}", loss) for n in ("weight", "bias") for loss in ("audio", "video")]
+    expected += [
+        (f"fusion.linear.{n}", loss) for n in ("weight", "bias") for loss in ("audio", "video")
+    ]
     assert found.leaked == expected
     assert found.missing == []
     assert "leaked: audio, leaked: video" in str(found).splitlines()[-1]

@@ -7,7 +7,14 @@ import threading
 
 import pytest
 import torch
-from support.problems import BACKENDS, assert_same, loss_gradients, make_problem, make_target
+from support.problems import (
+    BACKENDS,
+    assert_same,
+    head_arguments,
+    loss_gradients,
+    make_problem,
+    make_target,
+)
 
 import dgl_ext
 from dgl_ext import _ops
@@ -185,7 +192,7 @@ class TestModule:
             "label_smoothing": 0.1,
             "present": (torch.tensor([True, True, True, False, True]), None),
         }
-        weight, bias = module._head_parameters()
+        weight, bias = head_arguments(module)
         expected = dgl_ext.reference.fused_decouple_cross_entropy(
             features, weight, target, bias=bias, fusion=fusion, **settings, **options
         )

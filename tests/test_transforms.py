@@ -23,11 +23,6 @@ from dgl_ext.heads import HEADS
 
 LEAKS = [(0.0, 0.0), (0.25, 0.5), (1.0, 1.0)]
 SIZE, ROWS = 3, 4
-HEAD_MODULES = {
-    "concat": dgl_ext.nn.ConcatFusion,
-    "sum": dgl_ext.nn.SumFusion,
-    "film": dgl_ext.nn.FiLMFusion,
-}
 
 
 def outputs(problem: Problem, mode: str, backend: str, masked: bool = False) -> tuple[Tensor, ...]:
@@ -182,7 +177,7 @@ class Model(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.a, self.v = nn.Linear(3, 6), nn.Linear(2, 5)
-        self.head = HEAD_MODULES[fusion]((6, 5), 4)
+        self.head = dgl_ext.nn.MODULES[fusion]((6, 5), 4)
         self.step = step
 
     def forward(self, a: Tensor, v: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
