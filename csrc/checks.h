@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <sstream>
@@ -194,16 +195,27 @@ class Checks {
     per_row("target", target, ScalarType::Long, leading, like_tensor);
     masks(present, modalities, leading, like_tensor);
     length("alpha", alpha.size(), modalities);
-    if (!(label_smoothing >= 0 && label_smoothing <= 1)) {
-      fail("label_smoothing", "a number in [0, 1]", std::to_string(label_smoothing));
+    for (size_t i = 0; i < alpha.size(); ++i) {
+      if (!std::isfinite(alpha[i])) {
+        fail(indexed("alpha", i), "a finite number", std::to_string(alpha[i]));
+      }
     }
+    share("label_smoothing", label_smoothing);
     if (workspace_limit < 0) {
       fail("workspace_limit", "a number of bytes, or 0", std::to_string(workspace_limit));
     }
   }
 
+  void share(const char* argument, double value) const {
+    if (!(value >= 0 && value <= 1)) fail(argument, "a number in [0, 1]", std::to_string(value));
+  }
+
+  // Which gradients are asked for, and how much leaks into them.
   void needs(const std::vector<bool>& features, const std::vector<bool>& weights,
-             const std::vector<bool>& biases, size_t modalities, size_t parameters) const {
+             const std::vector<bool>& biases, double encoder_leak, double head_leak,
+             size_t modalities, size_t parameters) const {
+    share("encoder_leak", encoder_leak);
+    share("head_leak", head_leak);
     length("needs_features", features.size(), modalities);
     length("needs_weights", weights.size(), parameters);
     length("needs_biases", biases.size(), parameters);

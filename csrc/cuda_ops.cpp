@@ -59,7 +59,8 @@ std::vector<Tensor> linear_backward(OptionalTensors grad_outputs, std::vector<Te
   const LinearArguments args = parse_linear(checks, call, features, weights);
   const LinearHead& head = args.head;
   checks.grad_outputs(grad_outputs, features.size() + 1, leading, head.classes, features[0]);
-  checks.needs(needs_features, needs_weights, needs_biases, features.size(), weights.size());
+  checks.needs(needs_features, needs_weights, needs_biases, encoder_leak, head_leak,
+               features.size(), weights.size());
   checks.masks(present, features.size(), leading, features[0]);
 
   const Dtype dtype = dtype_of(features[0]);
@@ -158,7 +159,7 @@ std::vector<Tensor> film_backward(OptionalTensors grad_outputs, std::vector<Tens
   FilmHeadBackward problem;
   problem.head = parse_film(checks, call, features, weights, biases);
   checks.grad_outputs(grad_outputs, 3, leading, problem.head.classes, features[0]);
-  checks.needs(needs_features, needs_weights, needs_biases, 2, 2);
+  checks.needs(needs_features, needs_weights, needs_biases, encoder_leak, head_leak, 2, 2);
   checks.masks(present, features.size(), leading, features[0]);
   set_masks(call, present, problem.head.present);
   Shape film_shape = leading;
@@ -198,10 +199,10 @@ std::vector<Tensor> film_backward(OptionalTensors grad_outputs, std::vector<Tens
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dgl_ext, DGL_EXT_DISPATCH_KEY, m) {
-  m.impl("linear_head_forward", TORCH_BOX(&linear_forward));
-  m.impl("linear_head_backward", TORCH_BOX(&linear_backward));
-  m.impl("film_head_forward", TORCH_BOX(&film_forward));
-  m.impl("film_head_backward", TORCH_BOX(&film_backward));
+  m.impl("linear_head_forward", DGL_EXT_CUDA_OP(&linear_forward));
+  m.impl("linear_head_backward", DGL_EXT_CUDA_OP(&linear_backward));
+  m.impl("film_head_forward", DGL_EXT_CUDA_OP(&film_forward));
+  m.impl("film_head_backward", DGL_EXT_CUDA_OP(&film_backward));
 }
 
 }  // namespace dgl_ext

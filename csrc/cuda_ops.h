@@ -25,6 +25,7 @@
 #include "plan.h"
 #include "plan_text.h"
 #include "row_stride.h"
+#include "torch_errors.h"
 
 namespace dgl_ext {
 
@@ -115,10 +116,10 @@ class Call {
     const bool contiguous_columns = columns == 1 || tensor.stride(tensor.dim() - 1) == 1;
     if (const auto stride = single_row_stride(tensor);
         stride && contiguous_columns && *stride >= columns) {
-      return {tensor.data_ptr(), *stride};
+      return {tensor.const_data_ptr(), *stride};
     }
     kept_.push_back(torch::stable::contiguous(tensor));
-    return {kept_.back().data_ptr(), columns};
+    return {kept_.back().const_data_ptr(), columns};
   }
   ConstMatrix matrix(const std::optional<Tensor>& tensor) {
     return tensor ? matrix(*tensor) : ConstMatrix{};
@@ -130,7 +131,7 @@ class Call {
   // Elements one after the other, such as a bias, class indices or a mask.
   const void* packed(const Tensor& tensor) {
     kept_.push_back(torch::stable::contiguous(tensor));
-    return kept_.back().numel() == 0 ? nothing_to_read : kept_.back().data_ptr();
+    return kept_.back().numel() == 0 ? nothing_to_read : kept_.back().const_data_ptr();
   }
 
   Tensor empty(const Shape& shape, ScalarType dtype) const {

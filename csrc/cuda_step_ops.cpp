@@ -69,7 +69,8 @@ std::vector<Tensor> linear_step(std::vector<Tensor> features, std::vector<Tensor
   checks.biases(biases, weights, features[0]);
   checks.step(target, present, alpha, label_smoothing, limit, features.size(), leading,
               features[0]);
-  checks.needs(needs_features, needs_weights, needs_biases, features.size(), weights.size());
+  checks.needs(needs_features, needs_weights, needs_biases, encoder_leak, head_leak,
+               features.size(), weights.size());
   const Dtype dtype = dtype_of(features[0]);
   StepCall step(call, dtype, features.size(), target, present, alpha, mean, ignore_index,
                 label_smoothing);
@@ -117,7 +118,7 @@ std::vector<Tensor> film_step(std::vector<Tensor> features, std::vector<Tensor> 
   FilmHeadStep problem;
   problem.head = parse_film(checks, call, features, weights, biases);
   checks.step(target, present, alpha, label_smoothing, limit, 2, leading, features[0]);
-  checks.needs(needs_features, needs_weights, needs_biases, 2, 2);
+  checks.needs(needs_features, needs_weights, needs_biases, encoder_leak, head_leak, 2, 2);
   const Dtype dtype = dtype_of(features[0]);
   StepCall step(call, dtype, 2, target, present, alpha, mean, ignore_index, label_smoothing);
 
@@ -143,7 +144,7 @@ void scale_all(const char* op, const std::vector<Tensor>& from, const std::vecto
                const Tensor& scale) {
   const Call call(op, from[0]);
   ScaledGradients problem;
-  problem.scale = scale.data_ptr();
+  problem.scale = scale.const_data_ptr();
   problem.dtype = dtype_of(from[0]);
   problem.to_float16 = from[0].scalar_type() != to[0].scalar_type();
   const auto launch = [&] {
@@ -153,7 +154,7 @@ void scale_all(const char* op, const std::vector<Tensor>& from, const std::vecto
   };
   for (size_t i = 0; i < from.size(); ++i) {
     if (from[i].numel() == 0) continue;
-    problem.from[problem.count] = from[i].data_ptr();
+    problem.from[problem.count] = from[i].const_data_ptr();
     problem.to[problem.count] = to[i].data_ptr();
     problem.size[problem.count++] = from[i].numel();
     if (problem.count == kMaxScaled) launch();
@@ -204,10 +205,10 @@ std::vector<Tensor> scale_copies(std::vector<Tensor> grads, Tensor scale, bool t
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dgl_ext, DGL_EXT_DISPATCH_KEY, m) {
-  m.impl("linear_head_step", TORCH_BOX(&linear_step));
-  m.impl("film_head_step", TORCH_BOX(&film_step));
-  m.impl("scale_gradients_", TORCH_BOX(&scale_in_place));
-  m.impl("scale_gradients", TORCH_BOX(&scale_copies));
+  m.impl("linear_head_step", DGL_EXT_CUDA_OP(&linear_step));
+  m.impl("film_head_step", DGL_EXT_CUDA_OP(&film_step));
+  m.impl("scale_gradients_", DGL_EXT_CUDA_OP(&scale_in_place));
+  m.impl("scale_gradients", DGL_EXT_CUDA_OP(&scale_copies));
 }
 
 }  // namespace dgl_ext

@@ -4,6 +4,8 @@ Wei et al., "Boosting Multimodal Learning via Disentangled Gradient Learning", I
 arXiv 2507.10213.
 """
 
+import torch
+
 from . import _extension, diagnostics, nn, reference
 from .functional import fused_decouple, fused_decouple_cross_entropy
 from .settings import set_workspace_limit, workspace_limit
@@ -12,9 +14,14 @@ from .types import DecoupledLogits, DecoupledLoss
 __version__ = "0.1.0"
 
 if _extension.available():
-    from . import _ops
+    from . import _flops, _ops
 
     _library = _ops.register()
+    _flops.register()
+
+# To torch.fx a call is one node: what it does depends on what it gets.
+torch.fx.wrap("fused_decouple")
+torch.fx.wrap("fused_decouple_cross_entropy")
 
 __all__ = [
     "DecoupledLogits",

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _torch_private
+
 
 class Executor(enum.IntEnum):
     """Who computes an op's products on CUDA: as the plan says, our kernels, or the library."""
@@ -55,8 +57,14 @@ def _call(op: Callable[..., list[Tensor]], *args: Any) -> list[Tensor]:
     """Goes past the checking kernels below, which would cost 5 us a call."""
     if torch.compiler.is_compiling():  # Dynamo does not trace the guard
         return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+    try:
+        with _torch_private.below_autograd():
+            return op(*args)
+    except RuntimeError as error:
+        # Through the stable ABI every error is a RuntimeError.
+        if type(error) is RuntimeError and str(error).startswith("CUDA out of memory"):
+            raise torch.OutOfMemoryError(str(error)) from None
+        raise
 
 
 def _register(name: str, fake: Callable[..., Any], library: torch.library.Library) -> None:
@@ -64,15 +72,19 @@ def _register(name: str, fake: Callable[..., Any], library: torch.library.Librar
     overload = _overloads[name] = getattr(torch.ops.dgl_ext, name).default
 
     def refuse_autograd(keyset: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if torch.is_grad_enabled() and _torch_private.any_requires_grad(*args):
             raise RuntimeError(
                 f"dgl_ext::{name} is not differentiable on its own: call dgl_ext.fused_decouple. "
-                'For second derivatives use backend="reference".'
+                "For second derivatives, and for exported programs that are trained, use "
+                'backend="reference".'
             )
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        with _torch_private.below_autograd():
+            return overload.redispatch(keyset & _torch_private.after_autograd, *args)
 
-    library.impl(name, refuse_autograd, "Autograd", with_keyset=True)
+    if _torch_private.after_autograd is not None:
+        library.impl(name, refuse_autograd, "Autograd", with_keyset=True)
+    if not name.endswith("_"):
+        _register_batched(name, overload, library)
     if name.startswith("scale_gradients"):  # no Tensor?[] there
         return
 
@@ -83,6 +95,50 @@ def _register(name: str, fake: Callable[..., Any], library: torch.library.Librar
     # their sign, or are read where there is no storage.
     for key in ("Negative", "ZeroTensor"):
         library.impl(name, resolve, key)
+
+
+def _register_batched(name: str, op: Callable[..., Any], library: torch.library.Library) -> None:
+    """Has an op called once for each of a batch of gradients, as of a vectorized Jacobian.
+
+    PyTorch's rules for lists of optional tensors do not do it, in neither of its two vmaps.
+    """
+
+    def call_each(size: int, dims: Any, args: Any) -> list[Tensor]:
+        each = [op(*_taken(args, dims, i)) for i in range(size)]
+        return [torch.stack(tensors) for tensors in zip(*each, strict=True)]
+
+    def of_func(info: Any, dims: Any, *args: Any) -> tuple[list[Tensor], list[int]]:
+        results = call_each(info.batch_size, dims, args)
+        return results, [0] * len(results)
+
+    def of_autograd(*args: Any) -> list[Tensor]:  # grad(..., is_grads_batched=True)
+        level = _torch_private.enter_vmap() - 1
+        _torch_private.leave_vmap()
+        sizes: list[int] = []
+
+        def unwrap(arg: Any) -> Any:
+            if not _torch_private.is_batched(arg):
+                return arg
+            opened = _torch_private.remove_batch(arg, level, 1, 0)
+            sizes.append(opened.shape[0])
+            return opened
+
+        dims = _torch_private.tree_map(
+            lambda arg: 0 if _torch_private.is_batched(arg) else None, args
+        )
+        opened = _torch_private.tree_map(unwrap, args)
+        return [_torch_private.add_batch(r, 0, level) for r in call_each(sizes[0], dims, opened)]
+
+    torch.library.register_vmap(f"dgl_ext::{name}", of_func, lib=library)
+    if _torch_private.enter_vmap is not None:
+        library.impl(name, of_autograd, "Batched")
+
+
+def _taken(arg: Any, dim: Any, i: int) -> Any:
+    """Returns the arguments of the i-th call of a batch, which are batched along `dim`."""
+    if isinstance(dim, (list, tuple)):
+        return [_taken(entry, d, i) for entry, d in zip(arg, dim, strict=True)]
+    return arg if dim is None else arg.select(dim, i)
 
 
 def _resolved(arg: Any) -> Any:
@@ -256,8 +312,7 @@ def register() -> torch.library.Library:
 
 def _tf32_allowed() -> bool:
     """Whether float32 products on CUDA may be tf32, as `torch.backends.cuda.matmul` says."""
-    # The public getter raises where old and new settings are mixed.
-    return bool(torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32")
+    return bool(_torch_private.matmul_precision("cuda", "matmul") == "tf32")
 
 
 # Dynamo takes the answer for a constant; its guards see the setting change.

@@ -7,15 +7,20 @@ never touch a tensor's data, and make text only on the way out. Wrong types and 
 
 from __future__ import annotations
 
-import math
 import numbers
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import _torch_private
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+_LAZY = (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer)
+_LARGEST = sys.float_info.max
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
@@ -30,17 +35,30 @@ def label(argument: str, index: int | None) -> str:
 
 def check_tensor(argument: str, index: int | None, value: object) -> Tensor:
     """Returns `value` if it is a dense floating-point tensor of a supported dtype."""
+    name = label(argument, index)
     if not isinstance(value, Tensor):
-        name = label(argument, index)
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if isinstance(value, _LAZY):
+        raise ValueError(
+            f"{name}: expected a tensor with a shape, got an {type(value).__name__}: "
+            "call its lazy module once before"
+        )
     if value.dtype not in DTYPES:
         names = ", ".join(str(dtype) for dtype in DTYPES)
-        raise TypeError(f"{label(argument, index)}: expected one of {names}, got {value.dtype}")
-    if value.layout is not torch.strided:
-        raise TypeError(
-            f"{label(argument, index)}: expected a dense (torch.strided) tensor, got {value.layout}"
-        )
+        raise TypeError(f"{name}: expected one of {names}, got {value.dtype}")
+    check_dense(name, value)
     return value
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raises unless every entry of `tensor` is there, and has a place of its own."""
+    # torch.masked.MaskedTensor, which is not imported with torch
+    if tensor.layout is torch.strided and not tensor.is_nested and not hasattr(tensor, "get_mask"):
+        return
+    got = "a nested tensor" if tensor.is_nested else str(tensor.layout)
+    if hasattr(tensor, "get_mask"):
+        got = f"a {type(tensor).__name__} (`present` takes masks of rows)"
+    raise TypeError(f"{name}: expected a dense (torch.strided) tensor, got {got}")
 
 
 def check_sequence(name: str, value: object, what: str) -> tuple[object, ...]:
@@ -49,8 +67,10 @@ def check_sequence(name: str, value: object, what: str) -> tuple[object, ...]:
         return tuple(value)
     # torch.nn.ParameterList is not a Sequence, but has all that one needs; a tensor would be
     # cut along its batch in silence.
-    if isinstance(value, (Tensor, str)) or not (
-        hasattr(value, "__len__") and hasattr(value, "__getitem__")
+    if (
+        isinstance(value, (Tensor, str))
+        or hasattr(value, "keys")
+        or not (hasattr(value, "__len__") and hasattr(value, "__getitem__"))
     ):
         raise TypeError(f"{name}: expected {what}, got {type(value).__name__}")
     return tuple(value[i] for i in range(len(value)))
@@ -66,6 +86,18 @@ def plain_tuple(value: object, or_none: bool = False) -> tuple[Any, ...] | None:
         return None
     values = tuple(value)
     return values if (_PLAIN_OR_NONE if or_none else _PLAIN).issuperset(map(type, values)) else None
+
+
+def is_foreign(value: object) -> bool:
+    """Whether `value` is a tensor that acts for itself, as DTensor and torchao's do.
+
+    The ops know nothing of such subclasses, but for those of torch.compile.
+    """
+    if type(value) in _PLAIN or not isinstance(value, Tensor):
+        return False
+    acts = type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    ours = _torch_private.FakeTensor, _torch_private.FunctionalTensor
+    return acts and not isinstance(value, ours)
 
 
 def check_features(features: object) -> tuple[Tensor, ...]:
@@ -110,6 +142,7 @@ def check_parameter(
     if (
         dtype is None
         and isinstance(value, Tensor)
+        and type(value) in _PLAIN
         and value.dtype is like.dtype
         and value.device == like.device
         and value.layout is torch.strided
@@ -160,14 +193,14 @@ def check_share(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number in [0, 1], got {type(value).__name__}")
     if not 0 <= value <= 1:  # true of NaN, too
-        raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
+        raise ValueError(f"{name}: expected a number in [0, 1], got {shown(value)}")
     return float(value)
 
 
 def check_present(present: object, features: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """Returns one bool tensor of the leading shape, or None, per modality; nothing for None."""
-    if present is None:
-        return ()
+    """Returns one bool tensor of the leading shape, or None, per modality."""
+    if present is None:  # not nothing: exported programs lose an empty list of optional tensors
+        return (None,) * len(features)
     values = check_sequence("present", present, "a sequence of bool tensors, one per modality")
     if len(values) != len(features):
         raise ValueError(
@@ -183,6 +216,7 @@ def check_present(present: object, features: Sequence[Tensor]) -> tuple[Tensor |
             raise TypeError(f"{name}: expected a bool tensor or None, got {type(mask).__name__}")
         if mask.dtype != torch.bool:
             raise TypeError(f"{name}: expected torch.bool, got {mask.dtype}")
+        check_dense(name, mask)
         if mask.device != feature.device:
             raise ValueError(f"{name}: expected device {feature.device}, got {mask.device}")
         if mask.shape != feature.shape[:-1]:
@@ -203,6 +237,7 @@ def check_target(target: object, like: Tensor) -> Tensor:
         raise TypeError(f"target: expected an int64 tensor, got {type(target).__name__}")
     if target.dtype != torch.int64:
         raise TypeError(f"target: expected torch.int64 class indices, got {target.dtype}")
+    check_dense("target", target)
     if target.device != like.device:
         raise ValueError(
             f"target: expected device {like.device} as features[0], got {target.device}"
@@ -254,10 +289,34 @@ def _check_finite(name: str, value: object) -> float:
     value = _plain_number(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    # math.isfinite cannot be traced where torch.compile takes the number for a variable.
-    if not -math.inf < value < math.inf:
-        raise ValueError(f"{name}: expected a finite number, got {value}")
+    # math.isfinite cannot be traced where torch.compile takes the number for a variable, and
+    # overflows where an int does.
+    if not -_LARGEST <= value <= _LARGEST:
+        raise ValueError(f"{name}: expected a finite number, got {shown(value)}")
     return float(value)
+
+
+def shown(value: float) -> str:
+    """Returns a number as text; Python refuses to write out an int of thousands of digits."""
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        return f"an int of {value.bit_length()} bits"
+    return str(value)
+
+
+def check_per_output(name: str, value: object, modalities: int) -> tuple[Callable[..., Any], ...]:
+    """Returns one function per output, fused first, from one for all, or a sequence of them."""
+    if callable(value):
+        return (value,) * (modalities + 1)
+    functions = check_sequence(name, value, "a function or a sequence of them")
+    if len(functions) != modalities + 1:
+        raise ValueError(
+            f"{name}: expected {modalities + 1} functions, for the fused output and one per "
+            f"modality, got {len(functions)}"
+        )
+    for k, function in enumerate(functions):
+        if not callable(function):
+            raise TypeError(f"{name}[{k}]: expected a function, got {type(function).__name__}")
+    return functions  # type: ignore[return-value]
 
 
 def check_reduction(reduction: object) -> bool:
@@ -271,5 +330,5 @@ def check_ignore_index(value: object) -> int:
     """Returns `ignore_index` if it is an int that fits the target's dtype."""
     number = _check_int("ignore_index", value)
     if not -(2**63) <= number < 2**63:
-        raise ValueError(f"ignore_index: expected an int of 64 bits, got {number}")
+        raise ValueError(f"ignore_index: expected an int of 64 bits, got {shown(number)}")
     return number

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _ops
+from . import _ops, _torch_private
 from ._ops import Executor
 from .heads import Biases, Features, Weights
 
@@ -111,6 +111,9 @@ def _prepare(
         ctx.mark_non_differentiable(*constant)
 
 
+_NO_SECOND = 'dgl_ext: this backend has no second derivatives; use backend="reference" for them'
+
+
 class _RefuseSecondDerivative(torch.autograd.Function):
     """Passes gradients on, tied to what they depend on by a node that raises.
 
@@ -124,9 +127,7 @@ class _RefuseSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
-        raise RuntimeError(
-            'dgl_ext: this backend has no second derivatives; use backend="reference" for them'
-        )
+        raise RuntimeError(_NO_SECOND)
 
 
 def _call_backward(
@@ -150,6 +151,10 @@ def _call_backward(
         name, ctx.executor, saved[0], grad_outputs, *arguments, *split_needs, *ctx.leaks
     )
     if torch.is_grad_enabled():  # backward(create_graph=True)
+        if any(
+            map(_torch_private.is_batched, grad_outputs)
+        ):  # which would leave the node below behind
+            raise RuntimeError(_NO_SECOND)
         grads = _RefuseSecondDerivative.apply(len(grads), *grads, *grad_outputs, *saved)
     if len(grads) == len(needs):
         return (*_NO_GRADS, *grads, *rest)

@@ -6,13 +6,14 @@ The forward op computes the gradients too, since at its end all that they are ma
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _ops
+from . import _ops, _torch_private
 from ._ops import Executor
 from .cross_entropy import CrossEntropy
 from .heads import Biases, Features, Weights
@@ -104,23 +105,39 @@ class TrainingStep(torch.autograd.Function):
                 "dgl_ext: a training step has no second derivatives; "
                 'use backend="reference" for them'
             )
-        grads = iter(_scaled(ctx.saved_tensors, scale, ctx.to_float16))
-        return (*_NO_GRADS, *[next(grads) if need else None for need in ctx.needs])
+        if torch.compiler.is_compiling() or ctx.to_float16 or _torch_private.is_batched(scale):
+            grads: Sequence[Tensor]
+            grads = _ops.scale_gradients(ctx.saved_tensors, scale, ctx.to_float16)
+        else:
+            with _one_at_a_time:
+                grads = _scaled(ctx, scale)
+        dealt = iter(grads)
+        return (*_NO_GRADS, *[next(dealt) if need else None for need in ctx.needs])
 
 
-def _scaled(grads: Sequence[Tensor], scale: Tensor, to_float16: bool) -> Sequence[Tensor]:
+# A backward that frees its graph hands out what another thread's may be about to read.
+_one_at_a_time = threading.Lock()
+
+
+def _scaled(ctx: Any, scale: Tensor) -> Sequence[Tensor]:
     """Multiplies by `scale`, in place where nobody will ask for the gradients again."""
-    if not torch.compiler.is_compiling() and not to_float16:
-        kept = torch._C._autograd._get_current_graph_task_keep_graph()
-        # Fake tensors and other subclasses may have no value to look at.
-        readable = type(scale) is Tensor and scale.is_cpu
-        if is_unit_gradient(scale) or (readable and scale.item() == 1):
-            # What is kept for the next backward is not what this one hands out.
-            return [grad.clone() for grad in grads] if kept else grads
-        if not kept:
-            _ops.scale_gradients_(grads, scale)
-            return grads
-    return _ops.scale_gradients(grads, scale, to_float16)
+    grads: Sequence[Tensor] = ctx.saved_tensors
+    if getattr(ctx, "spent", False):  # by a backward that has not yet returned
+        raise RuntimeError(
+            "dgl_ext: two threads differentiated one training step, and the first one frees it: "
+            "use retain_graph=True in both"
+        )
+    kept = _torch_private.keeps_graph()
+    ctx.spent = not kept
+    # Fake tensors and other subclasses may have no value to look at.
+    readable = type(scale) is Tensor and scale.is_cpu
+    if is_unit_gradient(scale) or (readable and scale.item() == 1):
+        # What is kept for the next backward is not what this one hands out.
+        return [grad.clone() for grad in grads] if kept else grads
+    if kept:
+        return _ops.scale_gradients(grads, scale, to_float16=False)
+    _ops.scale_gradients_(grads, scale)
+    return grads
 
 
 def apply(

@@ -54,6 +54,22 @@ class CrossEntropy(NamedTuple):
             check_present(present, features),
         )
 
+    @classmethod
+    def of(
+        cls,
+        features: Features,
+        target: object,
+        present: tuple[Tensor | None, ...],
+        *,
+        alpha: object = 1.0,
+        reduction: object = "mean",
+        ignore_index: object = -100,
+        label_smoothing: object = 0.0,
+    ) -> CrossEntropy:
+        """Checks a user's arguments, those of `present` aside, which may be left out."""
+        numbers = check_numbers(len(features), alpha, reduction, ignore_index, label_smoothing)
+        return cls(check_target(target, features[0]), *numbers, present)
+
 
 def check_numbers(
     modalities: int,

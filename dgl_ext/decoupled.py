@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ._passes import Passes, copied, exclusive
+from . import _torch_private
+from ._cut import Passes, check_not_sharded, exclusive
 from ._validate import check_sequence, check_share, check_tensor
+from .reference import _leak
 from .types import DecoupledLogits
 
 Substitute = Callable[[tuple[Tensor, ...], int], Sequence[Tensor]]
@@ -204,7 +206,7 @@ class Decoupled(nn.Module):
         asks = _takes_present(self.fusion)
 
         def keywords(share: float, alone: int | None = None) -> dict[str, Any]:
-            values: dict[str, Any] = copied(kwargs, share)
+            values = {name: _copied(value, share) for name, value in kwargs.items()}
             if asks:
                 values["present"] = _masks(inputs, masks, alone)
             return values
@@ -212,10 +214,10 @@ class Decoupled(nn.Module):
         with exclusive(self.fusion):
             passes = Passes(self.fusion)
             if trace:
-                fused = self.fusion(*copied(inputs, encoder_share), **keywords(1.0))
+                fused = self.fusion(*_copied(inputs, encoder_share), **keywords(1.0))
             with passes.begin(head_share) as run:
                 if not trace:
-                    fused = run(copied(inputs, encoder_share), keywords(1.0))
+                    fused = run(_copied(inputs, encoder_share), keywords(1.0))
                 alone = [
                     run(self._branch(inputs, i), keywords(head_share, i))
                     for i in range(len(inputs))
@@ -255,7 +257,7 @@ class Decoupled(nn.Module):
         self, features: Sequence[Tensor], present: object
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
         """Returns features with absent rows as zeros, and masks; raises unless everything fits."""
-        self._check_not_sharded()
+        check_not_sharded("fusion", self.fusion, "the Decoupled module")
         if not features:
             raise ValueError("features: expected at least one tensor, got none")
         inputs = tuple(check_tensor("features", i, value) for i, value in enumerate(features))
@@ -279,21 +281,6 @@ class Decoupled(nn.Module):
         )
         return values, masks  # type: ignore[return-value]
 
-    def _check_not_sharded(self) -> None:
-        """Raises if FSDP gathers parameters inside `fusion`: it would bring back the true ones."""
-        # Seen from here they are shards then, and else whole. Tensor parallel parameters are
-        # shards, too, and fine. Importing FSDP takes seconds, so only where somebody uses it.
-        if any(hasattr(value, "full_tensor") for value in self.fusion.parameters()):
-            from torch.distributed.fsdp import FSDPModule
-
-            for name, module in self.fusion.named_modules():
-                if isinstance(module, FSDPModule):
-                    part = f'"{name}", a part of it' if name else "it"
-                    raise ValueError(
-                        f"fusion: expected no sharding within, but fully_shard was called on "
-                        f"{part}; call it on the Decoupled module"
-                    )
-
     def extra_repr(self) -> str:
         """The substitute, and the leaks that are open."""
         text = f"substitute={self.substitute!r}"
@@ -303,6 +290,18 @@ class Decoupled(nn.Module):
             if getattr(self, name) != 0:
                 text += f"{', ' if text else ''}{name}={getattr(self, name)!r}"
         return text
+
+
+def _copied(value: Any, share: float) -> Any:
+    """Copies the tensors in a structure, to be written to; gradient passes with that share."""
+
+    def copy(entry: Any) -> Any:
+        if not isinstance(entry, Tensor):
+            return entry
+        differentiable = entry.is_floating_point() or entry.is_complex()
+        return (_leak(entry, share) if differentiable else entry).clone()
+
+    return _torch_private.tree_map(copy, value)
 
 
 def _masked(index: int, feature: Tensor, mask: object) -> Tensor:

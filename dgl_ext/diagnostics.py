@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from . import nn as heads
 from ._routing import Route, Routing, check_loss, random_state_kept, routing
-from ._validate import check_alpha, check_sequence, check_tensor, check_width
+from ._validate import check_alpha, check_per_output, check_sequence, check_tensor, check_width
 from .decoupled import Decoupled
-from .functional import fused_decouple
 from .types import DecoupledLogits
 
 __all__ = [
@@ -104,7 +103,7 @@ def attenuation(
         torch.Size([2])
     """
     tensors = _check_features(features)
-    losses = _per_output(loss_fn, len(tensors))
+    losses = check_per_output("loss_fn", loss_fn, len(tensors))
     alphas = check_alpha(alpha, len(tensors))
     with torch.enable_grad(), random_state_kept(tensors[0].device):
         leaves = tuple(h.detach().requires_grad_() for h in tensors)
@@ -176,19 +175,8 @@ def _uncut(
     head: Head, leaves: tuple[Tensor, ...], present: Sequence[Tensor | None] | None
 ) -> DecoupledLogits:
     """The head's outputs with gradients to the features from all of them."""
-    if isinstance(head, Decoupled):
+    if isinstance(head, (Decoupled, heads._Fusion)):
         return head._probe(leaves, present)
-    if isinstance(head, heads._Fusion):
-        weight, bias = head._head_parameters()
-        return fused_decouple(
-            leaves,
-            weight,
-            bias,
-            fusion=head.fusion,
-            present=present,
-            encoder_leak=1.0,
-            backend=head.backend,
-        )
     if isinstance(head, nn.Module) or not callable(head):
         raise TypeError(
             "head: expected a module of dgl_ext.nn or a function like dgl_ext.fused_decouple, "
@@ -232,18 +220,6 @@ def _check_features(features: object) -> tuple[Tensor, ...]:
     if not values:
         raise ValueError("features: expected at least one tensor, got none")
     return tuple(check_tensor("features", i, value) for i, value in enumerate(values))
-
-
-def _per_output(loss_fn: Loss | Sequence[Loss], count: int) -> tuple[Loss, ...]:
-    if callable(loss_fn):
-        return (loss_fn,) * (count + 1)
-    losses = check_sequence("loss_fn", loss_fn, "a function or a sequence of them")
-    if len(losses) != count + 1:
-        raise ValueError(
-            f"loss_fn: expected {count + 1} functions, for the fused output and one per modality, "
-            f"got {len(losses)}"
-        )
-    return losses  # type: ignore[return-value]
 
 
 def plot_attenuation(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from . import _extension, autograd, autograd_step, reference
+from . import _extension, _torch_private, autograd, autograd_step, reference
 from ._ops import Executor
-from ._validate import check_present, check_share, plain_tuple
+from ._validate import check_present, check_share, is_foreign, plain_tuple
 from .autograd_step import StepOptions
 from .cross_entropy import CrossEntropy, check_numbers
 from .heads import Biases, Features, Head, Weights, get_head
@@ -107,16 +108,19 @@ def fused_decouple(
     head = get_head(fusion)
     leaks = check_share("encoder_leak", encoder_leak), check_share("head_leak", head_leak)
     plain = _arrange(backend, head, features, weight, bias, present)
+    refusal = None
     if plain is not None:
         tensors, masks = plain
         try:
             outputs = autograd.apply(fusion, *tensors, *leaks, masks)
             return DecoupledLogits(outputs[0], outputs[1:])
-        except RuntimeError:
-            pass  # What follows raises it again, in the user's terms.
+        except RuntimeError as error:
+            refusal = _refusal(error)
     tensors = head.check(features, weight, bias)
     masks = check_present(present, tensors[0])
-    executor = _choose_executor(backend, tensors[0])
+    if refusal:
+        raise refusal
+    executor = _choose_executor(backend, tensors)
     arguments = (fusion, *tensors, *leaks, masks)
     if executor is None:
         return reference.compute(*arguments)
@@ -197,33 +201,36 @@ def fused_decouple_cross_entropy(
     """
     head = get_head(fusion)
     plain = _arrange(backend, head, features, weight, bias, present)
+    refusal = None
     if plain is not None and plain_tuple((target,)):
         tensors, masks = plain
         # To the cache 1 and True in a sequence are the same, and so is a tensor that has changed.
         numbers = (alpha, ignore_index, label_smoothing, encoder_leak, head_leak)
         cached = all(isinstance(number, (int, float)) for number in numbers)
-        plan = _plan_step if cached else _plan_step.__wrapped__
+        plan = _plan_step if cached and isinstance(reduction, str) else _plan_step.__wrapped__
+        options = plan(
+            fusion,
+            len(tensors[0]),
+            len(tensors[1]),
+            alpha,
+            reduction,
+            ignore_index,
+            label_smoothing,
+            encoder_leak,
+            head_leak,
+        )
         try:
-            options = plan(
-                fusion,
-                len(tensors[0]),
-                len(tensors[1]),
-                alpha,
-                reduction,
-                ignore_index,
-                label_smoothing,
-                encoder_leak,
-                head_leak,
-            )
             return autograd_step.run(options, *tensors, target, masks)
-        except (RuntimeError, TypeError, ValueError):
-            pass  # What follows raises it again, in the user's terms.
+        except RuntimeError as error:
+            refusal = _refusal(error)
     tensors = head.check(features, weight, bias)
     loss = CrossEntropy.check(
         tensors[0], target, alpha, reduction, ignore_index, label_smoothing, present
     )
     leaks = check_share("encoder_leak", encoder_leak), check_share("head_leak", head_leak)
-    executor = _choose_executor(backend, tensors[0])
+    if refusal:  # of what only an op can see, such as a target's values
+        raise refusal
+    executor = _choose_executor(backend, tensors)
     step = (fusion, *tensors, loss, *leaks)
     if executor is None:
         return reference.compute_cross_entropy(*step)
@@ -254,9 +261,16 @@ def _plan_step(
     )
 
 
+def _refusal(error: RuntimeError) -> RuntimeError:
+    """Returns an op's own error, which is said again in the user's terms; raises all others."""
+    if "dgl_ext::" not in str(error):
+        raise error
+    return error
+
+
 def check_backend(backend: str) -> str:
     """Returns `backend` if there is one of that name."""
-    if backend in _FORMER_NAMES:
+    if isinstance(backend, str) and backend in _FORMER_NAMES:
         raise ValueError(f'backend: "{backend}" is now called "{_FORMER_NAMES[backend]}"')
     if backend not in BACKENDS:
         names = ", ".join(f'"{name}"' for name in BACKENDS)
@@ -287,9 +301,20 @@ def _arrange(
         return None
     if device == "cuda" and not _has_kernels(like.get_device()):
         return None
-    if torch.is_autocast_enabled(device) or torch._C._are_functorch_transforms_active():
+    if torch.is_autocast_enabled(device) or _beyond_ops():
         return None
     return tensors, masks
+
+
+def _beyond_ops() -> str | None:
+    """Names what is under way that takes operations of PyTorch only, if anything is."""
+    if _torch_private.under_transforms():
+        return "torch.func"
+    if torch.compiler.is_compiling():
+        return None
+    if _torch_private.is_traced():
+        return "torch.jit.trace"
+    return "forward-mode differentiation" if _torch_private.forward_level() >= 0 else None
 
 
 @functools.cache
@@ -298,13 +323,17 @@ def _has_kernels(index: int) -> bool:
     return torch.cuda.get_device_capability(index) >= _LEAST_CAPABILITY
 
 
-def _choose_executor(backend: str, features: Features) -> Executor | None:
+def _choose_executor(backend: str, tensors: tuple[Features, Weights, Biases]) -> Executor | None:
     """Returns how the ops shall compute, None for the reference; raises if that cannot be had."""
+    features = tensors[0]
     device = features[0].device.type
+    beyond = _beyond_ops()
+    for tensor in chain(*tensors):
+        if is_foreign(tensor):
+            beyond = f"what {type(tensor).__name__} does"
     if backend == "auto":
-        # torch.func's transforms (vmap, grad, ...) take plain PyTorch only.
-        able = device in ("cpu", "cuda")
-        if not able or torch._C._are_functorch_transforms_active():
+        # An exported program of plain PyTorch can be trained, and needs nothing of ours to run.
+        if device not in ("cpu", "cuda") or beyond or torch.compiler.is_exporting():
             return None
         if _extension.available(device):
             old = device == "cuda" and not _has_kernels(features[0].get_device())
@@ -317,6 +346,10 @@ def _choose_executor(backend: str, features: Features) -> Executor | None:
         return None
     if check_backend(backend) == "reference":
         return None
+    if beyond:
+        raise ValueError(
+            f'backend: "{backend}" cannot be part of {beyond}: use backend="reference" or "auto"'
+        )
     if device not in ("cpu", "cuda"):
         raise ValueError(f'backend: "{backend}" needs features on a CPU or CUDA, got {device}')
     if backend == "library" and device not in LIBRARY_DEVICES:

@@ -1,20 +1,21 @@
 """Fusion heads as modules: a drop-in for the head of a multimodal network.
 
-Their parameters are those of `nn.Linear`, in its layout and with its names, so that a state dict of
-a plain head loads: `ConcatFusion` is one linear layer, `SumFusion` holds one per modality in
-`linears`, `FiLMFusion` holds `film` and `out`.
+They are made of `nn.Linear`: `ConcatFusion` holds one as `linear`, and loads the state dict of a
+plain head, too; `SumFusion` holds one per modality in `linears`, `FiLMFusion` holds `film` and
+`out`. Where a layer is more than that (an adapter, a quantised or hooked one), it is called as it
+is, and the head computed in plain PyTorch.
 """
 
 from __future__ import annotations
 
 import abc
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import _layers
 from ._validate import check_sequence, check_share, check_width
 from .decoupled import Cat as Cat
 from .decoupled import Decoupled as Decoupled
@@ -22,11 +23,16 @@ from .functional import check_backend, fused_decouple, fused_decouple_cross_entr
 from .heads import get_head
 from .types import DecoupledLogits, DecoupledLoss
 
+# To torch.fx a call is one node: what it does depends on what it gets.
+torch.fx.wrap("fused_decouple")
+torch.fx.wrap("fused_decouple_cross_entropy")
+
 
 class _Fusion(nn.Module, abc.ABC):
     """What the heads share: sizes, options, and the call."""
 
     fusion: str
+    _formula: _layers.Formula
 
     def __init__(
         self,
@@ -50,15 +56,15 @@ class _Fusion(nn.Module, abc.ABC):
         self.encoder_leak = check_share("encoder_leak", encoder_leak)
         self.head_leak = check_share("head_leak", head_leak)
         self.backend = check_backend(backend)
-        self._make_parameters(bias, {"device": device, "dtype": dtype})
+        self._make_layers(bias, {"device": device, "dtype": dtype})
 
     @abc.abstractmethod
-    def _make_parameters(self, bias: bool, factory: dict[str, Any]) -> None:
-        """Makes the parameters and draws their initial values."""
+    def _make_layers(self, bias: bool, factory: dict[str, Any]) -> None:
+        """Makes the layers and draws their initial values."""
 
     @abc.abstractmethod
-    def _head_parameters(self) -> tuple[Any, Any]:
-        """The `weight` and `bias` of `fused_decouple`."""
+    def _layers(self) -> Sequence[nn.Linear]:
+        """The layers in the order of the arguments of `fused_decouple`."""
 
     def forward(
         self,
@@ -83,22 +89,52 @@ class _Fusion(nn.Module, abc.ABC):
             TypeError: an option of the loss was given without a target.
             ValueError: the features are not as many, or as wide, as `in_features` says.
         """
+        if target is None and loss_options:
+            raise TypeError(f"{min(loss_options)}: expected only together with a target")
         self._check_widths(features)
-        weight, bias = self._head_parameters()
+        return self._compute(self.encoder_leak, features, target, present, **loss_options)
+
+    def _compute(
+        self, encoder_leak: float, features: Any, target: Any, present: Any, **loss_options: Any
+    ) -> DecoupledLogits | DecoupledLoss:
+        layers = self._layers()
+        if not all(map(_layers.is_plain, layers)):
+            self._check_backend_for_layers()
+            leaks = encoder_leak, self.head_leak
+            formula = type(self)._formula
+            return _layers.compute(self, formula, leaks, features, target, present, loss_options)
+        weight: Any = [layer.weight for layer in layers]
+        bias: Any = [layer.bias for layer in layers]
+        if get_head(self.fusion).bare:
+            (weight,), (bias,) = weight, bias
         options: dict[str, Any] = {
             "fusion": self.fusion,
             "present": present,
-            "encoder_leak": self.encoder_leak,
+            "encoder_leak": encoder_leak,
             "head_leak": self.head_leak,
             "backend": self.backend,
         }
-        if target is not None:
-            return fused_decouple_cross_entropy(
-                features, weight, target, bias=bias, **loss_options, **options
-            )
-        if loss_options:
-            raise TypeError(f"{min(loss_options)}: expected only together with a target")
-        return fused_decouple(features, weight, bias, **options)
+        if target is None:
+            return fused_decouple(features, weight, bias, **options)
+        return fused_decouple_cross_entropy(
+            features, weight, target, bias=bias, **loss_options, **options
+        )
+
+    def _probe(self, features: Sequence[Tensor], present: Any) -> DecoupledLogits:
+        """All logits without truncation, for diagnostics."""
+        logits = self._compute(1.0, features, None, present)
+        assert isinstance(logits, DecoupledLogits)
+        return logits
+
+    def _check_backend_for_layers(self) -> None:
+        if self.backend in ("auto", "reference"):
+            return
+        for name, layer in self.named_modules():
+            if layer in self._layers() and not _layers.is_plain(layer):
+                raise ValueError(
+                    f'backend: "{self.backend}" needs layers that are nn.Linear without hooks, got '
+                    f'{type(layer).__name__} as {name}: use backend="reference" or "auto"'
+                )
 
     def cross_entropy(
         self,
@@ -175,8 +211,8 @@ class ConcatFusion(_Fusion):
         dtype: of the parameters.
 
     Attributes:
-        weight: `(out_features, sum(in_features))`, as that of `nn.Linear`.
-        bias: `(out_features,)` or None.
+        linear: `nn.Linear(sum(in_features), out_features)`, whose `weight` and `bias` can be read
+            from the head, too.
 
     Example:
         >>> fusion = dgl_ext.nn.ConcatFusion((512, 256), 10)
@@ -186,30 +222,46 @@ class ConcatFusion(_Fusion):
     """
 
     fusion = "concat"
+    _formula = staticmethod(_layers.concat)
 
-    def _make_parameters(self, bias: bool, factory: dict[str, Any]) -> None:
-        width = sum(self.in_features)
-        self.weight = nn.Parameter(torch.empty((self.out_features, width), **factory))
-        self.bias: nn.Parameter | None
-        if bias:
-            self.bias = nn.Parameter(torch.empty(self.out_features, **factory))
-        else:
-            self.register_parameter("bias", None)
-        self.reset_parameters()
+    def _make_layers(self, bias: bool, factory: dict[str, Any]) -> None:
+        self.linear = nn.Linear(sum(self.in_features), self.out_features, bias, **factory)
+        self.register_load_state_dict_pre_hook(_take_plain_names)
 
     def reset_parameters(self) -> None:
-        """Draws the parameters as `nn.Linear` does."""
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        if self.bias is not None:
-            bound = 1 / math.sqrt(self.weight.shape[1])
-            nn.init.uniform_(self.bias, -bound, bound)
+        """Draws new values, as `nn.Linear` does."""
+        self.linear.reset_parameters()
 
-    def _head_parameters(self) -> tuple[Tensor, Tensor | None]:
-        return self.weight, self.bias
+    def _layers(self) -> Sequence[nn.Linear]:
+        return (self.linear,)
 
-    def extra_repr(self) -> str:
-        """Sizes, whether there is a bias, and the options that are not at their defaults."""
-        return f"{super().extra_repr()}, bias={self.bias is not None}"
+    def __setattr__(self, name: str, value: Any) -> None:
+        # `nn.Module` would register a parameter of its own; nor does it take the names that
+        # `named_parameters` gives, by which a loop may want to set what it has got.
+        leaf = name.removeprefix("linear.")
+        if leaf in ("weight", "bias"):
+            setattr(self.linear, leaf, value)
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def weight(self) -> Tensor:
+        """`(out_features, sum(in_features))`, that of `linear`."""
+        return self.linear.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """`(out_features,)` or None, that of `linear`."""
+        return self.linear.bias
+
+
+def _take_plain_names(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
+) -> None:
+    """Lets a `ConcatFusion` load what a plain `nn.Linear` has saved, as it once saved itself."""
+    for name in ("weight", "bias"):
+        if f"{prefix}{name}" in state_dict:
+            state_dict.setdefault(f"{prefix}linear.{name}", state_dict.pop(f"{prefix}{name}"))
 
 
 class SumFusion(_Fusion):
@@ -235,8 +287,9 @@ class SumFusion(_Fusion):
     """
 
     fusion = "sum"
+    _formula = staticmethod(_layers.summed)
 
-    def _make_parameters(self, bias: bool, factory: dict[str, Any]) -> None:
+    def _make_layers(self, bias: bool, factory: dict[str, Any]) -> None:
         # For the type checker: it takes the modules of a ModuleList for modules of any kind.
         self.linears: Sequence[nn.Linear] = nn.ModuleList(  # type: ignore[assignment]
             nn.Linear(width, self.out_features, bias, **factory) for width in self.in_features
@@ -247,9 +300,8 @@ class SumFusion(_Fusion):
         for linear in self.linears:
             linear.reset_parameters()
 
-    def _head_parameters(self) -> tuple[list[Tensor], list[Tensor | None]]:
-        linears = list(self.linears)
-        return [linear.weight for linear in linears], [linear.bias for linear in linears]
+    def _layers(self) -> Sequence[nn.Linear]:
+        return list(self.linears)
 
 
 class FiLMFusion(_Fusion):
@@ -280,8 +332,9 @@ class FiLMFusion(_Fusion):
     """
 
     fusion = "film"
+    _formula = staticmethod(_layers.film)
 
-    def _make_parameters(self, bias: bool, factory: dict[str, Any]) -> None:
+    def _make_layers(self, bias: bool, factory: dict[str, Any]) -> None:
         condition, hidden = self.in_features
         self.film = nn.Linear(condition, 2 * hidden, **factory)
         self.out = nn.Linear(hidden, self.out_features, bias, **factory)
@@ -294,8 +347,8 @@ class FiLMFusion(_Fusion):
         with torch.no_grad():
             self.film.bias[: self.in_features[1]] = 1
 
-    def _head_parameters(self) -> tuple[list[Tensor], list[Tensor | None]]:
-        return [self.film.weight, self.out.weight], [self.film.bias, self.out.bias]
+    def _layers(self) -> Sequence[nn.Linear]:
+        return self.film, self.out
 
 
 MODULES: dict[str, type[_Fusion]] = {

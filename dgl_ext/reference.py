@@ -6,7 +6,7 @@ against a two-pass training recipe. It runs wherever PyTorch runs and differenti
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from typing import Any
 
@@ -22,24 +22,16 @@ from .types import DecoupledLogits, DecoupledLoss
 Formula = Callable[[Features, Weights, Biases, float, float], tuple[Tensor, tuple[Tensor, ...]]]
 
 
-class _ScaleGradient(torch.autograd.Function):
-    """Identity forward; the gradient is multiplied by a constant."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return grad_outputs[0] * ctx.scale, None
-
-
 def _leak(tensor: Tensor, share: float) -> Tensor:
     """Lets the given share of the gradient through: all at 1, none (not zeros) at 0."""
     if share == 0:
         return tensor.detach()
-    return tensor if share == 1 else _ScaleGradient.apply(tensor, share)
+    if share == 1:
+        return tensor
+    # A zero with the tensor's gradient, by operations that every transform of PyTorch knows, as
+    # it does not know an autograd.Function. (Infinity less itself is NaN, and goes without.)
+    zero = (tensor - tensor.detach()).nan_to_num()
+    return tensor.detach() + share * zero
 
 
 def _leak_all(tensors: Biases, share: float) -> Biases:
@@ -140,13 +132,18 @@ def compute(
 ) -> DecoupledLogits:
     """Applies a head's formula to arguments that were checked before; `present` may be empty."""
     if present:
-        # Selected, not multiplied: what an absent row stores is never read, NaN included.
-        features = tuple(
-            h if mask is None else torch.where(mask.unsqueeze(-1), h, 0.0)
-            for h, mask in zip(features, present, strict=True)
-        )
+        features = without_absent(features, present)
     fused, unimodal = FORMULAS[fusion](features, weights, biases, encoder_leak, head_leak)
     return DecoupledLogits(fused, unimodal)
+
+
+def without_absent(features: Features, present: Sequence[Tensor | None]) -> Features:
+    """Returns the features with zeros in absent rows."""
+    # Selected, not multiplied: what an absent row stores is never read, NaN included.
+    return tuple(
+        h if mask is None else torch.where(mask.unsqueeze(-1), h, 0.0)
+        for h, mask in zip(features, present, strict=True)
+    )
 
 
 def fused_decouple_cross_entropy(
@@ -192,9 +189,14 @@ def compute_cross_entropy(
     encoder_leak: float,
     head_leak: float,
 ) -> DecoupledLoss:
-    """Puts cross-entropy on the logits of a head, with arguments that were checked before."""
-    masks = loss.present or (None,) * len(features)
-    logits = compute(fusion, features, weights, biases, encoder_leak, head_leak, masks)
+    """Computes a head and its loss, with arguments that were checked before."""
+    arguments = (features, weights, biases, encoder_leak, head_leak, loss.present)
+    return cross_entropy(compute(fusion, *arguments), loss)
+
+
+def cross_entropy(logits: DecoupledLogits, loss: CrossEntropy) -> DecoupledLoss:
+    """Puts cross-entropy on a head's logits."""
+    masks = loss.present or (None,) * len(logits.unimodal)
     branches = [_branch_loss(logits.fused, loss, None)]
     branches += [
         _branch_loss(z, loss, mask) for z, mask in zip(logits.unimodal, masks, strict=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ._validate import shown
+
 _workspace_limit: int | None = None
 
 
@@ -26,7 +28,7 @@ def set_workspace_limit(limit: int | None) -> int | None:
 
     Raises:
         TypeError: `limit` is not an int.
-        ValueError: `limit` is not positive.
+        ValueError: `limit` is not positive, or does not fit an int of 64 bits.
 
     Example:
         >>> before = dgl_ext.set_workspace_limit(256 * 2**20)
@@ -35,6 +37,8 @@ def set_workspace_limit(limit: int | None) -> int | None:
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int)):
         raise TypeError(f"limit: expected an int or None, got {type(limit).__name__}")
     if limit is not None and limit < 1:
-        raise ValueError(f"limit: expected a positive number of bytes, got {limit}")
+        raise ValueError(f"limit: expected a positive number of bytes, got {shown(limit)}")
+    if limit is not None and limit >= 2**63:
+        raise ValueError(f"limit: expected at most 2**63 - 1 bytes, got {shown(limit)}")
     before, _workspace_limit = _workspace_limit, limit
     return before

@@ -8,6 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _torch_private
+from ._routing import check_loss
+from ._validate import check_alpha, check_per_output
+
 # Gradients of one that `DecoupledLoss.backward` hands to autograd, by device and dtype. One that is
 # in use is not in here: a hook that writes to it must not be felt by another thread's backward.
 _idle: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -80,7 +84,7 @@ class DecoupledLogits(NamedTuple):
         count = len(self.unimodal)
         criteria = check_per_output("criterion", criterion, count)
         is_scalar = isinstance(alpha, Tensor) and alpha.dim() == 0
-        alphas = (alpha,) * count if is_scalar else check_alpha(alpha, count)
+        alphas: Sequence[Any] = (alpha,) * count if is_scalar else check_alpha(alpha, count)
         losses = [
             check_loss(f"criterion[{k}]", function(output, *targets))
             for k, (function, output) in enumerate(
@@ -137,3 +141,14 @@ class DecoupledLoss(NamedTuple):
         self.total.backward(one, retain_graph, create_graph, inputs)
         if keep and one._version == 0:  # no hook wrote to it
             _idle[one.device, one.dtype] = one
+
+
+def _register(result: type[tuple[Any, ...]]) -> None:
+    """Lets exported programs be saved that return it, and checkpoints be loaded that hold it."""
+    name = f"dgl_ext.{result.__name__}"
+    _torch_private.register_namedtuple(result, serialized_type_name=name)
+    torch.serialization.add_safe_globals([result])
+
+
+_register(DecoupledLogits)
+_register(DecoupledLoss)

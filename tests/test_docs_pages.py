@@ -32,7 +32,7 @@ def test_block(block, tmp_path, monkeypatch):
 def test_blocks_are_found():
     kinds = {block.kind for block in BLOCKS}
     assert kinds == {"python", "python gpu", "sh"}
-    assert pages.pages() == ["from-published-code.md", "training.md"]
+    assert pages.pages() == ["from-published-code.md", "training.md", "works-with.md"]
 
 
 @pytest.mark.parametrize("page", pages.pages())

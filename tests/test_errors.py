@@ -441,6 +441,8 @@ def test_raw_ops_have_no_kernel_for_sparse_tensors():
         (-6, [None], "present: expected 2 entries, got 1"),
         (-6, [None, MASK[:2]], "present[1]: expected shape (4,), got (2,)"),
         (-6, [MASK.long(), None], "present[0]: expected bool, got int64"),
+        (-2, 1.5, "encoder_leak: expected a number in [0, 1], got 1.5"),
+        (-1, float("nan"), "head_leak: expected a number in [0, 1], got nan"),
     ],
 )
 def test_raw_backward_ops_check_too(head, position, value, message):

@@ -98,7 +98,9 @@ def test_a_planted_leak_is_found():
     found = routing(model, batch, leaky, EXPECT)
     encoders = [n for n, _ in model.named_parameters() if not n.startswith("fusion")]
     expected = [(name, "fused") for name in encoders]
-    expected += [(f"fusion.{n}", loss) for n in ("weight", "bias") for loss in ("audio", "video")]
+    expected += [
+        (f"fusion.linear.{n}", loss) for n in ("weight", "bias") for loss in ("audio", "video")
+    ]
     assert found.leaked == expected
     assert found.missing == []
     assert "leaked: audio, leaked: video" in str(found).splitlines()[-1]
@@ -140,12 +142,12 @@ def test_zero_is_not_none():
 
 def test_the_first_pattern_counts_and_several_losses_may_be_expected():
     model, batch = make()
-    expect = {"fusion.bias": ["fused", "audio"], "fusion.*": "fused", "*": LOSSES[1:]}
+    expect = {"fusion.linear.bias": ["fused", "audio"], "fusion.*": "fused", "*": LOSSES[1:]}
     found = routing(model, batch, losses, expect)
     rows = {row.name: row.expected for row in found.rows}
-    assert rows["fusion.bias"] == ("fused", "audio")
-    assert rows["fusion.weight"] == ("fused",)
-    assert found.missing[-1] == ("fusion.bias", "audio")
+    assert rows["fusion.linear.bias"] == ("fused", "audio")
+    assert rows["fusion.linear.weight"] == ("fused",)
+    assert found.missing[-1] == ("fusion.linear.bias", "audio")
 
 
 def test_the_table():
@@ -154,7 +156,7 @@ def test_the_table():
     assert lines[0].split() == ["parameter", *LOSSES]
     assert len(lines) == 1 + len(list(model.parameters()))
     assert "unmatched" not in "".join(lines)
-    weight = next(line for line in lines if line.startswith("fusion.weight")).split()
+    weight = next(line for line in lines if line.startswith("fusion.linear.weight")).split()
     assert float(weight[1]) > 0
     assert weight[2:] == ["-", "-"]
     assert "\n" in str(routing(model, batch, losses, EXPECT))

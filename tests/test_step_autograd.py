@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import threading
 
 import pytest
 import torch
-from support.problems import BACKENDS, assert_same, loss_gradients, make_problem, make_target
+from support.problems import (
+    BACKENDS,
+    assert_same,
+    head_arguments,
+    loss_gradients,
+    make_problem,
+    make_target,
+)
 
 import dgl_ext
 from dgl_ext import _ops
@@ -184,7 +192,7 @@ class TestModule:
             "label_smoothing": 0.1,
             "present": (torch.tensor([True, True, True, False, True]), None),
         }
-        weight, bias = module._head_parameters()
+        weight, bias = head_arguments(module)
         expected = dgl_ext.reference.fused_decouple_cross_entropy(
             features, weight, target, bias=bias, fusion=fusion, **settings, **options
         )
@@ -198,3 +206,44 @@ class TestModule:
             torch.testing.assert_close(a, b)
         torch.testing.assert_close(found.total, expected.total)
         assert torch.equal(found.correct, expected.correct)
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_threads_that_share_a_step(fusion, keeps, monkeypatch):
+    """Another thread comes in the middle of one's backward, and at most one of the two frees."""
+    problem = make_problem(fusion, leading=(64,), dtype=torch.float32)
+    loss = problem.step(dgl_ext.fused_decouple_cross_entropy, make_target(problem))
+    leaves, scale = [tensor for _, tensor in problem.named()], torch.tensor(3.0)
+    expected = [g.clone() for g in torch.autograd.grad(loss.total, leaves, scale, True)]
+    results: dict[bool, object] = {}
+
+    def differentiate(keep: bool) -> None:
+        try:
+            results[keep] = torch.autograd.grad(loss.total, leaves, scale, retain_graph=keep)
+        except RuntimeError as error:
+            results[keep] = error
+
+    other = threading.Thread(target=differentiate, args=(not keeps,))
+    name = "scale_gradients" if keeps else "scale_gradients_"
+    scaled = getattr(_ops, name)
+
+    def interrupted(grads, *arguments, **options):
+        monkeypatch.undo()
+        if keeps:
+            other.start()
+            other.join(0.3)
+        result = scaled(grads, *arguments, **options)
+        if not keeps:
+            other.start()
+            other.join(0.3)
+        return result
+
+    monkeypatch.setattr(_ops, name, interrupted)
+    differentiate(keeps)
+    other.join(10)
+    assert not isinstance(results[keeps], RuntimeError)
+    late = results[not keeps]
+    assert isinstance(late, RuntimeError) is not keeps
+    for found in (results[keeps], late if keeps else expected):
+        for ours, theirs in zip(found, expected, strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-6)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from support.problems import BACKENDS, make_problem, make_target
@@ -168,6 +170,8 @@ def test_an_ignored_target_may_be_any_number(fusion):
         (0, ValueError, "limit: expected a positive number of bytes, got 0"),
         (1.5, TypeError, "limit: expected an int or None, got float"),
         (True, TypeError, "limit: expected an int or None, got bool"),
+        (2**63, ValueError, f"limit: expected at most 2**63 - 1 bytes, got {2**63}"),
+        (2**90, ValueError, f"limit: expected at most 2**63 - 1 bytes, got {2**90}"),
     ],
 )
 def test_the_workspace_limit_is_checked(limit, error, message):
@@ -217,6 +221,9 @@ RAW_CASES = {
     "alpha count": ({"alpha": [1.0]}, "alpha: expected 2 entries, got 1"),
     "needs count": ({"needs_features": [True]}, "needs_features: expected 2 entries, got 1"),
     "smoothing": ({"label_smoothing": 1.5}, "label_smoothing: expected a number in [0, 1], got"),
+    "alpha": ({"alpha": [1.0, math.inf]}, "alpha[1]: expected a finite number, got inf"),
+    "leak": ({"encoder_leak": math.nan}, "encoder_leak: expected a number in [0, 1], got nan"),
+    "head leak": ({"head_leak": -0.5}, "head_leak: expected a number in [0, 1], got -0.5"),
     "limit": ({"workspace_limit": -1}, "workspace_limit: expected a number of bytes, or 0, got -1"),
 }
 

@@ -182,36 +182,91 @@ DGL_EXT_INLINE double shifted_sum(const T* row, int64_t classes, T most) {
   return sum;
 }
 
+// Whether a row counts; one that does not has no loss and no residuals.
+template <typename T>
+DGL_EXT_INLINE bool counts(const LossRows<T>& rows, int64_t r, int64_t classes, T* row) {
+  if (rows.target[r] != rows.ignore_index && (rows.present == nullptr || rows.present[r])) {
+    return true;
+  }
+  rows.losses[r] = 0;
+  if (rows.residual) std::fill(row, row + classes, T(0));
+  return false;
+}
+
+// The mean of row - most under the smoothed target, by which log(sum) exceeds the loss.
+template <typename T>
+DGL_EXT_INLINE double at_target(const LossRows<T>& rows, int64_t r, int64_t classes, const T* row,
+                                T most) {
+  const double there = static_cast<double>(row[rows.target[r]]) - static_cast<double>(most);
+  // A masked class (-inf) must not meet a smoothing of zero.
+  if (rows.label_smoothing == 0) return there;
+  const double everywhere = shifted_sum<T>(row, classes, most) / classes;
+  return (1 - rows.label_smoothing) * there + rows.label_smoothing * everywhere;
+}
+
+// As many rows side by side as a vector has lanes, where a row would leave its lanes empty.
+constexpr int64_t kFewClasses = 8;
+template <typename T>
+DGL_EXT_INLINE int64_t short_rows(int64_t row_begin, int64_t row_end, int64_t classes,
+                                  const LossRows<T>& rows, T* logits) {
+  using Vector = typename Lanes<T>::Vector;
+  constexpr int64_t kLanes = Lanes<T>::kCount;
+  const T less = static_cast<T>(rows.scale * rows.label_smoothing / classes);
+  const T at_top = static_cast<T>(rows.scale * (1 - rows.label_smoothing));
+  int64_t correct = 0;
+  for (int64_t first = row_begin; first < row_end; first += kLanes) {
+    const int64_t count = std::min(kLanes, row_end - first);
+    T* group = logits + first * classes;
+    Vector values[kFewClasses] = {};
+    Vector most = Vector{} - std::numeric_limits<T>::infinity();
+    auto unordered = Vector{} != Vector{};
+    for (int64_t c = 0; c < classes; ++c) {
+      for (int64_t i = 0; i < count; ++i) values[c][i] = group[i * classes + c];
+      most = values[c] > most ? values[c] : most;
+      unordered |= values[c] != values[c];
+    }
+    double sums[kLanes] = {};
+    for (int64_t c = 0; c < classes; ++c) {
+      values[c] -= most;
+      exponential(values[c]);
+      for (int64_t i = 0; i < kLanes; ++i) sums[i] += values[c][i];
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      T* row = group + i * classes;
+      const int64_t r = first + i;
+      if (!counts<T>(rows, r, classes, row)) continue;
+      correct += is_top<T>(row, rows.target[r], most[i], unordered[i]);
+      rows.losses[r] = std::log(sums[i]) - at_target<T>(rows, r, classes, row, most[i]);
+      if (!rows.residual) continue;
+      const T factor = static_cast<T>(rows.scale / sums[i]);
+      for (int64_t c = 0; c < classes; ++c) row[c] = values[c][i] * factor - less;
+      row[rows.target[r]] -= at_top;
+    }
+  }
+  return correct;
+}
+
 // Returns how many of the rows that count have their target on top.
 template <typename T>
 DGL_EXT_INLINE int64_t rows(int64_t row_begin, int64_t row_end, int64_t classes,
                             const LossRows<T>& rows, T* logits) {
   using Vector = typename Lanes<T>::Vector;
   constexpr int64_t kLanes = Lanes<T>::kCount;
-  const double smoothing = rows.label_smoothing;
+  if (classes <= kFewClasses) return short_rows<T>(row_begin, row_end, classes, rows, logits);
+  const T less = static_cast<T>(rows.scale * rows.label_smoothing / classes);
+  const T at_top = static_cast<T>(rows.scale * (1 - rows.label_smoothing));
   int64_t correct = 0;
   for (int64_t r = row_begin; r < row_end; ++r) {
     T* row = logits + r * classes;
-    const int64_t target = rows.target[r];
-    if (target == rows.ignore_index || (rows.present != nullptr && !rows.present[r])) {
-      rows.losses[r] = 0;
-      if (rows.residual) std::fill(row, row + classes, T(0));
-      continue;
-    }
+    if (!counts<T>(rows, r, classes, row)) continue;
     bool has_nan;
     const T most = maximum<T>(row, classes, has_nan);
-    correct += is_top<T>(row, target, most, has_nan);
-    const double at_target = static_cast<double>(row[target]) - static_cast<double>(most);
-    // A masked class (-inf) must not meet a smoothing of zero.
-    const double spread = smoothing != 0 ? shifted_sum<T>(row, classes, most) / classes : 0;
+    correct += is_top<T>(row, rows.target[r], most, has_nan);
+    const double mean = at_target<T>(rows, r, classes, row, most);
     const double sum = exponentials<T>(row, classes, most, rows.residual);
-    const double log_sum = std::log(sum);
-    double loss = log_sum - at_target;
-    if (smoothing != 0) loss = (1 - smoothing) * loss + smoothing * (log_sum - spread);
-    rows.losses[r] = loss;
+    rows.losses[r] = std::log(sum) - mean;
     if (!rows.residual) continue;
     const T factor = static_cast<T>(rows.scale / sum);
-    const T less = static_cast<T>(rows.scale * smoothing / classes);
     int64_t c = 0;
     for (; c + kLanes <= classes; c += kLanes) {
       Vector values;
@@ -220,7 +275,7 @@ DGL_EXT_INLINE int64_t rows(int64_t row_begin, int64_t row_end, int64_t classes,
       std::memcpy(row + c, &values, sizeof(values));
     }
     for (; c < classes; ++c) row[c] = row[c] * factor - less;
-    row[target] -= static_cast<T>(rows.scale * (1 - smoothing));
+    row[rows.target[r]] -= at_top;
   }
   return correct;
 }

@@ -44,7 +44,7 @@ std::vector<Tensor> forward(std::vector<Tensor> features, std::vector<Tensor> we
   dispatch_dtype(head.compute, [&](auto type) {
     using T = decltype(type);
     T* film_data = film_rows.data<T>();
-    const T* bias = static_cast<const T*>(film_bias.data_ptr());
+    const T* bias = static_cast<const T*>(film_bias.const_data_ptr());
     T* first = stacked.data<T>();
     const int64_t plane = head.rows * head.hidden;
     parallel_ranges(head.rows, 6 * head.hidden, [&](int64_t begin, int64_t end) {
@@ -64,7 +64,7 @@ std::vector<Tensor> forward(std::vector<Tensor> features, std::vector<Tensor> we
   }
   dispatch_dtype(head.compute, [&](auto type) {
     using T = decltype(type);
-    const T* bias = static_cast<const T*>(out_bias.data_ptr());
+    const T* bias = static_cast<const T*>(out_bias.const_data_ptr());
     for (int64_t branch = 0; branch < kBranches; ++branch) {
       const auto in = partial.row_block(branch * head.rows, head.rows).strided<T>();
       T* out = static_cast<T*>(results[branch].data_ptr());
@@ -118,7 +118,7 @@ class FilmBackward {
       parallel_ranges(head_.rows, head_.hidden, [&](int64_t begin, int64_t end) {
         film_grad_target<T>(begin, end, head_.hidden, data_or_null<T>(d),
                             static_cast<T>(encoder_leak_), film_.data<T>(), data_or_null<T>(d_y),
-                            static_cast<const T*>(film_bias_.data_ptr()), out.data<T>());
+                            static_cast<const T*>(film_bias_.const_data_ptr()), out.data<T>());
       });
     });
   }
@@ -209,7 +209,7 @@ class FilmBackward {
                                  branch == kOfY ? data : nullptr};
       parallel_ranges(head_.rows, 3 * head_.hidden, [&](int64_t begin, int64_t end) {
         film_hidden<T>(begin, end, head_.hidden, film_.data<T>(), head_.y.strided<T>(),
-                       static_cast<const T*>(film_bias_.data_ptr()), wanted);
+                       static_cast<const T*>(film_bias_.const_data_ptr()), wanted);
       });
     });
     return out;
@@ -236,7 +236,7 @@ std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> f
   FilmHead head = parse_film_head(checks, features, weights);
   checks.biases(biases, weights, features[0]);
   checks.grad_outputs(grad_outputs, kBranches, head.leading, head.classes, features[0]);
-  checks.needs(needs_features, needs_weights, needs_biases, 2, 2);
+  checks.needs(needs_features, needs_weights, needs_biases, encoder_leak, head_leak, 2, 2);
   Shape film_shape = head.leading;
   film_shape.push_back(2 * head.hidden);
   checks.shape("film", film, film_shape);
@@ -268,8 +268,8 @@ std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> f
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dgl_ext, CPU, m) {
-  m.impl("film_head_forward", TORCH_BOX(&forward));
-  m.impl("film_head_backward", TORCH_BOX(&backward));
+  m.impl("film_head_forward", DGL_EXT_CPU_OP(&forward));
+  m.impl("film_head_backward", DGL_EXT_CPU_OP(&backward));
 }
 
 }  // namespace dgl_ext::cpu

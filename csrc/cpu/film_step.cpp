@@ -72,7 +72,7 @@ class FilmStep {
  private:
   using Plane = std::unique_ptr<T[]>;
 
-  static Plane plane(int64_t rows, int64_t cols) { return Plane(new T[rows * cols]); }
+  static Plane plane(int64_t rows, int64_t cols) { return allocate<T>(rows * cols); }
 
   MatrixView matrix(T* data, int64_t rows, int64_t cols) const {
     return MatrixView::from_memory(data, rows, cols, head_.compute);
@@ -82,7 +82,7 @@ class FilmStep {
     return stack.get() + branch * rows_ * cols;
   }
   const T* hidden_grad(int64_t branch) const { return part(hidden_grads_, branch, head_.hidden); }
-  const T* film_bias() const { return static_cast<const T*>(film_bias_.data_ptr()); }
+  const T* film_bias() const { return static_cast<const T*>(film_bias_.const_data_ptr()); }
 
   void run_chunk(int64_t first_row, int64_t rows) {
     rows_ = rows;
@@ -119,15 +119,15 @@ class FilmStep {
     const MatrixView partial =
         multiply_weight(matrix(hidden_.get(), kBranches * rows_, head_.hidden), head_.out_weight,
                         matrix(logits_.get(), kBranches * rows_, classes));
-    const T* bias = static_cast<const T*>(out_bias_.data_ptr());
+    const T* bias = static_cast<const T*>(out_bias_.const_data_ptr());
     parallel_ranges(rows_, 4 * kBranches * classes, [&](int64_t begin, int64_t end) {
       for (int64_t branch = 0; branch < kBranches; ++branch) {
         const auto in = partial.row_block(branch * rows_, rows_).template strided<T>();
         T* logits = part(logits_, branch, classes);
-        for (int64_t r = begin; r < end; ++r) {
-          add_bias<T>(r, r + 1, classes, in, bias, logits);
-          losses_.add_rows<T>(r, r + 1, classes, branch, residual_[branch], logits);
-        }
+        for_cached_rows(begin, end, classes, [&](int64_t first, int64_t last) {
+          add_bias<T>(first, last, classes, in, bias, logits);
+          losses_.add_rows<T>(first, last, classes, branch, residual_[branch], logits);
+        });
       }
     });
   }
@@ -272,7 +272,7 @@ struct FilmStepOp {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dgl_ext, CPU, m) {
-  m.impl(FilmStepOp::kName, TORCH_BOX(&step<FilmStepOp>));
+  m.impl(FilmStepOp::kName, DGL_EXT_CPU_OP(&step<FilmStepOp>));
 }
 
 }  // namespace dgl_ext::cpu

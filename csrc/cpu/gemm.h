@@ -39,6 +39,56 @@ DGL_EXT_INLINE double lane_sum(const Lanes<double>::Vector& v) {
   return (v[0] + v[2]) + (v[1] + v[3]);
 }
 
+// Products of at most so many columns, and as few rows or inputs, would leave vectors nearly empty.
+constexpr int64_t kThin = 4;
+constexpr int64_t kThinInputs = 16;
+
+// The same sums by scalars: many rows side by side, or many inputs in several chains, in blocks.
+template <typename T>
+DGL_EXT_INLINE void thin(int64_t rows, int64_t cols, int64_t count, const Strided<T>& a,
+                         const Strided<T>& b, const Output<T>& out) {
+  constexpr int64_t kBlock = 256;
+  constexpr int64_t kChains = 8;
+  for (int64_t k = 0; k < cols; ++k) {
+    const Strided<T> column{b.data + k * b.col_stride, b.row_stride, 0};
+    T* to = out.data + k * out.col_stride;
+    if (rows <= kThin) {
+      for (int64_t i = 0; i < rows; ++i) {
+        const T* row = a.row(i);
+        T total = out.add ? to[i * out.row_stride] : T(0);
+        for (int64_t begin = 0; begin < count; begin += kBlock) {
+          const int64_t end = std::min(count, begin + kBlock);
+          T sums[kChains] = {};
+          int64_t j = begin;
+          for (; j + kChains <= end; j += kChains) {
+            for (int64_t l = 0; l < kChains; ++l) {
+              sums[l] += row[(j + l) * a.col_stride] * *column.row(j + l);
+            }
+          }
+          for (; j < end; ++j) sums[0] += row[j * a.col_stride] * *column.row(j);
+          total += ((sums[0] + sums[4]) + (sums[2] + sums[6])) +
+                   ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+        }
+        to[i * out.row_stride] = total;
+      }
+      continue;
+    }
+    for (int64_t begin = 0; begin < rows; begin += kBlock) {
+      const int64_t many = std::min(kBlock, rows - begin);
+      T sums[kBlock] = {};
+      for (int64_t j = 0; j < count; ++j) {
+        const T* values = a.row(begin) + j * a.col_stride;
+        const T factor = *column.row(j);
+        for (int64_t i = 0; i < many; ++i) sums[i] += values[i * a.row_stride] * factor;
+      }
+      T* at = to + begin * out.row_stride;
+      for (int64_t i = 0; i < many; ++i) {
+        at[i * out.row_stride] = out.add ? at[i * out.row_stride] + sums[i] : sums[i];
+      }
+    }
+  }
+}
+
 // kRows x kClasses outputs of `dots`, in registers.
 template <typename T, int64_t kRows, int64_t kClasses>
 DGL_EXT_INLINE void dot_tile(int64_t width, const T* const* x, const T* const* w, T* const* out) {
@@ -76,6 +126,11 @@ DGL_EXT_INLINE void dots_body(int64_t row_begin, int64_t row_end, int64_t classe
   constexpr int64_t kRows = 4;
   constexpr int64_t kClasses = 3;
   constexpr int64_t kCached = 8;  // rows of x that stay in cache while w passes by once
+  if (classes <= kThin && width <= kThin) {
+    thin<T>(row_end - row_begin, classes, width, {x.row(row_begin), x.row_stride, 1},
+            {w.data, 1, w.row_stride}, {out + row_begin * classes, classes});
+    return;
+  }
   for (int64_t first = row_begin; first < row_end; first += kCached) {
     const int64_t last = std::min(row_end, first + kCached);
     for (int64_t c = 0; c < classes; c += kClasses) {
@@ -230,8 +285,16 @@ DGL_EXT_INLINE void product_body(int64_t row_begin, int64_t row_end, int64_t col
   // power of two apart and so fall on one another in the cache.
   constexpr int64_t kFewRows = 12;
   constexpr int64_t kFewInputs = 8;
-  alignas(64) T packed[kBlock * kWidth];
   const int64_t rows = row_end - row_begin;
+  if (col_end - col_begin <= kThin && (count <= kThinInputs || rows <= kThin)) {
+    Output<T> at = out;
+    at.data += row_begin * out.row_stride + col_begin * out.col_stride;
+    const Strided<T> from{b.data + col_begin * b.col_stride, b.row_stride, b.col_stride};
+    thin<T>(rows, col_end - col_begin, count, {a.row(row_begin), a.row_stride, a.col_stride}, from,
+            at);
+    return;
+  }
+  alignas(64) T packed[kBlock * kWidth];
   const bool direct = b.col_stride == 1 && (rows <= kFewRows || count <= kFewInputs);
   int64_t j = 0;
   do {  // once if there are no inputs: a sum of none is zero

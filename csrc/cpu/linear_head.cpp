@@ -53,12 +53,12 @@ std::vector<Tensor> forward(std::vector<Tensor> features, std::vector<Tensor> we
     std::vector<LogitsBranch<T>> branches;
     for (int64_t i = 0; i < head.modalities(); ++i) {
       const Tensor& bias = bias_rows[head.shared ? 0 : i];
-      branches.push_back({partials[i].strided<T>(), static_cast<const T*>(bias.data_ptr()),
+      branches.push_back({partials[i].strided<T>(), static_cast<const T*>(bias.const_data_ptr()),
                           static_cast<T*>(logits[i + 1].data_ptr())});
     }
     std::vector<T> fused_bias(head.classes, T(0));
     for (const Tensor& bias : bias_rows) {
-      const T* data = static_cast<const T*>(bias.data_ptr());
+      const T* data = static_cast<const T*>(bias.const_data_ptr());
       for (int64_t c = 0; c < head.classes; ++c) fused_bias[c] += data[c];
     }
     T* fused = static_cast<T*>(logits[0].data_ptr());
@@ -79,7 +79,8 @@ std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> f
   checks.executor(executor);
   LinearHead head = parse_linear_head(checks, features, weights);
   checks.grad_outputs(grad_outputs, features.size() + 1, head.leading, head.classes, features[0]);
-  checks.needs(needs_features, needs_weights, needs_biases, features.size(), weights.size());
+  checks.needs(needs_features, needs_weights, needs_biases, encoder_leak, head_leak,
+               features.size(), weights.size());
 
   const Masks masks = select_present_features(checks, present, head, features[0]);
 
@@ -137,8 +138,8 @@ std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> f
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dgl_ext, CPU, m) {
-  m.impl("linear_head_forward", TORCH_BOX(&forward));
-  m.impl("linear_head_backward", TORCH_BOX(&backward));
+  m.impl("linear_head_forward", DGL_EXT_CPU_OP(&forward));
+  m.impl("linear_head_backward", DGL_EXT_CPU_OP(&backward));
 }
 
 }  // namespace dgl_ext::cpu

@@ -43,7 +43,7 @@ class LinearStep {
     chunk_ = choose_chunk(planes, workspace_limit);
     dots_ = prefers_dots();
     by_rows_ = runs_by_rows();
-    workspace_ = std::unique_ptr<T[]>(new T[planes * chunk_ * head.classes]);
+    workspace_ = allocate<T>(planes * chunk_ * head.classes);
     for (int64_t b = 0; b < static_cast<int64_t>(biases.size()); ++b) {
       bias_totals_.emplace_back(needs.biases[b] ? head.classes : 0, 0.0);
     }
@@ -82,7 +82,9 @@ class LinearStep {
   }
 
  private:
-  const T* bias_data(size_t b) const { return static_cast<const T*>(bias_rows_[b].data_ptr()); }
+  const T* bias_data(size_t b) const {
+    return static_cast<const T*>(bias_rows_[b].const_data_ptr());
+  }
 
   // multiply_weight may put the logits of few classes, or of few rows, into a matrix of its own.
   int64_t choose_chunk(int64_t planes, int64_t workspace_limit) const {
@@ -234,13 +236,10 @@ class LinearStep {
                     [&](int64_t begin, int64_t end) { add_biases(begin, end); });
   }
 
-  // From products to residuals, a few rows at a time so that they stay in cache.
+  // From products to residuals.
   void residual_rows(int64_t begin, int64_t end, const std::vector<LogitsBranch<T>>& branches) {
-    constexpr int64_t kCached = 4096;
     const int64_t classes = head_.classes;
-    const int64_t step = std::max<int64_t>(1, kCached / std::max<int64_t>(1, classes));
-    for (int64_t first = begin; first < end; first += step) {
-      const int64_t last = std::min(end, first + step);
+    for_cached_rows(begin, end, classes, [&](int64_t first, int64_t last) {
       combine_logits<T>(first, last, classes, branches.data(), branches.size(), fused_bias_.data(),
                         plane(0));
       losses_.add_rows<T>(first, last, classes, 0, fused_residual_, plane(0));
@@ -250,7 +249,7 @@ class LinearStep {
         if (mixes_features_) mix_planes(first, last, i + 1, 0, encoder_leak_, feature_plane(i));
         if (mixes_weights_) mix_planes(first, last, 0, i + 1, head_leak_, weight_plane(i));
       }
-    }
+    });
   }
 
   void mix_planes(int64_t begin, int64_t end, int64_t whole, int64_t leaking, double leak, T* out) {
@@ -303,7 +302,7 @@ struct LinearStepOp {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dgl_ext, CPU, m) {
-  m.impl(LinearStepOp::kName, TORCH_BOX(&step<LinearStepOp>));
+  m.impl(LinearStepOp::kName, DGL_EXT_CPU_OP(&step<LinearStepOp>));
 }
 
 }  // namespace dgl_ext::cpu

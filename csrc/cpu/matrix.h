@@ -16,6 +16,8 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <memory>
+#include <new>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -24,6 +26,7 @@
 #include "cpu/gemm.h"
 #include "cpu/row_passes.h"
 #include "row_stride.h"
+#include "torch_errors.h"
 
 namespace dgl_ext {
 
@@ -57,6 +60,15 @@ inline Tensor empty_cpu(const Shape& shape, ScalarType dtype) {
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       aoti_torch_device_type_cpu(), /*device_index=*/0, &handle));
   return Tensor(handle);
+}
+
+// Memory without values for intermediates; where there is none left, torch's own words.
+template <typename T>
+std::unique_ptr<T[]> allocate(int64_t count) {
+  std::unique_ptr<T[]> memory(new (std::nothrow) T[count]);
+  if (memory) return memory;
+  throw std::runtime_error("DefaultCPUAllocator: can't allocate memory: you tried to allocate " +
+                           std::to_string(count * int64_t(sizeof(T))) + " bytes.");
 }
 
 inline Tensor to_contiguous(const Tensor& tensor) {
@@ -121,7 +133,7 @@ class MatrixView {
 
   template <typename T>
   T* data() const {
-    return static_cast<T*>(tensor_.data_ptr()) + offset_;
+    return static_cast<T*>(address()) + offset_;
   }
 
   template <typename T>
@@ -138,13 +150,16 @@ class MatrixView {
   Tensor view() const {
     const std::array<int64_t, 2> sizes{rows, cols};
     const std::array<int64_t, 2> strides{row_stride_, col_stride_};
-    char* base = static_cast<char*>(tensor_.data_ptr());
+    char* base = static_cast<char*>(address());
     return torch::stable::from_blob(base + offset_ * tensor_.element_size(), sizes, strides,
                                     torch::stable::Device(torch::headeronly::DeviceType::CPU),
                                     tensor_.scalar_type());
   }
 
  private:
+  // Inputs are only read, and results are ours: nothing is written that is copied on write.
+  void* address() const { return const_cast<void*>(tensor_.const_data_ptr()); }
+
   MatrixView(Tensor tensor, int64_t offset, int64_t rows, int64_t cols, int64_t row_stride,
              int64_t col_stride)
       : rows(rows),

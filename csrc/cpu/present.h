@@ -13,7 +13,7 @@ namespace dgl_ext::cpu {
 template <typename T>
 const T* flat_data(const Tensor& tensor, std::vector<Tensor>& held) {
   held.push_back(to_contiguous(tensor));
-  return static_cast<const T*>(held.back().data_ptr());
+  return static_cast<const T*>(held.back().const_data_ptr());
 }
 
 // Per modality one flag a row; null where no row lacks it.

@@ -41,6 +41,10 @@ struct Term {
 template <typename T>
 void add_bias(int64_t row_begin, int64_t row_end, int64_t columns, const Strided<T>& in,
               const T* bias, T* out) {
+  if (columns == 1) {  // here and below: rows of one column are a loop of their own
+    for (int64_t r = row_begin; r < row_end; ++r) out[r] = *in.row(r) + *bias;
+    return;
+  }
   for (int64_t r = row_begin; r < row_end; ++r) {
     const T* in_row = in.row(r);
     T* out_row = out + r * columns;
@@ -57,6 +61,20 @@ void add_bias(int64_t row_begin, int64_t row_end, int64_t columns, const Strided
 template <typename T>
 void combine_logits(int64_t row_begin, int64_t row_end, int64_t columns,
                     const LogitsBranch<T>* branches, int64_t count, const T* fused_bias, T* fused) {
+  if (columns == 1) {
+    std::fill(fused + row_begin, fused + row_end, *fused_bias);
+    for (int64_t i = 0; i < count; ++i) {
+      const Strided<T>& partial = branches[i].partial;
+      T* logits = branches[i].logits;
+      const T bias = *branches[i].bias;
+      for (int64_t r = row_begin; r < row_end; ++r) {
+        const T value = *partial.row(r);
+        fused[r] += value;
+        logits[r] = value + bias;
+      }
+    }
+    return;
+  }
   for (int64_t r = row_begin; r < row_end; ++r) {
     T* fused_row = fused + r * columns;
     std::copy(fused_bias, fused_bias + columns, fused_row);
@@ -110,16 +128,21 @@ void add_block_sums(int64_t begin, int64_t width, int64_t rows, const Term<T>* t
   for (int64_t k = 0; k < count; ++k) {
     const Strided<T>& values = terms[k].values;
     const double scale = terms[k].scale;
-    double sum[kSumBlock] = {};
+    // Rows in turn, since each sum waits for the one before: of few columns there is little else.
+    constexpr int64_t kChains = 4;
+    double sums[kChains][kSumBlock] = {};
     for (int64_t r = 0; r < rows; ++r) {
       const T* row = values.row(r) + begin * values.col_stride;
+      double* sum = sums[r % kChains];
       if (values.col_stride == 1) {
         for (int64_t c = 0; c < width; ++c) sum[c] += row[c];
       } else {
         for (int64_t c = 0; c < width; ++c) sum[c] += row[c * values.col_stride];
       }
     }
-    for (int64_t c = 0; c < width; ++c) totals[c] += scale * sum[c];
+    for (int64_t c = 0; c < width; ++c) {
+      totals[c] += scale * ((sums[0][c] + sums[2][c]) + (sums[1][c] + sums[3][c]));
+    }
   }
 }
 

@@ -1,5 +1,6 @@
 // A step's gradients times the gradient of its total, on the CPU. The product is taken in float32
-// (float64 for float64 gradients) and rounded once.
+// (float64 for float64 gradients) and rounded once. Zero stays zero, times infinity and NaN too:
+// rows that are absent or ignored have no gradient, whatever becomes of the others.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/BFloat16.h>
@@ -31,12 +32,13 @@ void dispatch_gradient(ScalarType dtype, const F& f) {
 template <typename From, typename To>
 void scale_into(const Tensor& from, double scale, const Tensor& to) {
   using Compute = std::conditional_t<std::is_same_v<From, double>, double, float>;
-  const From* in = static_cast<const From*>(from.data_ptr());
-  To* out = static_cast<To*>(to.data_ptr());
+  To* out = static_cast<To*>(to.data_ptr());  // first, since it copies what is copied on write
+  const From* in = static_cast<const From*>(from.const_data_ptr());
   const Compute factor = static_cast<Compute>(scale);
   parallel_ranges(from.numel(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
-      out[k] = static_cast<To>(static_cast<Compute>(in[k]) * factor);
+      const Compute value = static_cast<Compute>(in[k]);
+      out[k] = static_cast<To>(value == 0 ? value : value * factor);
     }
   });
 }
@@ -49,8 +51,8 @@ double check(const Checks& checks, const std::vector<Tensor>& grads, const Tenso
       grads.empty() ? ScalarType::Float : compute_dtype(grads[0].scalar_type());
   checks.saved("scale", scale, grads.empty() ? scale : grads[0], dtype);
   checks.shape("scale", scale, {});
-  return dtype == ScalarType::Double ? *static_cast<const double*>(scale.data_ptr())
-                                     : *static_cast<const float*>(scale.data_ptr());
+  return dtype == ScalarType::Double ? *static_cast<const double*>(scale.const_data_ptr())
+                                     : *static_cast<const float*>(scale.const_data_ptr());
 }
 
 void scale_in_place(std::vector<Tensor> grads, Tensor scale) {
@@ -94,8 +96,8 @@ std::vector<Tensor> scale_copies(std::vector<Tensor> grads, Tensor scale, bool t
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dgl_ext, CPU, m) {
-  m.impl("scale_gradients_", TORCH_BOX(&scale_in_place));
-  m.impl("scale_gradients", TORCH_BOX(&scale_copies));
+  m.impl("scale_gradients_", DGL_EXT_CPU_OP(&scale_in_place));
+  m.impl("scale_gradients", DGL_EXT_CPU_OP(&scale_copies));
 }
 
 }  // namespace dgl_ext::cpu

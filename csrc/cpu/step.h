@@ -46,6 +46,15 @@ void for_chunks(int64_t rows, int64_t chunk, const F& f) {
   } while (begin < rows);
 }
 
+// Calls f(begin, end) for a range of rows, a few of them at a time so that their logits stay in
+// cache from the products to the residuals.
+template <typename F>
+void for_cached_rows(int64_t begin, int64_t end, int64_t classes, const F& f) {
+  constexpr int64_t kCached = 4096;
+  const int64_t step = std::max<int64_t>(1, kCached / std::max<int64_t>(1, classes));
+  for (int64_t first = begin; first < end; first += step) f(first, std::min(end, first + step));
+}
+
 // Which gradients a step is asked for.
 struct Needs {
   std::vector<bool> features;
@@ -209,7 +218,8 @@ std::vector<Tensor> step(std::vector<Tensor> features, std::vector<Tensor> weigh
   checks.biases(biases, weights, features[0]);
   checks.step(target, present, alpha, label_smoothing, workspace_limit, features.size(),
               head.leading, features[0]);
-  checks.needs(needs_features, needs_weights, needs_biases, features.size(), weights.size());
+  checks.needs(needs_features, needs_weights, needs_biases, encoder_leak, head_leak,
+               features.size(), weights.size());
   if (workspace_limit == 0) workspace_limit = kDefaultWorkspace;
   const Needs needs{std::move(needs_features), std::move(needs_weights), std::move(needs_biases)};
   StepLosses losses(checks, head.rows, head.classes, target, present,

@@ -1,4 +1,5 @@
-// A step's gradients times the gradient of its total, which is known on the device only.
+// A step's gradients times the gradient of its total, which is known on the device only. Zero stays
+// zero, times infinity and NaN too: rows that are absent or ignored have no gradient.
 #include "intrinsics.cuh"
 #include "launch.h"
 
@@ -31,7 +32,8 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t end = smaller((block + 1) * kBlock, p.size[i]);
 #pragma unroll 4
     for (int64_t at = block * kBlock + threadIdx.x; at < end; at += kThreads) {
-      to[at] = narrow<To>(widen(from[at]) * scale);
+      const Accumulator value = widen(from[at]);
+      to[at] = narrow<To>(value == Accumulator(0) ? value : value * scale);
     }
   }
 }

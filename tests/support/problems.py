@@ -159,6 +159,13 @@ def make_problem(
     )
 
 
+def head_arguments(module: Any) -> tuple[Any, Any]:
+    """The `weight` and `bias` of the function that a head of `dgl_ext.nn` calls."""
+    layers = module._layers()
+    weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    return (weights[0], biases[0]) if get_head(module.fusion).bare else (weights, biases)
+
+
 def flat(logits: DecoupledLogits) -> tuple[Tensor, ...]:
     """All logits, fused first."""
     return (logits.fused, *logits.unimodal)

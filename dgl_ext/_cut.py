@@ -11,8 +11,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.utils import parametrize
 
+from . import _torch_private
 from .reference import _leak
 
 _Pass = Callable[[tuple[Any, ...], dict[str, Any]], Any]
@@ -33,22 +33,6 @@ def exclusive(module: nn.Module) -> AbstractContextManager[Any]:
     if torch.compiler.is_compiling():
         return nullcontext()
     return _locks.setdefault(module, threading.RLock())
-
-
-def copied(value: Any, share: float) -> Any:
-    """A copy that a pass may write to, through which that share of its gradient goes.
-
-    Tensors are copied, also those in lists, tuples and dicts; all else is handed on.
-    """
-    if isinstance(value, Tensor):
-        return _leak(value, share).clone()
-    if isinstance(value, tuple) and hasattr(value, "_make"):
-        return value._make(copied(item, share) for item in value)
-    if type(value) in (list, tuple):
-        return type(value)(copied(item, share) for item in value)
-    if type(value) is dict:
-        return {key: copied(item, share) for key, item in value.items()}
-    return value
 
 
 class Passes:
@@ -101,7 +85,7 @@ class Passes:
             return functional_call(self._module, values, inputs, keywords, tie_weights=False)
 
         after = self._attributes()
-        with _own_parametrizations():
+        with _uncached(self._module):
             try:
                 yield run
             finally:
@@ -118,8 +102,7 @@ class Passes:
 
 def _parameters(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from part.named_parameters(recurse=False, remove_duplicate=False)
-    # The replicas of nn.DataParallel have none: these are attributes, and listed here.
-    yield from getattr(part, "_former_parameters", {}).items()
+    yield from _torch_private.replicated(part).items()
 
 
 def _may_write_buffers(part: nn.Module) -> bool:
@@ -151,15 +134,36 @@ def _put_back(held: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
 
 
 @contextmanager
-def _own_parametrizations() -> Iterator[None]:
-    """Keeps what `parametrize.cached()` holds apart: weights of these passes, and of others."""
-    if torch.compiler.is_compiling():
+def _uncached(module: nn.Module) -> Iterator[None]:
+    """Has parametrizations compute anew what `parametrize.cached()` keeps of other calls."""
+    cache = None if torch.compiler.is_compiling() else _torch_private.cached_weights()
+    if cache is None:
         yield
         return
-    outer, own = parametrize._cache, {}  # type: ignore[var-annotated]
-    parametrize._cache = own
+    modules = {id(owner) for owner in module.modules()}
+
+    def take() -> dict[Any, Any]:
+        return {key: cache.pop(key) for key in list(cache) if key[0] in modules}
+
+    before = take()
     try:
         yield
     finally:
-        if parametrize._cache is own:  # else another thread has left the last cached region
-            parametrize._cache = outer
+        take()
+        cache.update(before)
+
+
+def check_not_sharded(argument: str, module: nn.Module, instead: str) -> None:
+    """Raises if FSDP gathers parameters inside `module`: it would bring back the true ones."""
+    # Seen from here they are shards then, and else whole. Tensor parallel parameters are shards,
+    # too, and fine. Importing FSDP takes seconds, so only where somebody uses it.
+    if any(hasattr(value, "full_tensor") for value in module.parameters()):
+        from torch.distributed.fsdp import FSDPModule
+
+        for name, part in module.named_modules():
+            if isinstance(part, FSDPModule):
+                where = f'"{name}", a part of it' if name else "it"
+                raise ValueError(
+                    f"{argument}: expected no sharding within, but fully_shard was called on "
+                    f"{where}; call it on {instead}"
+                )
