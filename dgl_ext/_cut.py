@@ -19,7 +19,7 @@ _Pass = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
 _locks: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
 
-# They write their running statistics in training mode only. Of other modules nothing is known.
+# They write their running statistics in training mode only, by ops that do not count as writes.
 _NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
@@ -48,13 +48,16 @@ class Passes:
         # two would be swapped twice, and left with what it held the second time.
         self._parts = {f"{name}." if name else "": part for name, part in module.named_modules()}
         self._buffers: dict[str, Tensor] = {}
-        self._copies: dict[Tensor, Tensor] = {}  # by buffer, so that tied buffers stay one
+        # By buffer, so that tied buffers stay one: copies, and how often they were written to, None
+        # where nothing counts. (Nothing counts writes through `.data`, either.)
+        self._copies: dict[Tensor, Tensor] = {}
+        self._versions: dict[Tensor, int | None] = {}
         for prefix, part in self._parts.items():
             for name, buffer in part.named_buffers(recurse=False, remove_duplicate=False):
                 self._buffers[prefix + name] = buffer
-                if buffer not in self._copies and _may_write_buffers(part):
+                self._versions[buffer] = None if _writes_uncounted(part) else _version(buffer)
+                if buffer not in self._copies and _may_write(part):
                     self._copies[buffer] = _clone(buffer)
-        self._versions = {buffer: _version(buffer) for buffer in self._buffers.values()}
         self._before = self._attributes()
 
     @contextmanager
@@ -77,7 +80,8 @@ class Passes:
 
         def run(inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
             for buffer, value in start.items():
-                if buffer not in copies or _version(copies[buffer]) != 0:  # a pass wrote to it
+                fresh = self._versions[buffer] is not None and buffer in copies
+                if not fresh or _version(copies[buffer]) != 0:
                     copies[buffer] = _clone(value)
             buffers = {name: copies[b] for name, b in self._buffers.items() if b in copies}
             _put_back(self._before)
@@ -105,8 +109,12 @@ def _parameters(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from _torch_private.replicated(part).items()
 
 
-def _may_write_buffers(part: nn.Module) -> bool:
-    """Whether a pass may write to the buffers of this part."""
+def _writes_uncounted(part: nn.Module) -> bool:
+    return isinstance(part, _NORMS) and _may_write(part)
+
+
+def _may_write(part: nn.Module) -> bool:
+    """Whether a pass may write to the buffers of this part. Only of torch's norms it is known."""
     hooked = part._forward_pre_hooks or part._forward_hooks
     return bool(part.training or hooked or type(part) not in _NORMS)
 

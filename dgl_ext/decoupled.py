@@ -368,3 +368,7 @@ class Cat(nn.Sequential):
     def forward(self, *features: Tensor) -> Any:
         """Calls the layers on the concatenated features."""
         return super().forward(torch.cat(features, dim=self.dim))
+
+    def extra_repr(self) -> str:
+        """The dimension, if it is not the last."""
+        return "" if self.dim == -1 else f"dim={self.dim}"
