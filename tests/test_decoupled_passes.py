@@ -302,9 +302,10 @@ def test_statistics_that_others_write_in_evaluation(by):
             return self.norm(x)
 
     module = Decoupled(Adapted()).eval()
-    norm = module.fusion.norm
+    norm, starts = module.fusion.norm, []
 
     def hook(module, args, *_):
+        starts.append(module.running_mean.clone())
         module.running_mean.copy_(args[0].mean(0))
 
     if by == "a hook":
@@ -316,6 +317,7 @@ def test_statistics_that_others_write_in_evaluation(by):
     module(*features)
     assert norm.running_mean is mean
     assert torch.equal(mean, torch.cat(features, dim=1).mean(0))
+    assert not any(start.any() for start in starts)
 
 
 def test_attributes_are_those_of_the_fused_pass():
@@ -430,3 +432,20 @@ def test_modules_of_their_own_do_not_wait_for_each_other():
 
     modules = [Decoupled(Meets()) for _ in range(2)]
     in_threads(2, lambda k: modules[k](torch.randn(2), torch.randn(2)))
+
+
+def test_a_pass_may_call_the_module_again():
+    """As a hook that reports what an evaluation gives."""
+    module, features = make("concat")
+    calls = []
+
+    def again(fusion, args, z):
+        if len(calls) < 2:
+            calls.append(z)
+            module(*features)
+
+    module.fusion.register_forward_hook(again)
+    thread = threading.Thread(target=lambda: calls.append(module(*features)), daemon=True)
+    thread.start()
+    thread.join(timeout=20)
+    assert len(calls) == 3
