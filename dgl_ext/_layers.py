@@ -87,13 +87,13 @@ def compute(
     def cut(name: str, value: Tensor) -> Tensor:
         layer = head.get_submodule(name)
         _cut.check_not_sharded(name, layer, "the head")
-        buffers = {name: buffer.detach().clone() for name, buffer in layer.named_buffers()}
-        result: Tensor = _cut.call(layer, head_leak, (value,), buffers=buffers)
+        with _cut.Passes(layer).begin(head_leak) as run:
+            result: Tensor = run((value,), {})
         return result
 
     inputs = reference.without_absent(tensors, masks)
     fed = [reference._leak(h, encoder_leak) for h in inputs]
-    with _cut.exclusive():
+    with _cut.exclusive(head):
         fused, unimodal = formula(whole, cut, inputs, fed)
     logits = DecoupledLogits(fused, tuple(unimodal))
     return logits if loss is None else reference.cross_entropy(logits, loss)

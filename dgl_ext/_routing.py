@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ._validate import check_sequence
+from ._validate import check_loss, check_sequence
 
 
 @dataclass(frozen=True)
@@ -299,14 +299,6 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
         for module, buffers in places:
             module._buffers.clear()
             module._buffers.update(buffers)
-
-
-def check_loss(name: str, loss: object) -> Tensor:
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"{name}: expected a scalar tensor, got {type(loss).__name__}")
-    if loss.numel() != 1:
-        raise ValueError(f"{name}: expected a scalar tensor, got shape {tuple(loss.shape)}")
-    return loss
 
 
 @contextlib.contextmanager

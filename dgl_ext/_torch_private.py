@@ -42,6 +42,8 @@ def _any_requires_grad(*args: Any) -> bool:
 def _map(function: Callable[[Any], Any], tree: Any) -> Any:
     if isinstance(tree, (list, tuple)):
         return type(tree)(_map(function, entry) for entry in tree)
+    if isinstance(tree, dict):
+        return {key: _map(function, entry) for key, entry in tree.items()}
     return function(tree)
 
 
@@ -109,6 +111,11 @@ def cached_weights() -> dict[Any, Any] | None:
     return (
         getattr(parametrize, "_cache", None) if getattr(parametrize, "_cache_enabled", 0) else None
     )
+
+
+def replicated(module: nn.Module) -> dict[str, Tensor]:
+    """What a replica that nn.DataParallel made has instead of parameters: attributes."""
+    return getattr(module, "_former_parameters", {})
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

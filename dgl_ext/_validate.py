@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numbers
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -301,6 +301,31 @@ def shown(value: float) -> str:
     if isinstance(value, int) and abs(value) > _LARGEST:
         return f"an int of {value.bit_length()} bits"
     return str(value)
+
+
+def check_per_output(name: str, value: object, modalities: int) -> tuple[Callable[..., Any], ...]:
+    """Returns one function per output, fused first, from one for all, or a sequence of them."""
+    if callable(value):
+        return (value,) * (modalities + 1)
+    functions = check_sequence(name, value, "a function or a sequence of them")
+    if len(functions) != modalities + 1:
+        raise ValueError(
+            f"{name}: expected {modalities + 1} functions, for the fused output and one per "
+            f"modality, got {len(functions)}"
+        )
+    for k, function in enumerate(functions):
+        if not callable(function):
+            raise TypeError(f"{name}[{k}]: expected a function, got {type(function).__name__}")
+    return functions  # type: ignore[return-value]
+
+
+def check_loss(name: str, loss: object) -> Tensor:
+    """Returns `loss` if it is a tensor of one element."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{name}: expected a scalar tensor, got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(f"{name}: expected a scalar tensor, got shape {tuple(loss.shape)}")
+    return loss
 
 
 def check_reduction(reduction: object) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 
+from . import _torch_private
+from ._cut import Passes, check_not_sharded, exclusive
 from ._validate import check_sequence, check_share, check_tensor
 from .reference import _leak
 from .types import DecoupledLogits
@@ -47,8 +49,14 @@ class Decoupled(nn.Module):
       the same values, and only the fused pass writes: the others run on copies. Statistics of zeros
       never reach evaluation. In training mode batch norm normalises every pass by that pass's own
       batch, as it would if the passes were calls of `f`.
+    - Attributes that `f` or a part of it sets on itself (attention maps, an auxiliary loss): as
+      with buffers, the fused pass's stay and the others' are undone, except under `torch.compile`.
     - A parameter that `f` shares with an encoder is cut where `f` uses it, not where the encoder
-      does. Tied parameters within `f` stay tied.
+      does. Tied parameters and parts under several names are one within `f`, too. Within
+      `torch.nn.utils.parametrize.cached()` the unimodal passes compute weights of their own.
+    - Every pass has copies of the features and keyword arguments: `f` may write to them in place.
+    - Calls from several threads take turns. Do not train with `decoupled.fusion` itself in one
+      thread while another calls the `Decoupled` module.
 
     What cannot be cut: a tensor that `f` reaches without it being a parameter or buffer of `f`,
     and activation checkpointing inside `f`, which recomputes with the true parameters: with
@@ -65,8 +73,10 @@ class Decoupled(nn.Module):
     unimodal outputs call `decoupled.fusion(*features)`.
 
     Args:
-        fusion: a module called as `fusion(*features)`. It returns a tensor of any shape, or any
-            other structure of tensors, which then is what each output is.
+        fusion: a module called as `fusion(*features)`; `Cat` makes one of layers that take one
+            tensor. It returns a tensor of any shape, or any other structure of tensors, which then
+            is what each output is. If its forward has a parameter `present` it is told in each pass
+            what is absent, see `forward`.
         substitute: what stands in for absent modalities in a unimodal pass:
 
             - "zero": zeros.
@@ -140,7 +150,10 @@ class Decoupled(nn.Module):
         self.head_leak = check_share("head_leak", head_leak)
 
     def forward(
-        self, *features: Tensor, present: Sequence[Tensor | None] | None = None
+        self,
+        *features: Tensor,
+        present: Sequence[Tensor | None] | None = None,
+        **kwargs: Any,
     ) -> DecoupledLogits:
         """Calls `fusion` once with all features and once per modality with that one alone.
 
@@ -149,6 +162,15 @@ class Decoupled(nn.Module):
             present: per modality a bool tensor, or None for "everywhere". Its shape is that of the
                 feature's first dimensions: `(batch,)`, or `(batch, tokens)`. Where it is False the
                 feature counts as zero, is not read, and gets a gradient of exactly zero.
+            **kwargs: handed to every pass. A tensor among them, also within lists, tuples and
+                dicts, counts as a parameter of `fusion`: it receives the gradient of the fused
+                output only.
+
+        If the forward of `fusion` has a parameter `present`, each pass gives it a tuple of bool
+        tensors there, one per modality, of the feature's shape without the last dimension: False
+        where the feature is absent, be it by the argument `present` or, in a unimodal pass, since
+        it is another modality's, whatever stands in for it. (A mask of all dimensions stays one.)
+        So attention can leave tokens out, which zeros do not. Rows with nothing present occur.
 
         Returns:
             `DecoupledLogits(fused, unimodal)`: what `fusion` returns, and a tuple of M of those.
@@ -158,43 +180,59 @@ class Decoupled(nn.Module):
             ValueError: there is no feature, a mask or a substitute does not fit the features, or
                 `fusion` is sharded by itself.
         """
-        inputs = self._check(features, present)
-        before = [self._copied_buffers() for _ in inputs]
-        fused = self.fusion(*(_leak(h, self.encoder_leak) for h in inputs))
-        return DecoupledLogits(fused, self._alone(inputs, before, self.head_leak))
+        shares = self.encoder_leak, self.head_leak
+        return self._outputs(features, present, kwargs, *shares, trace=True)
 
     def _probe(
-        self, features: Sequence[Tensor], present: Sequence[Tensor | None] | None
+        self,
+        features: Sequence[Tensor],
+        present: Sequence[Tensor | None] | None,
+        **kwargs: Any,
     ) -> DecoupledLogits:
         """All outputs without truncation, for diagnostics; no buffer is written."""
-        inputs = self._check(features, present)
-        copies = [self._copied_buffers() for _ in range(len(inputs) + 1)]
-        fused = functional_call(self.fusion, copies.pop(), inputs)
-        return DecoupledLogits(fused, self._alone(inputs, copies, 1.0))
+        return self._outputs(features, present, kwargs, 1.0, 1.0, trace=False)
 
-    def _alone(
-        self, inputs: tuple[Tensor, ...], buffers: list[dict[str, Tensor]], share: float
-    ) -> tuple[Any, ...]:
-        """The output of each modality alone, with that share of gradient to the parameters."""
-        parameters = self._leaked_parameters(share)
-        # Tied tensors are listed once; functional_call replaces them under each of their names.
-        return tuple(
-            functional_call(self.fusion, {**parameters, **buffers[i]}, self._branch(inputs, i))
-            for i in range(len(inputs))
-        )
+    def _outputs(
+        self,
+        features: Sequence[Tensor],
+        present: object,
+        kwargs: dict[str, Any],
+        encoder_share: float,
+        head_share: float,
+        trace: bool,
+    ) -> DecoupledLogits:
+        """Runs all passes; the fused one leaves its trace in the module if it may."""
+        inputs, masks = self._check(features, present)
+        asks = _takes_present(self.fusion)
 
-    def _leaked_parameters(self, share: float) -> dict[str, Tensor]:
-        return {name: _leak(value, share) for name, value in self.fusion.named_parameters()}
+        def keywords(share: float, alone: int | None = None) -> dict[str, Any]:
+            values = {name: _copied(value, share) for name, value in kwargs.items()}
+            if asks:
+                values["present"] = _masks(inputs, masks, alone)
+            return values
 
-    def _copied_buffers(self) -> dict[str, Tensor]:
-        return {name: buffer.detach().clone() for name, buffer in self.fusion.named_buffers()}
+        with exclusive(self.fusion):
+            passes = Passes(self.fusion)
+            if trace:
+                fused = self.fusion(*_copied(inputs, encoder_share), **keywords(1.0))
+            with passes.begin(head_share) as run:
+                if not trace:
+                    fused = run(_copied(inputs, encoder_share), keywords(1.0))
+                alone = [
+                    run(self._branch(inputs, i), keywords(head_share, i))
+                    for i in range(len(inputs))
+                ]
+        return DecoupledLogits(fused, tuple(alone))
 
     def _branch(self, inputs: tuple[Tensor, ...], i: int) -> tuple[Tensor, ...]:
-        """The features of the pass of modality `i`."""
+        """The features of the pass of modality `i`, which it may write to."""
+        own = inputs[i]
         if isinstance(self.substitute, str):
             if self.substitute == "self":
-                return (inputs[i],) * len(inputs)
-            return tuple(h if i == j else torch.zeros_like(h) for j, h in enumerate(inputs))
+                return tuple(own.clone() for _ in inputs)
+            return tuple(
+                own.clone() if i == j else torch.zeros_like(h) for j, h in enumerate(inputs)
+            )
         # Not under no_grad: autocast would keep the casts of a module's parameters made there, and
         # whoever uses that module next would get no gradient.
         slots = check_sequence(
@@ -204,20 +242,22 @@ class Decoupled(nn.Module):
             raise ValueError(
                 f"substitute: expected {len(inputs)} features, one per modality, got {len(slots)}"
             )
-        if slots[i] is not inputs[i]:
+        if slots[i] is not own:
             raise ValueError(
                 f"substitute: expected features[{i}] itself in slot {i} of its own pass, "
                 "got something else"
             )
         # Only the feature itself may pass gradients; a parameter returned as it is would, too.
         return tuple(
-            inputs[i] if slot is inputs[i] else check_tensor("substitute", j, slot).detach()
+            (own if slot is own else check_tensor("substitute", j, slot).detach()).clone()
             for j, slot in enumerate(slots)
         )
 
-    def _check(self, features: Sequence[Tensor], present: object) -> tuple[Tensor, ...]:
-        """Returns the features with absent rows as zeros; raises unless everything fits."""
-        self._check_not_sharded()
+    def _check(
+        self, features: Sequence[Tensor], present: object
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+        """Returns features with absent rows as zeros, and masks; raises unless everything fits."""
+        check_not_sharded("fusion", self.fusion, "the Decoupled module")
         if not features:
             raise ValueError("features: expected at least one tensor, got none")
         inputs = tuple(check_tensor("features", i, value) for i, value in enumerate(features))
@@ -229,31 +269,17 @@ class Decoupled(nn.Module):
                         f'for substitute="self", got {tuple(value.shape)}'
                     )
         if present is None:
-            return inputs
+            return inputs, (None,) * len(inputs)
         masks = check_sequence("present", present, "a sequence of bool tensors, one per modality")
         if len(masks) != len(inputs):
             raise ValueError(
                 f"present: expected {len(inputs)} entries, one per modality, got {len(masks)}"
             )
-        return tuple(
+        values = tuple(
             value if mask is None else _masked(i, value, mask)
             for i, (value, mask) in enumerate(zip(inputs, masks, strict=True))
         )
-
-    def _check_not_sharded(self) -> None:
-        """Raises if FSDP gathers parameters inside `fusion`: it would bring back the true ones."""
-        # Seen from here they are shards then, and else whole. Tensor parallel parameters are
-        # shards, too, and fine. Importing FSDP takes seconds, so only where somebody uses it.
-        if any(hasattr(value, "full_tensor") for value in self.fusion.parameters()):
-            from torch.distributed.fsdp import FSDPModule
-
-            for name, module in self.fusion.named_modules():
-                if isinstance(module, FSDPModule):
-                    part = f'"{name}", a part of it' if name else "it"
-                    raise ValueError(
-                        f"fusion: expected no sharding within, but fully_shard was called on "
-                        f"{part}; call it on the Decoupled module"
-                    )
+        return values, masks  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
         """The substitute, and the leaks that are open."""
@@ -264,6 +290,18 @@ class Decoupled(nn.Module):
             if getattr(self, name) != 0:
                 text += f"{', ' if text else ''}{name}={getattr(self, name)!r}"
         return text
+
+
+def _copied(value: Any, share: float) -> Any:
+    """Copies the tensors in a structure, to be written to; gradient passes with that share."""
+
+    def copy(entry: Any) -> Any:
+        if not isinstance(entry, Tensor):
+            return entry
+        differentiable = entry.is_floating_point() or entry.is_complex()
+        return (_leak(entry, share) if differentiable else entry).clone()
+
+    return _torch_private.tree_map(copy, value)
 
 
 def _masked(index: int, feature: Tensor, mask: object) -> Tensor:
@@ -280,4 +318,57 @@ def _masked(index: int, feature: Tensor, mask: object) -> Tensor:
             f"{name}: expected the first dimensions of features[{index}], which is "
             f"{tuple(feature.shape)}, got shape {tuple(mask.shape)}"
         )
-    return torch.where(mask.reshape(mask.shape + (1,) * (feature.dim() - mask.dim())), feature, 0.0)
+    return torch.where(_to_dimensions(mask, feature.dim()), feature, 0.0)
+
+
+def _to_dimensions(mask: Tensor, count: int) -> Tensor:
+    return mask.reshape(mask.shape + (1,) * (count - mask.dim()))
+
+
+def _takes_present(fusion: nn.Module) -> bool:
+    """Whether the module's forward has a parameter of the name `present`."""
+    return "present" in inspect.signature(fusion.forward).parameters
+
+
+def _masks(
+    features: tuple[Tensor, ...], masks: tuple[Tensor | None, ...], alone: int | None
+) -> tuple[Tensor, ...]:
+    """Where each feature is present in a pass: as given, or that of one modality alone."""
+    values = []
+    for i, (feature, mask) in enumerate(zip(features, masks, strict=True)):
+        whole = mask is not None and mask.dim() == feature.dim()
+        shape = feature.shape if whole else feature.shape[:-1]
+        value = torch.full(shape, alone in (None, i), dtype=torch.bool, device=feature.device)
+        values.append(value if mask is None else value & _to_dimensions(mask, len(shape)))
+    return tuple(values)
+
+
+class Cat(nn.Sequential):
+    """Layers of one tensor as a fusion module: features are concatenated, then go through them.
+
+        Cat(layer_1, ..., layer_n)(h_1, ..., h_M) = layer_n(... layer_1([h_1 | ... | h_M]))
+
+    Its state dict is that of `nn.Sequential`.
+
+    Args:
+        *layers: modules of one argument; those of an `nn.Sequential` as `Cat(*sequential)`.
+        dim: where the features are concatenated: -1 for widths, 1 for tokens `(B, T, D)`.
+
+    Example:
+        >>> mlp = dgl_ext.nn.Cat(torch.nn.Linear(96, 16), torch.nn.ReLU(), torch.nn.Linear(16, 5))
+        >>> head = dgl_ext.nn.Decoupled(mlp)
+        >>> head(torch.randn(8, 32), torch.randn(8, 64)).fused.shape
+        torch.Size([8, 5])
+    """
+
+    def __init__(self, *layers: nn.Module, dim: int = -1) -> None:
+        super().__init__(*layers)
+        self.dim = dim
+
+    def forward(self, *features: Tensor) -> Any:
+        """Calls the layers on the concatenated features."""
+        return super().forward(torch.cat(features, dim=self.dim))
+
+    def extra_repr(self) -> str:
+        """The dimension, if it is not the last."""
+        return "" if self.dim == -1 else f"dim={self.dim}"

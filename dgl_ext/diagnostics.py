@@ -15,16 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from . import nn as heads
-from ._routing import (
-    Route,
-    Routing,
-    buffers_kept,
+from ._routing import Route, Routing, buffers_kept, random_state_kept, routing, wide_dtype
+from ._validate import (
+    check_alpha,
     check_loss,
-    random_state_kept,
-    routing,
-    wide_dtype,
+    check_per_output,
+    check_sequence,
+    check_tensor,
+    check_width,
 )
-from ._validate import check_alpha, check_sequence, check_tensor, check_width
 from .decoupled import Decoupled
 from .types import DecoupledLogits
 
@@ -112,7 +111,7 @@ def attenuation(
         torch.Size([2])
     """
     tensors = _check_features(features)
-    losses = _per_output(loss_fn, len(tensors))
+    losses = check_per_output("loss_fn", loss_fn, len(tensors))
     alphas = check_alpha(alpha, len(tensors))
     kept = buffers_kept(head) if isinstance(head, nn.Module) else contextlib.nullcontext()
     with (
@@ -241,18 +240,6 @@ def _check_features(features: object) -> tuple[Tensor, ...]:
     if not values:
         raise ValueError("features: expected at least one tensor, got none")
     return tuple(check_tensor("features", i, value) for i, value in enumerate(values))
-
-
-def _per_output(loss_fn: Loss | Sequence[Loss], count: int) -> tuple[Loss, ...]:
-    if callable(loss_fn):
-        return (loss_fn,) * (count + 1)
-    losses = check_sequence("loss_fn", loss_fn, "a function or a sequence of them")
-    if len(losses) != count + 1:
-        raise ValueError(
-            f"loss_fn: expected {count + 1} functions, for the fused output and one per modality, "
-            f"got {len(losses)}"
-        )
-    return losses  # type: ignore[return-value]
 
 
 def plot_attenuation(

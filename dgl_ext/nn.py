@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import _layers
 from ._validate import check_sequence, check_share, check_width
+from .decoupled import Cat as Cat
 from .decoupled import Decoupled as Decoupled
 from .functional import check_backend, fused_decouple, fused_decouple_cross_entropy
 from .heads import get_head

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _torch_private
+from ._validate import check_alpha, check_loss, check_per_output
 
 # Gradients of one that `DecoupledLoss.backward` hands to autograd, by device and dtype. One that is
 # in use is not in here: a hook that writes to it must not be felt by another thread's backward.
@@ -44,6 +45,55 @@ class DecoupledLogits(NamedTuple):
 
     fused: Tensor
     unimodal: tuple[Tensor, ...]
+
+    def loss(
+        self,
+        criterion: Callable[..., Tensor] | Sequence[Callable[..., Tensor]],
+        *targets: Any,
+        alpha: float | Tensor | Sequence[float] = 1.0,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Puts a loss on every output: `total = l(fused) + sum_i alpha_i * l(unimodal_i)`.
+
+        For any criterion and any outputs, those of `dgl_ext.nn.Decoupled` too. The cross-entropy of
+        a fusion head is faster as that head's `cross_entropy`.
+
+        Args:
+            criterion: called as `criterion(output, *targets)`, returns a scalar; or M + 1 such
+                functions, for the fused output and for each modality's.
+            *targets: what the criterion takes besides, the same for every output.
+            alpha: the factor of the unimodal losses, or one per modality. A scalar tensor is not
+                read: under `torch.compile` it may change from call to call.
+
+        Returns:
+            `(total, parts)`: the scalar to call `backward()` on, and the M + 1 losses, the fused
+            one first, detached, alpha not applied.
+
+        Raises:
+            TypeError: a criterion is not callable or returns no tensor, or alpha is no number.
+            ValueError: a count does not fit the outputs, or a loss is not a scalar.
+
+        Example:
+            >>> head = dgl_ext.nn.Decoupled(torch.nn.Bilinear(6, 4, 3))
+            >>> out = head(torch.randn(8, 6), torch.randn(8, 4))
+            >>> total, parts = out.loss(torch.nn.MSELoss(), torch.randn(8, 3), alpha=2.0)
+            >>> total.backward()
+            >>> len(parts)
+            3
+        """
+        count = len(self.unimodal)
+        criteria = check_per_output("criterion", criterion, count)
+        is_scalar = isinstance(alpha, Tensor) and alpha.dim() == 0
+        alphas: Sequence[Any] = (alpha,) * count if is_scalar else check_alpha(alpha, count)
+        losses = [
+            check_loss(f"criterion[{k}]", function(output, *targets))
+            for k, (function, output) in enumerate(
+                zip(criteria, (self.fused, *self.unimodal), strict=True)
+            )
+        ]
+        total = losses[0]
+        for factor, value in zip(alphas, losses[1:], strict=True):
+            total = total + factor * value
+        return total, tuple(value.detach() for value in losses)
 
 
 class DecoupledLoss(NamedTuple):

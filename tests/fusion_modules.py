@@ -78,6 +78,24 @@ class TiedMLP(nn.Module):
         return self.second(torch.tanh(self.first(torch.cat(features, dim=-1))))
 
 
+class TwoNames(nn.Module):
+    """Layers as attributes and again in a list, in a list twice, and a matrix of two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.out = nn.Linear(9, 9), nn.BatchNorm1d(9), nn.Linear(9, 3)
+        self.between = nn.Sequential(nn.Linear(9, 9), nn.Tanh())
+        self.between[0].weight = self.first.weight
+        body = [self.first, self.norm, *self.between, self.norm]
+        self.pipeline = nn.ModuleList([*body, self.between, self.out])
+
+    def forward(self, *features):
+        hidden = torch.cat(features, dim=-1)
+        for layer in self.pipeline:
+            hidden = layer(hidden)
+        return hidden
+
+
 class Recurrent(nn.Module):
     """A GRU over the modalities' tokens: its weights are not only in `_parameters`."""
 
@@ -87,6 +105,52 @@ class Recurrent(nn.Module):
 
     def forward(self, *tokens):
         return self.gru(torch.cat(tokens, dim=1))[0]
+
+
+class InPlace(nn.Module):
+    """Writes to its inputs, in one of the ways that there are, or does the same without that."""
+
+    def __init__(self, way, inplace=True):
+        super().__init__()
+        self.way, self.inplace = way, inplace
+        self.shift, self.out = nn.Parameter(torch.randn(4)), nn.Linear(8, 3)
+
+    def forward(self, *features):
+        return self.out(torch.cat([self.changed(x) for x in features], dim=1))
+
+    def changed(self, x):
+        if not self.inplace:
+            shifted = torch.cat([x[:, :1], x[:, 1:] * 2], dim=1)
+            return {"add": x + self.shift, "relu": x.relu(), "view": shifted,
+                    "data": torch.full_like(x, 2.0)}[self.way]  # fmt: skip
+        if self.way == "add":
+            x += self.shift
+        elif self.way == "relu":
+            x = nn.functional.relu(x, inplace=True)
+        elif self.way == "view":
+            x[:, 1:].mul_(2)
+        else:  # what no version counts
+            x.data.fill_(2.0)
+        return x
+
+
+class Attention(nn.Module):
+    """One query over all tokens and one token of its own; it leaves out what is absent."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.own = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8))
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, *tokens, present=None, scale=1.0):
+        query, own = (x.expand(len(tokens[0]), 1, 8) for x in (self.query, self.own))
+        absent = None
+        if present is not None:
+            absent = ~torch.cat([torch.ones_like(own[..., 0], dtype=torch.bool), *present], dim=1)
+        joined = torch.cat([own, *tokens], dim=1)
+        pooled, _ = self.attention(query, joined, joined, key_padding_mask=absent)
+        return self.out(pooled[:, 0] * scale)
 
 
 class Imputer(nn.Module):
@@ -114,6 +178,7 @@ CASES = {
     "batch-norm": (NormedMLP, FLAT),
     "batch-norm-dropout": (lambda: NormedMLP(0.4), FLAT),
     "tied": (TiedMLP, FLAT),
+    "two-names": (TwoNames, FLAT),
     "recurrent": (Recurrent, TOKENS),
 }
 

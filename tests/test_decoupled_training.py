@@ -55,7 +55,7 @@ def test_state_dict_is_the_module_s_with_a_prefix():
     assert torch.equal(module.state_dict()["fusion.layers.0.weight"], plain["layers.0.weight"])
 
 
-@pytest.mark.parametrize("case", ["transformer", "exchange", "batch-norm", "tied"])
+@pytest.mark.parametrize("case", ["transformer", "exchange", "batch-norm", "tied", "two-names"])
 def test_copies_and_pickles(case):
     module, features = make(case, head_leak=0.5)
     twins = [copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
@@ -68,7 +68,9 @@ def test_copies_and_pickles(case):
 
 
 @pytest.mark.parametrize("leaks", [(0.0, 0.0), (0.5, 0.25)], ids=str)
-@pytest.mark.parametrize("case", ["concat", "transformer", "exchange", "batch-norm", "tied"])
+@pytest.mark.parametrize(
+    "case", ["concat", "transformer", "exchange", "batch-norm", "tied", "two-names"]
+)
 def test_compiles_to_one_graph(case, leaks):
     torch._dynamo.reset()
     module, features = make(case, encoder_leak=leaks[0], head_leak=leaks[1])
