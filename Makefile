@@ -78,6 +78,23 @@ cpp-tests: $(VENV)/.dev
 	  -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja -DPython_EXECUTABLE=$(abspath $(PY))
 	cmake --build build/cpp
 
+# What they test is free of torch, so it is quickly built once more.
+clang-tests: $(VENV)/.dev  ## build and run the C++ tests with clang, where there is one
+	@if command -v clang++ > /dev/null; then \
+	  cmake --log-level=NOTICE -G Ninja -S . -B build/clang -DCMAKE_CXX_COMPILER=clang++ \
+	    -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja -DPython_EXECUTABLE=$(abspath $(PY)) && \
+	  cmake --build build/clang --target dgl_core && \
+	  DGL_EXT_CPP_TESTS=$(abspath build/clang) $(PY) -m pytest tests/test_core.py; \
+	else echo "clang-tests: skipped, since there is no clang++ here"; fi
+
+SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=undefined
+sanitize: $(VENV)/.dev  ## fuzz the CPU ops under the address and undefined-behaviour sanitizers
+	CFLAGS="$(SANITIZE) -O1 -g" LDFLAGS="$(SANITIZE)" $(PY) setup.py -q build \
+	  --build-lib build/sanitize/lib --build-temp build/sanitize/temp
+	cd tests && ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(abspath build/sanitize/lib) \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  $(abspath $(PY)) -m pytest -p no:cacheprovider test_fuzz.py $(ARGS)
+
 clean:  ## remove everything that was built, the venv included
 	rm -rf $(VENV) build dist dgl_ext.egg-info dgl_ext/*.so dgl_ext/_build_info.json
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache

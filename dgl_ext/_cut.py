@@ -120,7 +120,7 @@ def _may_write(part: nn.Module) -> bool:
 
 
 def _clone(tensor: Tensor) -> Tensor:
-    if torch.is_inference_mode_enabled():
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         with torch.inference_mode(False):  # else nothing counts what is written to it
             return tensor.detach().clone()
     return tensor.detach().clone()

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ._validate import check_loss, check_sequence
+
 
 @dataclass(frozen=True)
 class Route:
@@ -146,7 +148,8 @@ def routing(
 
     Args:
         model: in the mode in which it trains. Of a `DistributedDataParallel` its `module` is
-            taken, names included, so that no gradient is exchanged.
+            taken, names included, so that no gradient is exchanged; what is compiled runs eagerly,
+            under its plain names.
         batch: passed on to `loss_fn`.
         loss_fn: called as `loss_fn(model, batch)`, returns scalar losses by name, such as
             `{"fused": ..., "audio": ..., "video": ...}`.
@@ -178,16 +181,17 @@ def routing(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, DistributedDataParallel):
-        model = model.module
-    named = dict(model.named_parameters())
+    model = _unwrapped(model)
+    named = {name.replace(_COMPILED, ""): p for name, p in model.named_parameters()}
     trainable = [p for p in named.values() if p.requires_grad]
     norms: dict[str, dict[str, float | None]] = {}
     devices = {p.device for p in named.values()}
-    with torch.enable_grad(), contextlib.ExitStack() as stack:
+    with torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as stack:
         for device in devices or {torch.device("cpu")}:
             stack.enter_context(random_state_kept(device))
-        stack.enter_context(_buffers_kept(model))
+        stack.enter_context(buffers_kept(model))
+        # A compiled graph has zeros for what a loss does not reach.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         losses = loss_fn(model, batch)
         if not isinstance(losses, Mapping) or not losses:
             raise TypeError(
@@ -218,56 +222,83 @@ def routing(
     )
 
 
+# What torch.compile puts before the names of a module's parameters.
+_COMPILED = "_orig_mod."
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
 def _norm(grad: Tensor | None) -> float | None:
     if grad is None:
         return None
     if grad.is_sparse:
         grad = grad.coalesce().values()
-    return float(torch.linalg.vector_norm(grad.to(torch.promote_types(grad.dtype, torch.float32))))
+    return float(torch.linalg.vector_norm(grad, dtype=wide_dtype(grad)))
 
 
-def _expected(
-    expect: Mapping[str, str | Sequence[str]] | None, names: list[str], losses: list[str]
-) -> dict[str, tuple[str, ...]]:
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """In which no norm of a tensor of any lesser dtype overflows or vanishes."""
+    return torch.promote_types(tensor.dtype, torch.float64)
+
+
+def _expected(expect: object, names: list[str], losses: list[str]) -> dict[str, tuple[str, ...]]:
     """By parameter name, the losses that the first matching pattern asks for."""
+    if expect is None:
+        return {}
+    if not isinstance(expect, Mapping):
+        raise TypeError(
+            f"expect: expected a dict of losses by pattern, got {type(expect).__name__}"
+        )
     expected: dict[str, tuple[str, ...]] = {}
-    for pattern, value in (expect or {}).items():
-        wanted = (value,) if isinstance(value, str) else tuple(value)
+    for pattern, value in expect.items():
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"expect: expected patterns of parameter names, got {type(pattern).__name__}"
+            )
+        what = "the name of a loss, or a sequence of them"
+        single = isinstance(value, str)
+        wanted = (value,) if single else check_sequence(f'expect["{pattern}"]', value, what)
         for loss in wanted:
             if loss not in losses:
                 quoted = ", ".join(f'"{name}"' for name in losses)
                 raise ValueError(f'expect["{pattern}"]: expected one of {quoted}, got {loss!r}')
-        matching = [name for name in names if fnmatchcase(name, pattern)]
+        plain = pattern.replace(_COMPILED, "")
+        matching = [name for name in names if fnmatchcase(name, plain)]
         if not matching:
             raise ValueError(f'expect: pattern "{pattern}" matches no parameter')
         for name in matching:
-            expected.setdefault(name, wanted)
+            expected.setdefault(name, tuple(map(str, wanted)))
     return expected
 
 
 @contextlib.contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Puts every buffer back, whether it was written or replaced."""
-    places = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Has a model read and write copies of its buffers, and gives it back its own afterwards.
+
+    They are not written back: that would disturb a graph that has saved them.
+    """
+    copies: dict[int, Tensor] = {}
+    places = [(module, dict(module._buffers)) for module in model.modules()]
+    for module, buffers in places:
+        for name, buffer in buffers.items():
+            if buffer is not None:
+                if id(buffer) not in copies:
+                    copies[id(buffer)] = buffer.detach().clone()
+                module._buffers[name] = copies[id(buffer)]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for module, name, buffer, copy in places:
-                module._buffers[name] = buffer.copy_(copy)
-
-
-def check_loss(name: str, loss: object) -> Tensor:
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"{name}: expected a scalar tensor, got {type(loss).__name__}")
-    if loss.numel() != 1:
-        raise ValueError(f"{name}: expected a scalar tensor, got shape {tuple(loss.shape)}")
-    return loss
+        for module, buffers in places:
+            module._buffers.clear()
+            module._buffers.update(buffers)
 
 
 @contextlib.contextmanager

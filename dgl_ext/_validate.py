@@ -319,6 +319,15 @@ def check_per_output(name: str, value: object, modalities: int) -> tuple[Callabl
     return functions  # type: ignore[return-value]
 
 
+def check_loss(name: str, loss: object) -> Tensor:
+    """Returns `loss` if it is a tensor of one element."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{name}: expected a scalar tensor, got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(f"{name}: expected a scalar tensor, got shape {tuple(loss.shape)}")
+    return loss
+
+
 def check_reduction(reduction: object) -> bool:
     """Returns whether losses are averaged; they are summed otherwise."""
     if reduction not in ("mean", "sum"):

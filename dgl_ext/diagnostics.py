@@ -6,6 +6,7 @@ afterwards.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,8 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from . import nn as heads
-from ._routing import Route, Routing, check_loss, random_state_kept, routing
-from ._validate import check_alpha, check_per_output, check_sequence, check_tensor, check_width
+from ._routing import Route, Routing, buffers_kept, random_state_kept, routing, wide_dtype
+from ._validate import (
+    check_alpha,
+    check_loss,
+    check_per_output,
+    check_sequence,
+    check_tensor,
+    check_width,
+)
 from .decoupled import Decoupled
 from .types import DecoupledLogits
 
@@ -67,9 +75,9 @@ def attenuation(
     call costs about one forward and one backward pass of the head and can be made in training.
 
     It reads and does not disturb: gradients are taken at detached copies of the features, so that
-    no `.grad` changes and no hook of a parameter runs; buffers of a `Decoupled` module's fusion are
-    written in copies only; the random state is put back (dropout in `Decoupled` draws masks of its
-    own for this). Hooks on a `Decoupled` module's fusion do run.
+    no `.grad` changes and no hook of a parameter runs; buffers of the head, those of
+    parametrizations too, are written in copies only; the random state is put back (dropout in
+    `Decoupled` draws masks of its own for this). Hooks on a `Decoupled` module's fusion do run.
 
     Args:
         head: a module of `dgl_ext.nn` (a `Decoupled` too), or a function called as
@@ -83,8 +91,8 @@ def attenuation(
         present: as the head takes it.
 
     Returns:
-        `Attenuation(fused_norm, unimodal_norm, ratio, cosine)`, `(M,)` each, float32, or float64
-        for float64 features.
+        `Attenuation(fused_norm, unimodal_norm, ratio, cosine)`, `(M,)` each, float64, in which no
+        norm of lesser dtypes overflows.
 
     Raises:
         TypeError: an argument is of the wrong type, or `head` a module of another kind.
@@ -105,8 +113,16 @@ def attenuation(
     tensors = _check_features(features)
     losses = check_per_output("loss_fn", loss_fn, len(tensors))
     alphas = check_alpha(alpha, len(tensors))
-    with torch.enable_grad(), random_state_kept(tensors[0].device):
-        leaves = tuple(h.detach().requires_grad_() for h in tensors)
+    kept = buffers_kept(head) if isinstance(head, nn.Module) else contextlib.nullcontext()
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        random_state_kept(tensors[0].device),
+        kept,
+    ):
+        # What inference mode has made can take part in no graph.
+        plain = [h.clone() if h.is_inference() else h for h in tensors]
+        leaves = tuple(h.detach().requires_grad_() for h in plain)
         out = _uncut(head, leaves, present)
         if len(out.unimodal) != len(leaves):
             raise ValueError(
@@ -120,7 +136,7 @@ def attenuation(
         # The outputs may share a graph.
         fused = _gradients(values[0], leaves)
         alone = [_gradients(values[i + 1], (h,))[0] for i, h in enumerate(leaves)]
-    return _compare(fused, [g * a for g, a in zip(alone, alphas, strict=True)])
+    return _compare(fused, alone, alphas)
 
 
 class AttenuationMonitor:
@@ -198,11 +214,15 @@ def _gradients(loss: Tensor, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     )
 
 
-def _compare(fused: Sequence[Tensor], unimodal: Sequence[Tensor]) -> Attenuation:
+def _compare(
+    fused: Sequence[Tensor], unimodal: Sequence[Tensor], alphas: Sequence[float]
+) -> Attenuation:
     def wide(tensor: Tensor) -> Tensor:
-        return tensor.flatten().to(torch.promote_types(tensor.dtype, torch.float32))
+        return tensor.flatten().to(wide_dtype(tensor))
 
-    pairs = [(wide(a), wide(b)) for a, b in zip(fused, unimodal, strict=True)]
+    pairs = [
+        (wide(a), alpha * wide(b)) for a, b, alpha in zip(fused, unimodal, alphas, strict=True)
+    ]
     fused_norm = torch.stack([torch.linalg.vector_norm(a) for a, _ in pairs])
     unimodal_norm = torch.stack([torch.linalg.vector_norm(b) for _, b in pairs])
     # Each divided by its norm first: the product of two small norms would underflow.

@@ -15,7 +15,10 @@ from support.problems import (
     cotangents_like,
     flat,
     gradients,
+    loss_gradients,
+    make_present,
     make_problem,
+    make_target,
 )
 from two_pass import named_logits
 
@@ -75,3 +78,46 @@ def test_no_random_problem_is_wrong(problem, leaks, used, layout):
     widths = sum(h.shape[-1] for h in problem.features)
     terms = rows + 2 * widths + truth["fused"].shape[-1] + 16
     assert_within_rounding(actual, truth, absolute, terms)
+
+
+ROUNDING = {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 0.06, torch.float16: 0.02}
+
+
+@given(
+    problem=problems().filter(lambda problem: problem.weights[-1].shape[0] > 0),
+    options=st.fixed_dictionaries(
+        {
+            "encoder_leak": LEAKS,
+            "head_leak": LEAKS,
+            "alpha": st.sampled_from([1.0, 0.0, -0.5, 2.0]),
+            "reduction": st.sampled_from(["mean", "sum"]),
+            "label_smoothing": st.sampled_from([0.0, 0.1, 1.0]),
+        }
+    ),
+    ignored=st.sampled_from([0.0, 0.3, 1.0]),
+    masked=st.booleans(),
+    upstream=st.sampled_from([1.0, 3.0]),
+    limit=st.sampled_from([None, 1, 4096]),
+)
+def test_no_random_step_is_wrong(problem, options, ignored, masked, upstream, limit):
+    target = make_target(problem, ignored=ignored)
+    present = make_present(problem) if masked else None
+
+    def results(given_problem, backend):
+        loss = given_problem.step(
+            dgl_ext.fused_decouple_cross_entropy,
+            target,
+            present=present,
+            backend=backend,
+            **options,
+        )
+        parts = dict(enumerate((loss.total, loss.fused, *loss.unimodal)))
+        return {**parts, **loss_gradients(loss, given_problem, upstream)}
+
+    dgl_ext.set_workspace_limit(limit)
+    try:
+        actual = results(problem, "fused")
+    finally:
+        dgl_ext.set_workspace_limit(None)
+    truth = results(problem.to(torch.float64), "reference")
+    assert_same(actual, truth, ROUNDING[problem.features[0].dtype])

@@ -67,10 +67,9 @@ DGL_EXT_INLINE void load_part(typename Lanes<T>::Vector& vector, const T* data, 
 
 // The largest of a vector's lanes, none of them NaN; halves onto halves.
 DGL_EXT_INLINE float lane_maximum(const Lanes<float>::Vector& v) {
-  typedef int32_t Order __attribute__((vector_size(32)));
-  Lanes<float>::Vector other = __builtin_shuffle(v, Order{4, 5, 6, 7, 0, 1, 2, 3});
+  Lanes<float>::Vector other = __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
   const Lanes<float>::Vector halves = v > other ? v : other;
-  other = __builtin_shuffle(halves, Order{2, 3, 0, 1, 6, 7, 4, 5});
+  other = __builtin_shufflevector(halves, halves, 2, 3, 0, 1, 6, 7, 4, 5);
   const Lanes<float>::Vector pairs = halves > other ? halves : other;
   return std::max(pairs[0], pairs[1]);
 }

@@ -30,9 +30,8 @@ namespace gemm_bodies {
 
 // The sum over a vector's lanes, halves onto halves.
 DGL_EXT_INLINE float lane_sum(const Lanes<float>::Vector& v) {
-  typedef int32_t Order __attribute__((vector_size(32)));
-  Lanes<float>::Vector sum = v + __builtin_shuffle(v, Order{4, 5, 6, 7, 0, 1, 2, 3});
-  sum += __builtin_shuffle(sum, Order{2, 3, 0, 1, 6, 7, 4, 5});
+  Lanes<float>::Vector sum = v + __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+  sum += __builtin_shufflevector(sum, sum, 2, 3, 0, 1, 6, 7, 4, 5);
   return sum[0] + sum[1];
 }
 DGL_EXT_INLINE double lane_sum(const Lanes<double>::Vector& v) {

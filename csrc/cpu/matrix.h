@@ -206,11 +206,20 @@ void parallel_ranges(int64_t count, int64_t elements_each, const F& f) {
 // Up to here a call of the library costs more than it saves, whatever the shape.
 constexpr int64_t kFewMultiplyAdds = int64_t{1} << 21;
 
+// A matrix with a vector, or two vectors: the library reads and writes as fast as memory does.
+inline bool is_vector_product(int64_t m, int64_t n, int64_t k) {
+  constexpr int64_t kMultiplyAdds = int64_t{1} << 14;
+  if (m * n * k <= kMultiplyAdds) return false;
+  if (k == 1) return std::min(m, n) >= 64;
+  return std::min(m, n) == 1 && std::min(std::max(m, n), k) >= 8;
+}
+
 // Whether our own blocked product replaces the library's: where it was timed (on two cores) and was
 // faster. Every thread packs for itself, which must be little beside what it then computes.
 inline bool prefers_product(int64_t m, int64_t n, int64_t k) {
   constexpr int64_t kMostMultiplyAdds = int64_t{1} << 32;
   constexpr int64_t kOutputsEach = 64;
+  if (is_vector_product(m, n, k)) return false;
   if (m * n * k <= kFewMultiplyAdds) return true;
   return isa() != Isa::kPortable && m * n * k <= kMostMultiplyAdds &&
          std::max(m, n) >= kOutputsEach * torch::stable::get_num_threads();

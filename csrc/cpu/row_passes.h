@@ -11,6 +11,13 @@
 #include <algorithm>
 #include <cstdint>
 
+// Before a loop whose rounds do not depend on one another, though pointers might.
+#if defined(__clang__)
+#define DGL_EXT_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define DGL_EXT_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 namespace dgl_ext {
 
 template <typename T>
@@ -49,7 +56,7 @@ void add_bias(int64_t row_begin, int64_t row_end, int64_t columns, const Strided
     const T* in_row = in.row(r);
     T* out_row = out + r * columns;
     if (in.col_stride == 1) {
-#pragma GCC ivdep
+      DGL_EXT_INDEPENDENT
       for (int64_t c = 0; c < columns; ++c) out_row[c] = in_row[c] + bias[c];
     } else {
       for (int64_t c = 0; c < columns; ++c) out_row[c] = in_row[c * in.col_stride] + bias[c];
@@ -85,7 +92,7 @@ void combine_logits(int64_t row_begin, int64_t row_end, int64_t columns,
       const T* bias = branch.bias;
       T* logits = branch.logits + r * columns;
       if (stride == 1) {
-#pragma GCC ivdep
+        DGL_EXT_INDEPENDENT
         for (int64_t c = 0; c < columns; ++c) {
           const T value = partial[c];
           fused_row[c] += value;

@@ -247,8 +247,9 @@ def error(actual: Tensor, truth: Tensor) -> float:
 
 
 def magnitude(tensor: Tensor) -> float:
-    """The largest absolute value."""
-    return float(tensor.detach().double().abs().max()) if tensor.numel() else 0.0
+    """The largest absolute value that is not NaN."""
+    values = tensor.detach().double().abs()
+    return float(values.masked_fill(values.isnan(), 0.0).max()) if tensor.numel() else 0.0
 
 
 def assert_same(
