@@ -63,6 +63,12 @@ def library_cases():
         yield LinearProblem, LinearCase(37, (70, 45, 0), 11, executor="library"), races
         gaps = {"layout": Layout(aligned=False, gap=1), "concat": False, "executor": "library"}
         yield LinearProblem, LinearCase(37, (48, 48, 48), 11, **gaps), races
+        # Copies of masked features lie one behind the other, and so do the columns of the weight's
+        # gradient: without the second ones, the others are at unequal distances.
+        some = (True,) * 4 + (True, False, True, True) + (True,)
+        four = LinearCase(37, (48,) * 4, 11, absent=(0.3,) * 4, wanted=some, executor="library")
+        yield LinearProblem, four, races
+        yield LinearProblem, LinearCase(0, (72, 48), 11, executor="library"), races
         yield FilmProblem, FilmCase(37, 72, 48, 11, absent=(0.3, 0.4), **leaks), races
 
 
