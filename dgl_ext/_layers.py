@@ -22,25 +22,41 @@ Call = Callable[[str, Tensor], Tensor]
 Formula = Callable[[Call, Call, Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, list[Tensor]]]
 
 
-def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer computes what its weight and bias say, and nothing else."""
-    return (
-        type(layer).forward is nn.Linear.forward  # of a parametrized layer, too
-        and "forward" not in layer.__dict__
-        and not _torch_private.has_hooks(layer)
-        and not is_foreign(layer.weight)
-    )
+def plain_parameters(
+    layers: Sequence[nn.Module],
+) -> tuple[list[Tensor], list[Tensor | None]] | None:
+    """Returns all weights and biases if the layers compute what those say, and nothing else.
+
+    Each is read once: a parametrization computes it every time, and may count how often.
+    """
+    weights: list[Tensor] = []
+    biases: list[Tensor | None] = []
+    for layer in layers:
+        if (
+            type(layer).forward is not nn.Linear.forward  # which that of a parametrized layer is
+            or "forward" in layer.__dict__
+            or _torch_private.has_hooks(layer)
+        ):
+            return None
+        weight: Any = layer.weight
+        bias: Any = layer.bias
+        if is_foreign(weight) or is_foreign(bias):
+            return None
+        weights.append(weight)
+        biases.append(bias)
+    return weights, biases
 
 
 def concat(
     whole: Call, cut: Call, features: Sequence[Tensor], fed: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """One layer on all features side by side; alone, a modality has zeros beside it."""
+    fused = whole("linear", torch.cat(list(fed), dim=-1))
     unimodal = []
     for i in range(len(features)):
         alone = [h if i == j else torch.zeros_like(h) for j, h in enumerate(features)]
         unimodal.append(cut("linear", torch.cat(alone, dim=-1)))
-    return whole("linear", torch.cat(list(fed), dim=-1)), unimodal
+    return fused, unimodal
 
 
 def summed(
@@ -81,15 +97,14 @@ def compute(
     encoder_leak, head_leak = leaks
 
     def whole(name: str, value: Tensor) -> Tensor:
-        result: Tensor = head.get_submodule(name)(value)
-        return result
+        # A layer may write to what it gets.
+        return _checked(name, head.get_submodule(name)(value.clone()))
 
     def cut(name: str, value: Tensor) -> Tensor:
         layer = head.get_submodule(name)
         _cut.check_not_sharded(name, layer, "the head")
         with _cut.Passes(layer).begin(head_leak) as run:
-            result: Tensor = run((value,), {})
-        return result
+            return _checked(name, run((value.clone(),), {}))
 
     inputs = reference.without_absent(tensors, masks)
     fed = [reference._leak(h, encoder_leak) for h in inputs]
@@ -97,3 +112,9 @@ def compute(
         fused, unimodal = formula(whole, cut, inputs, fed)
     logits = DecoupledLogits(fused, tuple(unimodal))
     return logits if loss is None else reference.cross_entropy(logits, loss)
+
+
+def _checked(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected it to return a tensor, got {type(value).__name__}")
+    return value

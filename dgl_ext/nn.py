@@ -98,13 +98,15 @@ class _Fusion(nn.Module, abc.ABC):
         self, encoder_leak: float, features: Any, target: Any, present: Any, **loss_options: Any
     ) -> DecoupledLogits | DecoupledLoss:
         layers = self._layers()
-        if not all(map(_layers.is_plain, layers)):
+        parameters = _layers.plain_parameters(layers)
+        if parameters is None:
             self._check_backend_for_layers()
             leaks = encoder_leak, self.head_leak
             formula = type(self)._formula
             return _layers.compute(self, formula, leaks, features, target, present, loss_options)
-        weight: Any = [layer.weight for layer in layers]
-        bias: Any = [layer.bias for layer in layers]
+        weight: Any
+        bias: Any
+        weight, bias = parameters
         if get_head(self.fusion).bare:
             (weight,), (bias,) = weight, bias
         options: dict[str, Any] = {
@@ -130,7 +132,7 @@ class _Fusion(nn.Module, abc.ABC):
         if self.backend in ("auto", "reference"):
             return
         for name, layer in self.named_modules():
-            if layer in self._layers() and not _layers.is_plain(layer):
+            if layer in self._layers() and _layers.plain_parameters([layer]) is None:
                 raise ValueError(
                     f'backend: "{self.backend}" needs layers that are nn.Linear without hooks, got '
                     f'{type(layer).__name__} as {name}: use backend="reference" or "auto"'
