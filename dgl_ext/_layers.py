@@ -33,7 +33,8 @@ def plain_parameters(
     biases: list[Tensor | None] = []
     for layer in layers:
         if (
-            type(layer).forward is not nn.Linear.forward  # which that of a parametrized layer is
+            # A parametrized layer has it, too; of a scripted one it cannot be read.
+            getattr(type(layer), "forward", None) is not nn.Linear.forward
             or "forward" in layer.__dict__
             or _torch_private.has_hooks(layer)
         ):
@@ -102,6 +103,8 @@ def compute(
 
     def cut(name: str, value: Tensor) -> Tensor:
         layer = head.get_submodule(name)
+        if isinstance(layer, torch.jit.ScriptModule):  # its parameters cannot be replaced
+            raise TypeError(f"{name}: expected a layer that is not scripted")
         _cut.check_not_sharded(name, layer, "the head")
         with _cut.Passes(layer).begin(head_leak) as run:
             return _checked(name, run((value.clone(),), {}))

@@ -54,7 +54,7 @@ def test_dynamic_batch_compiles_once(fusion):
         for call in (compiled, module):
             logits = call(x, y)
             grads = torch.autograd.grad(flat(logits), [x, y], cotangents_like(logits)[:3])
-            results.append(dict(zip("xy", grads, strict=True)))
+            results.append({**named_logits(logits), **dict(zip("xy", grads, strict=True))})
         assert_same(*results, 1e-6)
         counts.append(frames.frame_count)
     assert counts[-1] == counts[0] > 0
@@ -103,7 +103,9 @@ def test_a_training_step_by_inductor():
         return sum(torch.nn.functional.cross_entropy(z, target) for z in flat(logits))
 
     parameters = [*encoders.parameters(), *fusion.parameters()]
-    expected = torch.autograd.grad(loss(), parameters)
-    found = torch.autograd.grad(torch.compile(loss, fullgraph=True)(), parameters)
-    for a, b in zip(found, expected, strict=True):
+    results = []
+    for function in (torch.compile(loss, fullgraph=True), loss):
+        total = function()
+        results.append([total, *torch.autograd.grad(total, parameters)])
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)

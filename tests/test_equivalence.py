@@ -105,7 +105,8 @@ def test_leaks_agree_between_backends(fusion, encoder_leak, head_leak, bias):
     results = []
     for backend in BACKENDS:
         logits = problem.call(dgl_ext.fused_decouple, backend=backend, **leaks)
-        results.append(gradients(logits, problem, cotangents_like(logits)))
+        grads = gradients(logits, problem, cotangents_like(logits))
+        results.append({**named_logits(logits), **grads})
     for result in results[1:]:
         assert_same(result, results[0])
 
@@ -117,6 +118,7 @@ def test_open_leaks_are_plain_autograd(fusion, backend):
     cotangents = cotangents_like(logits)
     plain = [plain_head(problem, problem.features)]
     plain += [plain_unimodal(problem, i) for i in range(len(problem.features))]
+    assert_same(dict(enumerate(flat(logits))), dict(enumerate(plain)))
     named = dict(problem.named())
     expected = torch.autograd.grad(plain, list(named.values()), cotangents)
     assert_same(gradients(logits, problem, cotangents), dict(zip(named, expected, strict=True)))

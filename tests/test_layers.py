@@ -177,6 +177,12 @@ def test_an_explicit_backend_needs_plain_layers(fusion):
         head(*draw())
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_layer_is_an_error(fusion):
+    with pytest.raises(TypeError, match="expected a layer that is not scripted"):
+        make(fusion, torch.jit.script)(*draw())
+
+
 def test_quantised_layers(fusion):
     head = make(fusion).float().eval()
     model = nn.ModuleDict({"head": head})

@@ -54,6 +54,7 @@ def check_against_reference(problem, target, backend, **options):
     expected = step(problem, target, "reference", **options)
     assert_same(found, expected, 1e-11)
     assert torch.equal(found["correct"], expected["correct"])
+    return found
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -142,8 +143,12 @@ def test_open_leaks_are_plain_autograd(fusion, backend):
     total = losses[0] + sum(a * loss for a, loss in zip(alpha, losses[1:], strict=True))
     tensors = dict(problem.named())
     grads = torch.autograd.grad(total, list(tensors.values()))
-    expected = dict(zip(tensors, grads, strict=True))
-    assert_same({name: found[name] for name in tensors}, expected, 1e-11)
+    expected = {
+        **named_loss(total, losses[0], losses[1:]),
+        **dict(zip(tensors, grads, strict=True)),
+    }
+    del found["correct"]
+    assert_same(found, expected, 1e-11)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -202,7 +207,8 @@ def test_the_first_of_equal_maxima_is_the_answer(fusion, backend):
 def test_a_modality_that_is_nowhere_adds_nothing(fusion, backend):
     problem = make_problem(fusion, leading=(6,))
     present = (None, torch.zeros(6, dtype=torch.bool))
-    found = step(problem, make_target(problem), backend, present=present)
+    target = make_target(problem)
+    found = check_against_reference(problem, target, backend, present=present)
     assert found["unimodal[1]"] == 0
     assert found["total"].isfinite()
     assert not found["features[1]"].any()
@@ -275,6 +281,12 @@ def test_a_non_finite_row_poisons_itself_and_the_sums_that_hold_it(fusion, backe
     found, expected = (step(problem, target, b) for b in (backend, "reference"))
     for name, truth in expected.items():
         assert torch.equal(found[name].isfinite(), truth.isfinite()), name
+    found, expected = (
+        {name: value.nan_to_num(0, 0, 0) for name, value in result.items()}
+        for result in (found, expected)
+    )
+    assert_same(found, expected, 1e-11)
+    assert torch.equal(found["correct"], expected["correct"])
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
