@@ -85,7 +85,8 @@ enter_vmap = _resolve("enter_vmap", "torch._C._vmapmode_increment_nesting", None
 leave_vmap = _resolve("leave_vmap", "torch._C._vmapmode_decrement_nesting", None)
 remove_batch = _resolve("remove_batch", "torch._remove_batch_dim", None)
 add_batch = _resolve("add_batch", "torch._add_batch_dim", None)
-_BATCHED = ("Batched", "FuncTorchBatched")
+parse_key = _resolve("parse_key", "torch._C._dispatch_key_parse", None)
+_BATCHED = [parse_key(name) for name in ("Batched", "FuncTorchBatched")] if parse_key else []
 
 
 def is_batched(arg: Any) -> bool:
@@ -93,7 +94,7 @@ def is_batched(arg: Any) -> bool:
     if not isinstance(arg, Tensor) or dispatch_keys is None:
         return False
     keys = dispatch_keys(arg)
-    return any(keys.has(torch._C._dispatch_key_parse(name)) for name in _BATCHED)
+    return any(map(keys.has, _BATCHED))
 
 
 def is_traced() -> bool:

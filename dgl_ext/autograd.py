@@ -151,9 +151,8 @@ def _call_backward(
         name, ctx.executor, saved[0], grad_outputs, *arguments, *split_needs, *ctx.leaks
     )
     if torch.is_grad_enabled():  # backward(create_graph=True)
-        if any(
-            map(_torch_private.is_batched, grad_outputs)
-        ):  # which would leave the node below behind
+        # A batch would leave the node below behind.
+        if any(map(_torch_private.is_batched, grad_outputs)):
             raise RuntimeError(_NO_SECOND)
         grads = _RefuseSecondDerivative.apply(len(grads), *grads, *grad_outputs, *saved)
     if len(grads) == len(needs):

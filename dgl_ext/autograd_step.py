@@ -116,7 +116,7 @@ class TrainingStep(torch.autograd.Function):
 
 
 # A backward that frees its graph hands out what another thread's may be about to read.
-_one_at_a_time = threading.Lock()
+_one_at_a_time = threading.RLock()
 
 
 def _scaled(ctx: Any, scale: Tensor) -> Sequence[Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -124,9 +124,7 @@ class _Fusion(nn.Module, abc.ABC):
 
     def _probe(self, features: Sequence[Tensor], present: Any) -> DecoupledLogits:
         """All logits without truncation, for diagnostics."""
-        logits = self._compute(1.0, features, None, present)
-        assert isinstance(logits, DecoupledLogits)
-        return logits
+        return cast(DecoupledLogits, self._compute(1.0, features, None, present))
 
     def _check_backend_for_layers(self) -> None:
         if self.backend in ("auto", "reference"):

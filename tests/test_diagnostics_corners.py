@@ -95,6 +95,12 @@ class Replacing(nn.Module):
         return x * self.scale
 
 
+class Adding(nn.Module):
+    def forward(self, x):
+        self.register_buffer("last", x.detach())
+        return x
+
+
 def with_inference_buffer() -> nn.Module:
     module = nn.BatchNorm1d(4)
     with torch.inference_mode():
@@ -102,7 +108,12 @@ def with_inference_buffer() -> nn.Module:
     return module.eval()
 
 
-ODD = {"resized": Resizing, "replaced": Replacing, "of inference mode": with_inference_buffer}
+ODD = {
+    "resized": Resizing,
+    "replaced": Replacing,
+    "added": Adding,
+    "of inference mode": with_inference_buffer,
+}
 
 
 @pytest.mark.parametrize("name", ODD)

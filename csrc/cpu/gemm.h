@@ -38,7 +38,8 @@ DGL_EXT_INLINE double lane_sum(const Lanes<double>::Vector& v) {
   return (v[0] + v[2]) + (v[1] + v[3]);
 }
 
-// Products of at most so many columns, and as few rows or inputs, would leave vectors nearly empty.
+// Products of so few columns, and of as few rows or not many inputs, would leave vectors nearly
+// empty.
 constexpr int64_t kThin = 4;
 constexpr int64_t kThinInputs = 16;
 
