@@ -19,8 +19,13 @@ def on_gpu(index=0):
     return SimpleNamespace(device=device, is_cpu=False, is_cuda=True, get_device=lambda: index)
 
 
+def head_on(like):
+    """Features, weights and biases, as the choice takes them."""
+    return (like,), (), ()
+
+
 def arrange(like):
-    head = SimpleNamespace(arrange=lambda *_: ((like,), (), ()))
+    head = SimpleNamespace(arrange=lambda *_: head_on(like))
     return functional._arrange("auto", head, None, None, None, None)
 
 
@@ -43,8 +48,8 @@ def gpus(monkeypatch):
 
 def test_a_gpu_too_old_takes_the_reference_and_is_asked_once(gpus):
     for _ in range(2):
-        assert functional._choose_executor("auto", (on_gpu(0),)) is Executor.AUTO
-        assert functional._choose_executor("auto", (on_gpu(1),)) is None
+        assert functional._choose_executor("auto", head_on(on_gpu(0))) is Executor.AUTO
+        assert functional._choose_executor("auto", head_on(on_gpu(1))) is None
         assert arrange(on_gpu(0)) is not None
         assert arrange(on_gpu(1)) is None
     assert gpus == [0, 1]
@@ -52,8 +57,8 @@ def test_a_gpu_too_old_takes_the_reference_and_is_asked_once(gpus):
 
 def test_names_become_executors(gpus):
     for name, executor in (("fused", Executor.FUSED), ("library", Executor.LIBRARY)):
-        assert functional._choose_executor(name, (on_gpu(0),)) is executor
-    assert functional._choose_executor("reference", (on_gpu(0),)) is None
+        assert functional._choose_executor(name, head_on(on_gpu(0))) is executor
+    assert functional._choose_executor("reference", head_on(on_gpu(0))) is None
 
 
 def test_without_the_cuda_extension_auto_warns_and_names_raise(gpus, monkeypatch):
@@ -61,10 +66,10 @@ def test_without_the_cuda_extension_auto_warns_and_names_raise(gpus, monkeypatch
     monkeypatch.setattr(_extension, "_errors", {"cpu": None, "cuda": error})
     assert arrange(on_gpu(0)) is None
     with pytest.warns(RuntimeWarning, match="slower reference: no CUDA here"):
-        assert functional._choose_executor("auto", (on_gpu(0),)) is None
+        assert functional._choose_executor("auto", head_on(on_gpu(0))) is None
     for name in ("fused", "library"):
         with pytest.raises(RuntimeError, match="CUDA extension of dgl_ext is not loaded"):
-            functional._choose_executor(name, (on_gpu(0),))
+            functional._choose_executor(name, head_on(on_gpu(0)))
 
 
 def test_the_library_is_for_cuda(fusion, monkeypatch):
