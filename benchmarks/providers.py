@@ -97,13 +97,13 @@ def _two_pass(mode: str, problem: Problem) -> Step:
 
 def _reference(mode: str, problem: Problem) -> Step:
     """One backward pass, in plain PyTorch operations."""
-    return _one_pass(problem, _forward(mode, problem, dgl_ext.reference))
+    return _one_pass(problem, _forward(mode, problem, backend="reference"))
 
 
 def _compiled(mode: str, problem: Problem) -> Step:
     """The reference's head and losses under torch.compile; compiled here, before any timing."""
     torch.compiler.reset()  # else the shapes of earlier problems use up the recompile limit
-    reference = _forward(mode, problem, dgl_ext.reference)
+    reference = _forward(mode, problem, backend="reference")
 
     def forward(*inputs: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
         loss, outputs = reference(*inputs)
@@ -200,12 +200,12 @@ def _executor(backend: str, mode: str, problem: Problem) -> Step:
     """This package with one of its two executors on CUDA, whatever it would choose itself."""
     if _device_type(problem) != "cuda":
         raise Unavailable("it runs on CUDA only")
-    return _own(problem, _forward(mode, problem, dgl_ext, backend=backend))
+    return _own(problem, _forward(mode, problem, backend=backend))
 
 
 def _dgl_ext(mode: str, problem: Problem) -> Step:
     """This package with the backend that it chooses itself."""
-    return _own(problem, _forward(mode, problem, dgl_ext))
+    return _own(problem, _forward(mode, problem))
 
 
 def _dgl_ext_logits(problem: Problem) -> Step:
@@ -250,11 +250,11 @@ def _one_pass(problem: Problem, forward: Forward) -> Step:
     return step
 
 
-def _forward(mode: str, problem: Problem, source: Any, **options: str) -> Forward:
-    """What `source`, dgl_ext or its reference, offers for a mode."""
+def _forward(mode: str, problem: Problem, **options: str) -> Forward:
+    """What dgl_ext offers for a mode."""
     fusion = problem.fusion
     if mode == STEP:
-        cross_entropy = partial(source.fused_decouple_cross_entropy, fusion=fusion, **options)
+        cross_entropy = partial(dgl_ext.fused_decouple_cross_entropy, fusion=fusion, **options)
 
         def forward(
             features: Any, weight: Any, bias: Any, target: Tensor
@@ -263,7 +263,7 @@ def _forward(mode: str, problem: Problem, source: Any, **options: str) -> Forwar
             return loss.total, (loss.fused, *loss.unimodal)
 
         return forward
-    return _head_then_losses(mode, partial(source.fused_decouple, **options), fusion)
+    return _head_then_losses(mode, partial(dgl_ext.fused_decouple, **options), fusion)
 
 
 def _head_then_losses(mode: str, decouple: Callable[..., Any], fusion: str) -> Forward:

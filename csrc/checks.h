@@ -7,8 +7,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <functional>
+#include <numeric>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -60,6 +63,41 @@ inline const char* dtype_name(ScalarType dtype) {
       return "an unsupported dtype";
   }
 }
+
+// Sums, saved intermediates and losses; on the CPU everything but what an op takes and returns.
+inline ScalarType compute_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// The sizes of a head whose features and weights fit together.
+struct HeadSizes {
+  Shape leading;
+  int64_t rows, classes;
+
+  // `leading` and so many columns.
+  Shape with(int64_t columns) const {
+    Shape shape = leading;
+    shape.push_back(columns);
+    return shape;
+  }
+};
+struct LinearSizes : HeadSizes {
+  bool shared;                 // one weight and one bias for all modalities
+  std::vector<int64_t> begin;  // of each modality's columns in its weight
+};
+struct FilmSizes : HeadSizes {
+  int64_t hidden;
+};
+
+// Which gradients are asked for.
+struct Needs {
+  std::vector<bool> features, weights, biases;
+
+  static bool any(const std::vector<bool>& of) {
+    return std::find(of.begin(), of.end(), true) != of.end();
+  }
+  bool head() const { return any(weights) || any(biases); }
+};
 
 // The checks of one op: every message names the op, the argument, what it expects and what it got.
 class Checks {
@@ -124,8 +162,41 @@ class Checks {
          dtype_name(tensor.scalar_type()));
   }
 
-  // Equal leading shapes, one dtype; returns that leading shape.
-  Shape features(const std::vector<Tensor>& features, int64_t min_count, int64_t max_count) const {
+  // concat, where the weight has the modalities' columns side by side, and sum, with a weight each.
+  LinearSizes linear(const std::vector<Tensor>& features,
+                     const std::vector<Tensor>& weights) const {
+    LinearSizes sizes;
+    static_cast<HeadSizes&>(sizes) = head(features, 1, kMaxModalities);
+    sizes.shared = weights.size() == 1;
+    if (!sizes.shared) length("weights", weights.size(), features.size());
+    sizes.classes = outputs("weights[0]", weights[0], "shape (C, D)");
+    int64_t width = 0;
+    for (const Tensor& feature : features) {
+      sizes.begin.push_back(sizes.shared ? width : 0);
+      width += columns(feature);
+    }
+    for (size_t w = 0; w < weights.size(); ++w) {
+      like(indexed("weights", w), weights[w], features[0]);
+      shape(indexed("weights", w), weights[w],
+            {sizes.classes, sizes.shared ? width : columns(features[w])});
+    }
+    return sizes;
+  }
+
+  FilmSizes film(const std::vector<Tensor>& features, const std::vector<Tensor>& weights) const {
+    FilmSizes sizes;
+    static_cast<HeadSizes&>(sizes) = head(features, 2, 2);
+    length("weights", weights.size(), 2);
+    for (size_t w = 0; w < 2; ++w) like(indexed("weights", w), weights[w], features[0]);
+    sizes.hidden = columns(features[1]);
+    sizes.classes = outputs("weights[1]", weights[1], "shape (C, H)");
+    shape("weights[0]", weights[0], {2 * sizes.hidden, columns(features[0])});
+    shape("weights[1]", weights[1], {sizes.classes, sizes.hidden});
+    return sizes;
+  }
+
+  // Equal leading shapes, one dtype; the classes are yet to be found.
+  HeadSizes head(const std::vector<Tensor>& features, int64_t min_count, int64_t max_count) const {
     const auto count = static_cast<int64_t>(features.size());
     if (count < min_count || count > max_count) {
       fail("features", std::to_string(min_count) + " to " + std::to_string(max_count) + " tensors",
@@ -143,7 +214,9 @@ class Checks {
         fail(name, "leading shape " + to_string(leading) + " as features[0]", to_string(shape));
       }
     }
-    return leading;
+    return {leading,
+            std::accumulate(leading.begin(), leading.end(), int64_t{1}, std::multiplies<int64_t>()),
+            0};
   }
 
   // Each bias there is has one entry per row of its weight.
@@ -157,14 +230,13 @@ class Checks {
     }
   }
 
-  void grad_outputs(const OptionalTensors& grads, size_t count, Shape leading, int64_t classes,
+  void grad_outputs(const OptionalTensors& grads, size_t count, const HeadSizes& sizes,
                     const Tensor& like_tensor) const {
     length("grad_outputs", grads.size(), count);
-    leading.push_back(classes);
     for (size_t i = 0; i < grads.size(); ++i) {
       if (!grads[i]) continue;
       like(indexed("grad_outputs", i), *grads[i], like_tensor);
-      shape(indexed("grad_outputs", i), *grads[i], leading);
+      shape(indexed("grad_outputs", i), *grads[i], sizes.with(sizes.classes));
     }
   }
 
@@ -211,14 +283,24 @@ class Checks {
   }
 
   // Which gradients are asked for, and how much leaks into them.
-  void needs(const std::vector<bool>& features, const std::vector<bool>& weights,
-             const std::vector<bool>& biases, double encoder_leak, double head_leak,
-             size_t modalities, size_t parameters) const {
+  void needs(const Needs& needs, double encoder_leak, double head_leak, size_t modalities,
+             size_t parameters) const {
     share("encoder_leak", encoder_leak);
     share("head_leak", head_leak);
-    length("needs_features", features.size(), modalities);
-    length("needs_weights", weights.size(), parameters);
-    length("needs_biases", biases.size(), parameters);
+    length("needs_features", needs.features.size(), modalities);
+    length("needs_weights", needs.weights.size(), parameters);
+    length("needs_biases", needs.biases.size(), parameters);
+  }
+
+  // A step's gradients, and that of its total, which they are to be multiplied by.
+  void scaling(const std::vector<Tensor>& grads, const Tensor& scale) const {
+    for (size_t i = 0; i < grads.size(); ++i) {
+      like(indexed("grads", i), grads[i], grads[0], "grads[0]");
+    }
+    const Tensor& first = grads.empty() ? scale : grads[0];
+    saved("scale", scale, first,
+          grads.empty() ? ScalarType::Float : compute_dtype(first.scalar_type()));
+    shape("scale", scale, {});
   }
 
   // 0: as the plan says, 1: this project's products, 2: the library's.
@@ -233,6 +315,14 @@ class Checks {
   }
 
  private:
+  static int64_t columns(const Tensor& tensor) { return tensor.size(tensor.dim() - 1); }
+
+  // How many rows a weight has whose rows are outputs.
+  int64_t outputs(const char* argument, const Tensor& weight, const char* expected) const {
+    if (weight.dim() != 2) fail(argument, expected, to_string(shape_of(weight)));
+    return weight.size(0);
+  }
+
   const char* op_;
   bool on_cuda_, has_library_;
 };

@@ -32,8 +32,8 @@ namespace dgl_ext {
 // What stands for the address of an input without elements: "there", but never read.
 alignas(16) inline char nothing_to_read[16];
 
-inline Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
+inline Dtype dtype_of(ScalarType dtype) {
+  switch (dtype) {
     case ScalarType::Double:
       return Dtype::kFloat64;
     case ScalarType::Float:
@@ -138,7 +138,6 @@ class Call {
     const torch::stable::Device device(kDeviceType, index_);
     return torch::stable::empty(shape, dtype, std::nullopt, device);
   }
-  Tensor empty(const Shape& shape) const { return empty(shape, like_.scalar_type()); }
 
   Device device() const { return devices().get(op_, index_); }
 
@@ -206,72 +205,130 @@ inline void* at_column(void* data, int64_t column, Dtype dtype) {
   return data ? static_cast<char*>(data) + column * element_size(dtype) : nullptr;
 }
 
-// ---- concat and sum ----
+// What an op returns, in order, as the kernels' view of it.
+class Results {
+ public:
+  Results(const Call& call, ScalarType gradients) : call_(call), gradients_(gradients) {}
 
-struct LinearArguments {
-  bool shared;                 // one weight and one bias for all modalities
-  std::vector<int64_t> begin;  // of each modality's columns in the weight that holds them
-  LinearHead head;
+  Tensor& add(const Shape& shape, ScalarType dtype) {
+    tensors.push_back(call_.empty(shape, dtype));
+    return tensors.back();
+  }
+  // A gradient, where it is asked for; zeros where nothing flows into it.
+  Matrix gradient(bool needed, const Shape& shape, bool flows = true) {
+    if (!needed) return {};
+    Tensor& result = add(shape, gradients_);
+    if (!flows) torch::stable::zero_(result);
+    return result_rows(result);
+  }
+  Dtype dtype() const { return dtype_of(gradients_); }
+
+  std::vector<Tensor> tensors;
+
+ private:
+  const Call& call_;
+  const ScalarType gradients_;
 };
 
-inline LinearArguments parse_linear(const Checks& checks, Call& call,
-                                    const std::vector<Tensor>& features,
-                                    const std::vector<Tensor>& weights) {
-  LinearArguments args;
-  args.shared = weights.size() == 1;
-  if (!args.shared) checks.length("weights", weights.size(), features.size());
-  if (weights[0].dim() != 2) {
-    checks.fail("weights[0]", "shape (C, D)", to_string(shape_of(weights[0])));
+template <class Head>
+void set_masks(Call& call, const OptionalTensors& present, Head& head) {
+  for (size_t i = 0; i < present.size(); ++i) {
+    head.present[i] = static_cast<const uint8_t*>(call.vector(present[i]));
   }
-  LinearHead& head = args.head;
-  head.rows = leading_count(shape_of(features[0]));
-  head.classes = weights[0].size(0);
+}
+
+// ---- concat and sum ----
+
+inline LinearHead make_head(Call& call, const LinearSizes& sizes,
+                            const std::vector<Tensor>& features, const std::vector<Tensor>& weights,
+                            const OptionalTensors& present) {
+  LinearHead head;
+  head.rows = sizes.rows;
+  head.classes = sizes.classes;
   head.modalities = static_cast<int>(features.size());
-  int64_t width = 0;
+  ConstMatrix weight;
   for (int i = 0; i < head.modalities; ++i) {
     head.width[i] = features[i].size(features[i].dim() - 1);
     head.feature[i] = call.matrix(features[i]);
-    args.begin.push_back(args.shared ? width : 0);
-    width += head.width[i];
+    if (i == 0 || !sizes.shared) weight = call.matrix(weights[i]);
+    head.weight[i] = {at_column(weight.data, sizes.begin[i], dtype_of(features[0].scalar_type())),
+                      weight.stride};
   }
-  for (size_t w = 0; w < weights.size(); ++w) {
-    const std::string name = Checks::indexed("weights", w);
-    checks.like(name, weights[w], features[0]);
-    checks.shape(name, weights[w], {head.classes, args.shared ? width : head.width[w]});
-  }
-  const Dtype dtype = dtype_of(features[0]);
-  ConstMatrix weight;
-  for (int i = 0; i < head.modalities; ++i) {
-    if (i == 0 || !args.shared) weight = call.matrix(weights[i]);
-    head.weight[i] = {at_column(weight.data, args.begin[i], dtype), weight.stride};
-  }
-  return args;
+  set_masks(call, present, head);
+  return head;
 }
 
-inline FilmHead parse_film(const Checks& checks, Call& call, const std::vector<Tensor>& features,
-                           const std::vector<Tensor>& weights, const OptionalTensors& biases) {
-  checks.length("weights", weights.size(), 2);
+// The biases of LinearHeadForward and of LinearHeadStep.
+template <class Problem>
+void set_biases(Call& call, const LinearSizes& sizes, const OptionalTensors& biases,
+                Problem& problem) {
+  for (int i = 0; i < problem.head.modalities; ++i) {
+    problem.branch_bias[i] = call.vector(biases[sizes.shared ? 0 : i]);
+  }
+  if (sizes.shared) problem.fused_bias = problem.branch_bias[0];
+}
+
+// Makes the gradients that are asked for. In a step something flows into each.
+inline void make_gradients(Results& results, const LinearSizes& sizes,
+                           const std::vector<Tensor>& features, const std::vector<Tensor>& weights,
+                           const Needs& needs, bool in_step, LinearHeadBackward& p) {
+  for (int i = 0; i < p.head.modalities; ++i) {
+    p.grad_feature[i] =
+        results.gradient(needs.features[i], shape_of(features[i]), in_step || feature_flows(p, i));
+  }
   for (size_t w = 0; w < weights.size(); ++w) {
-    checks.like(Checks::indexed("weights", w), weights[w], features[0]);
+    const int first = sizes.shared ? 0 : static_cast<int>(w);
+    const int last = sizes.shared ? p.head.modalities : first + 1;
+    bool flows = true;
+    for (int i = first; i < last; ++i) flows = flows && (in_step || weight_flows(p, i));
+    const Matrix grad = results.gradient(needs.weights[w], shape_of(weights[w]), flows);
+    for (int i = first; i < last; ++i) {
+      if (p.head.width[i] == 0) continue;
+      p.grad_weight[i] = {at_column(grad.data, sizes.begin[i], results.dtype()), grad.stride};
+    }
   }
-  if (weights[1].dim() != 2) {
-    checks.fail("weights[1]", "shape (C, H)", to_string(shape_of(weights[1])));
+  for (size_t b = 0; b < weights.size(); ++b) {
+    const bool flows =
+        in_step || (sizes.shared ? fused_bias_flows(p) : weight_flows(p, static_cast<int>(b)));
+    void*& grad = sizes.shared ? p.grad_fused_bias : p.grad_branch_bias[b];
+    grad = results.gradient(needs.biases[b], {sizes.classes}, flows).data;
   }
+}
+
+// ---- FiLM ----
+
+inline FilmHead make_head(Call& call, const FilmSizes& sizes, const std::vector<Tensor>& features,
+                          const std::vector<Tensor>& weights, const OptionalTensors& biases,
+                          const OptionalTensors& present) {
   FilmHead head;
-  head.rows = leading_count(shape_of(features[0]));
+  head.rows = sizes.rows;
   head.condition_width = features[0].size(features[0].dim() - 1);
-  head.hidden = features[1].size(features[1].dim() - 1);
-  head.classes = weights[1].size(0);
-  checks.shape("weights[0]", weights[0], {2 * head.hidden, head.condition_width});
-  checks.shape("weights[1]", weights[1], {head.classes, head.hidden});
-  checks.biases(biases, weights, features[0]);
+  head.hidden = sizes.hidden;
+  head.classes = sizes.classes;
   head.condition = call.matrix(features[0]);
   head.target = call.matrix(features[1]);
   head.film_weight = call.matrix(weights[0]);
   head.out_weight = call.matrix(weights[1]);
   head.film_bias = call.vector(biases[0]);
   head.out_bias = call.vector(biases[1]);
+  set_masks(call, present, head);
   return head;
+}
+
+// As for the linear head.
+inline void make_gradients(Results& results, const FilmSizes& sizes,
+                           const std::vector<Tensor>& features, const std::vector<Tensor>& weights,
+                           const Needs& needs, bool in_step, FilmHeadBackward& p) {
+  const auto gradient = [&](bool needed, const Shape& shape, bool flows) {
+    return results.gradient(needed, shape, in_step || flows);
+  };
+  const bool flows = parameters_flow(p);
+  p.grad_condition = gradient(needs.features[0], shape_of(features[0]), condition_flows(p));
+  p.grad_target = gradient(needs.features[1], shape_of(features[1]), target_flows(p));
+  p.grad_film_weight = gradient(needs.weights[0], shape_of(weights[0]), film_weight_flows(p));
+  p.grad_out_weight = gradient(needs.weights[1], shape_of(weights[1]), flows);
+  p.grad_film_bias = gradient(needs.biases[0], {2 * sizes.hidden}, flows).data;
+  p.grad_out_bias = gradient(needs.biases[1], {sizes.classes}, flows).data;
 }
 
 }  // namespace dgl_ext

@@ -135,29 +135,15 @@ struct CrossEntropy {
 /// Gradients have the dtype of the problem, but float32 where that is float16: 1 / rows times a
 /// residual would underflow there. g is the gradient of the fused loss, alpha_i g_i that of branch
 /// i; gradients are then those of LinearHeadBackward.
-struct LinearHeadStep {
-  LinearHead head;
-  Leaks leaks;
+struct LinearHeadStep : LinearHeadBackward {  // but no gradient comes in
   CrossEntropy loss;
   const void* fused_bias = nullptr;  ///< as in LinearHeadForward
   const void* branch_bias[kMaxModalities] = {};
-  Matrix grad_feature[kMaxModalities];
-  Matrix grad_weight[kMaxModalities];
-  void* grad_fused_bias = nullptr;
-  void* grad_branch_bias[kMaxModalities] = {};
 };
 
-/// The same for FiLM, with the gradients of FilmHeadBackward.
-struct FilmHeadStep {
-  FilmHead head;
-  Leaks leaks;
+/// The same for FiLM.
+struct FilmHeadStep : FilmHeadBackward {
   CrossEntropy loss;
-  Matrix grad_condition;
-  Matrix grad_target;
-  Matrix grad_film_weight;
-  Matrix grad_out_weight;
-  void* grad_film_bias = nullptr;
-  void* grad_out_bias = nullptr;
 };
 
 /// to[i] = scale * from[i] for several arrays: a step's gradients times the gradient of its total.

@@ -261,15 +261,7 @@ FilmStepPlan plan_film_step(const FilmHeadStep& p, Precision precision, const De
                             WorkspaceLimit limit, const PlanRequest& request) {
   const FilmHead& head = p.head;
   const Dtype dtype = precision.dtype;
-  FilmHeadBackward b;
-  b.head = head;
-  b.leaks = p.leaks;
-  b.grad_condition = p.grad_condition;
-  b.grad_target = p.grad_target;
-  b.grad_film_weight = p.grad_film_weight;
-  b.grad_out_weight = p.grad_out_weight;
-  b.grad_film_bias = p.grad_film_bias;
-  b.grad_out_bias = p.grad_out_bias;
+  FilmHeadBackward b = p;
   // every branch has a gradient; plans ask no more than whether it is there
   b.grad_fused = b.grad_unimodal[0] = b.grad_unimodal[1] = {&p, 0};
 

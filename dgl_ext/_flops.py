@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from ._ops import arguments_of
+
 # Takes an op's arguments, with shapes in the place of tensors, and which passes it makes.
 Terms = Callable[[SimpleNamespace, bool, bool], int]
 
@@ -47,16 +49,13 @@ def _film_terms(call: SimpleNamespace, forward: bool, backward: bool) -> int:
 
 
 def _register(name: str, terms: Terms) -> None:
-    op = getattr(torch.ops.dgl_ext, name)
-    arguments = [argument.name for argument in op.default._schema.arguments]
     step = name.endswith("step")
 
     def count(*args: Any, **_: Any) -> int:
-        call = SimpleNamespace(**dict(zip(arguments, args, strict=False)))
         forward, backward = step or name.endswith("forward"), step or name.endswith("backward")
-        return 2 * terms(call, forward, backward)
+        return 2 * terms(arguments_of(name, args), forward, backward)
 
-    register_flop_formula(op)(count)
+    register_flop_formula(getattr(torch.ops.dgl_ext, name))(count)
 
 
 def register() -> None:

@@ -94,7 +94,7 @@ def compute(
     """Computes a head's logits, or with a target its loss, through its layers."""
     tensors = check_features(features)
     masks = check_present(present, tensors)
-    loss = None if target is None else CrossEntropy.of(tensors, target, masks, **loss_options)
+    loss = None if target is None else CrossEntropy.check(tensors, target, masks, **loss_options)
     encoder_leak, head_leak = leaks
 
     def whole(name: str, value: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ default is to return, with a warning at most, a result whose gradient is silentl
 from __future__ import annotations
 
 import enum
-import functools
 from collections.abc import Callable, Sequence
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -67,8 +67,10 @@ def _call(op: Callable[..., list[Tensor]], *args: Any) -> list[Tensor]:
         raise
 
 
-def _register(name: str, fake: Callable[..., Any], library: torch.library.Library) -> None:
-    torch.library.register_fake(f"dgl_ext::{name}", _on_one_device(name, fake), lib=library)
+def _register(
+    name: str, fake: Callable[[SimpleNamespace], Any], library: torch.library.Library
+) -> None:
+    torch.library.register_fake(f"dgl_ext::{name}", _fake_kernel(name, fake), lib=library)
     overload = _overloads[name] = getattr(torch.ops.dgl_ext, name).default
 
     def refuse_autograd(keyset: Any, *args: Any) -> Any:
@@ -150,10 +152,15 @@ def _resolved(arg: Any) -> Any:
     return torch.zeros_like(arg) if arg._is_zerotensor() else arg.resolve_neg()
 
 
-def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+def arguments_of(name: str, args: Sequence[Any]) -> SimpleNamespace:
+    """Returns an op's arguments by the names that its schema has for them."""
+    names = [argument.name for argument in _overloads[name]._schema.arguments]  # type: ignore[attr-defined]
+    return SimpleNamespace(**dict(zip(names, args, strict=False)))
+
+
+def _fake_kernel(name: str, fake: Callable[[SimpleNamespace], Any]) -> Callable[..., Any]:
     """Has a fake kernel check what a real one does: with one meta tensor, only this one runs."""
 
-    @functools.wraps(fake)
     def checked(*args: Any) -> Any:
         flat = chain.from_iterable(arg if isinstance(arg, list) else (arg,) for arg in args)
         tensors = [arg for arg in flat if isinstance(arg, Tensor)]
@@ -163,142 +170,66 @@ def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
                     f"dgl_ext::{name}: expected all tensors on {tensors[0].device} as the first, "
                     f"got one on {tensor.device}"
                 )
-        return fake(*args)
+        return fake(arguments_of(name, args))
 
     return checked
 
 
-def _linear_head_forward(
-    features: list[Tensor],
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    present: list[Tensor | None],
-    allow_tf32: bool = False,
-    executor: int = 0,
-) -> list[Tensor]:
-    shape = (*features[0].shape[:-1], weights[0].shape[0])
-    return [features[0].new_empty(shape) for _ in range(len(features) + 1)]
+def _sum_dtype(like: Tensor) -> torch.dtype:
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
 
 
-def _linear_head_backward(
-    grad_outputs: list[Tensor | None],
-    features: list[Tensor],
-    weights: list[Tensor],
-    present: list[Tensor | None],
-    needs_features: list[bool],
-    needs_weights: list[bool],
-    needs_biases: list[bool],
-    encoder_leak: float,
-    head_leak: float,
-    allow_tf32: bool = False,
-    executor: int = 0,
-) -> list[Tensor]:
-    return _needed_grads(features, weights, needs_features, needs_weights, needs_biases)
+def _logits(call: SimpleNamespace, classes: int) -> list[Tensor]:
+    like = call.features[0]
+    shape = (*like.shape[:-1], classes)
+    return [like.new_empty(shape) for _ in range(len(call.features) + 1)]
 
 
-def _film_head_forward(
-    features: list[Tensor],
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    present: list[Tensor | None],
-    allow_tf32: bool = False,
-    executor: int = 0,
-) -> list[Tensor]:
-    leading = features[0].shape[:-1]
-    film_weight, out_weight = weights
-    like = features[0]
-    logits = [like.new_empty((*leading, out_weight.shape[0])) for _ in range(3)]
+def _linear_head_forward(call: SimpleNamespace) -> list[Tensor]:
+    return _logits(call, call.weights[0].shape[0])
+
+
+def _film_head_forward(call: SimpleNamespace) -> list[Tensor]:
+    film_weight, out_weight = call.weights
+    like = call.features[0]
     # gamma and beta, kept for backward in the dtype that they were computed in.
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return [*logits, like.new_empty((*leading, film_weight.shape[0]), dtype=dtype)]
+    shape = (*like.shape[:-1], film_weight.shape[0])
+    return [*_logits(call, out_weight.shape[0]), like.new_empty(shape, dtype=_sum_dtype(like))]
 
 
-def _film_head_backward(
-    grad_outputs: list[Tensor | None],
-    features: list[Tensor],
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    film: Tensor,
-    present: list[Tensor | None],
-    needs_features: list[bool],
-    needs_weights: list[bool],
-    needs_biases: list[bool],
-    encoder_leak: float,
-    head_leak: float,
-    allow_tf32: bool = False,
-    executor: int = 0,
-) -> list[Tensor]:
-    return _needed_grads(features, weights, needs_features, needs_weights, needs_biases)
+def _head_backward(call: SimpleNamespace) -> list[Tensor]:
+    """Contiguous empty gradients of what is needed: features, then weights, then biases."""
+    needed = list(zip(call.features, call.needs_features, strict=True))
+    needed += list(zip(call.weights, call.needs_weights, strict=True))
+    shapes = [tensor.shape for tensor, need in needed if need]
+    shapes += [w.shape[:1] for w, need in zip(call.weights, call.needs_biases, strict=True) if need]
+    return [call.features[0].new_empty(shape) for shape in shapes]
 
 
-def _head_step(
-    features: list[Tensor],
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    target: Tensor,
-    present: list[Tensor | None],
-    alpha: list[float],
-    mean: bool,
-    ignore_index: int,
-    label_smoothing: float,
-    needs_features: list[bool],
-    needs_weights: list[bool],
-    needs_biases: list[bool],
-    encoder_leak: float,
-    head_leak: float,
-    workspace_limit: int,
-    allow_tf32: bool = False,
-    executor: int = 0,
-) -> list[Tensor]:
-    like = features[0]
-    branches = len(features) + 1
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    grads = _needed_grads(features, weights, needs_features, needs_weights, needs_biases)
+def _head_step(call: SimpleNamespace) -> list[Tensor]:
+    like, branches = call.features[0], len(call.features) + 1
+    dtype = _sum_dtype(like)
+    grads = _head_backward(call)
     if like.dtype == torch.float16:  # they wait for the upstream scale in float32
         grads = [grad.new_empty(grad.shape, dtype=dtype) for grad in grads]
-    return [
-        like.new_empty((), dtype=dtype),
-        like.new_empty((branches,), dtype=dtype),
-        like.new_empty((branches,), dtype=torch.int64),
-        *grads,
-    ]
+    losses = like.new_empty((), dtype=dtype), like.new_empty((branches,), dtype=dtype)
+    return [*losses, like.new_empty((branches,), dtype=torch.int64), *grads]
 
 
-def _scale_gradients(grads: list[Tensor], scale: Tensor, to_float16: bool) -> list[Tensor]:
-    return [
-        grad.new_empty(grad.shape, dtype=torch.float16 if to_float16 else grad.dtype)
-        for grad in grads
-    ]
+def _scale_gradients(call: SimpleNamespace) -> list[Tensor]:
+    half = torch.float16 if call.to_float16 else None
+    return [grad.new_empty(grad.shape, dtype=half or grad.dtype) for grad in call.grads]
 
 
-def _scale_gradients_in_place(grads: list[Tensor], scale: Tensor) -> None:
-    pass
-
-
-def _needed_grads(
-    features: list[Tensor],
-    weights: list[Tensor],
-    needs_features: list[bool],
-    needs_weights: list[bool],
-    needs_biases: list[bool],
-) -> list[Tensor]:
-    """Contiguous empty gradients of what is needed: features, then weights, then biases."""
-    like = features[0]
-    shapes = [h.shape for h, need in zip(features, needs_features, strict=True) if need]
-    shapes += [w.shape for w, need in zip(weights, needs_weights, strict=True) if need]
-    shapes += [w.shape[:1] for w, need in zip(weights, needs_biases, strict=True) if need]
-    return [like.new_empty(shape) for shape in shapes]
-
-
-FAKE_KERNELS: dict[str, Callable[..., Any]] = {
+FAKE_KERNELS: dict[str, Callable[[SimpleNamespace], Any]] = {
     "linear_head_forward": _linear_head_forward,
-    "linear_head_backward": _linear_head_backward,
-    "film_head_forward": _film_head_forward,
-    "film_head_backward": _film_head_backward,
+    "linear_head_backward": _head_backward,
     "linear_head_step": _head_step,
+    "film_head_forward": _film_head_forward,
+    "film_head_backward": _head_backward,
     "film_head_step": _head_step,
     "scale_gradients": _scale_gradients,
-    "scale_gradients_": _scale_gradients_in_place,
+    "scale_gradients_": lambda call: None,
 }
 
 

@@ -1,4 +1,4 @@
-"""Where the gradients are rewired: one `torch.autograd.Function` per head over the dispatcher ops.
+"""Where the gradients are rewired: a `torch.autograd.Function` over the dispatcher ops.
 
 A forward op returns the logits of all branches, and the backward op takes their gradients to the
 inputs that the method lets them reach: the fused branch's to the head, a unimodal branch's to its
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import _ops, _torch_private
 from ._ops import Executor
-from .heads import Biases, Features, Weights
+from .heads import HEADS, Biases, Features, Weights
 
 Outputs = tuple[Tensor, ...]
 Grads = Sequence[Tensor | None]
@@ -35,7 +35,7 @@ def _linear_routing(modalities: int, weights: int) -> Routing:
 
 
 # forward's arguments before the tensors: options, which have no gradient.
-_OPTIONS = 5
+_OPTIONS = 6
 _NO_GRADS = (None,) * _OPTIONS
 
 # y alone meets the film layer's bias, but not its weight.
@@ -83,7 +83,6 @@ def _prepare(
     ctx: Any,
     outputs: Outputs,
     leaks: tuple[float, float],
-    routing: Routing,
     executor: Executor,
     masks: int,
 ) -> None:
@@ -103,7 +102,8 @@ def _prepare(
     live = [any(weights) or any(biases) or (encoder_leak != 0 and any(features))]
     for i, need in enumerate(features):
         leaked = head_leak != 0 and (
-            any(weights[w] for w in routing.weights[i]) or any(biases[b] for b in routing.biases[i])
+            any(weights[w] for w in ctx.routing.weights[i])
+            or any(biases[b] for b in ctx.routing.biases[i])
         )
         live.append(need or leaked)
     constant = [output for output, alive in zip(outputs, live, strict=True) if not alive]
@@ -131,22 +131,18 @@ class _RefuseSecondDerivative(torch.autograd.Function):
 
 
 def _call_backward(
-    ctx: Any,
-    name: str,
-    grad_outputs: Grads,
-    saved: Sequence[Tensor],
-    arguments: tuple[Any, ...],
-    routing: Routing,
+    ctx: Any, grad_outputs: Grads, saved: Sequence[Tensor], arguments: tuple[Any, ...]
 ) -> tuple[Tensor | None, ...]:
     """Computes the gradients that are needed and puts `None` in the place of the others.
 
-    `saved` are the context's tensors, a feature first. Checkpointing lets them be read only once.
+    `saved` are the context's tensors, a feature first.
     """
-    needs = _reached(ctx.needs, grad_outputs, routing, ctx.leaks)
+    needs = _reached(ctx.needs, grad_outputs, ctx.routing, ctx.leaks)
     rest = (None,) * ctx.masks
     if not any(needs):
         return (*_NO_GRADS, *(None for _ in needs), *rest)
     split_needs = _split(needs, len(grad_outputs) - 1)
+    name = f"{ctx.op}_backward"
     grads: Sequence[Tensor] = _ops.call(
         name, ctx.executor, saved[0], grad_outputs, *arguments, *split_needs, *ctx.leaks
     )
@@ -161,12 +157,13 @@ def _call_backward(
     return (*_NO_GRADS, *[next(dealt) if need else None for need in needs], *rest)
 
 
-class LinearHead(torch.autograd.Function):
-    """concat and sum: one weight for all modalities, or one each."""
+class FusionHead(torch.autograd.Function):
+    """The logits of any head."""
 
     @staticmethod
     def forward(
         ctx: Any,
+        op: str,
         modalities: int,
         encoder_leak: float,
         head_leak: float,
@@ -176,63 +173,29 @@ class LinearHead(torch.autograd.Function):
     ) -> Outputs:
         """Takes features, weights, biases and masks, flat; returns the logits, fused first."""
         tensors, present = _split_masks(tensors, masks)
-        arguments = *_split(tensors, modalities), present
-        features, weights = arguments[:2]
-        outputs = tuple(_ops.call("linear_head_forward", executor, features[0], *arguments))
-        ctx.save_for_backward(*features, *weights, *present)
-        ctx.routing = _linear_routing(modalities, len(weights))
-        _prepare(ctx, outputs, (encoder_leak, head_leak), ctx.routing, executor, masks)
+        features, weights, biases = _split(tensors, modalities)
+        results = _ops.call(
+            f"{op}_forward", executor, features[0], features, weights, biases, present
+        )
+        outputs, film = tuple(results[: modalities + 1]), results[modalities + 1 :]
+        # FiLM's backward takes its biases too, and the modulation that forward returns.
+        kept = (*biases, *film) if film else ()
+        ctx.save_for_backward(*features, *weights, *kept, *present)
+        ctx.op, ctx.weights = op, len(weights)
+        ctx.routing = _FILM_ROUTING if film else _linear_routing(modalities, len(weights))
+        _prepare(ctx, outputs, (encoder_leak, head_leak), executor, masks)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
         """Takes the logits' gradients to the inputs that they may reach."""
-        modalities = len(grad_outputs) - 1
-        saved = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: checkpointing lets them be read no more than that
         tensors, present = _split_masks(saved, ctx.masks)
-        arguments = tensors[:modalities], tensors[modalities:], present
-        return _call_backward(
-            ctx, "linear_head_backward", grad_outputs, saved, arguments, ctx.routing
-        )
-
-
-class FilmHead(torch.autograd.Function):
-    """FiLM: the first feature x conditions the second, y."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        modalities: int,
-        encoder_leak: float,
-        head_leak: float,
-        executor: Executor,
-        masks: int,
-        *tensors: Any,
-    ) -> Outputs:
-        """Takes features, weights, biases and masks, flat; returns the logits, fused first."""
-        tensors, present = _split_masks(tensors, masks)
-        arguments = *_split(tensors, modalities), present
-        *logits, film = _ops.call("film_head_forward", executor, tensors[0], *arguments)
-        ctx.save_for_backward(*tensors, film, *present)
-        _prepare(ctx, tuple(logits), (encoder_leak, head_leak), _FILM_ROUTING, executor, masks)
-        return tuple(logits)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
-        """Takes the logits' gradients to the inputs that they may reach."""
-        saved = ctx.saved_tensors
-        (*tensors, film), present = _split_masks(saved, ctx.masks)
-        arguments = *_split(tensors, len(grad_outputs) - 1), film, present
-        return _call_backward(
-            ctx, "film_head_backward", grad_outputs, saved, arguments, _FILM_ROUTING
-        )
-
-
-FUNCTIONS: dict[str, type[torch.autograd.Function]] = {
-    "concat": LinearHead,
-    "sum": LinearHead,
-    "film": FilmHead,
-}
+        end = len(grad_outputs) - 1 + ctx.weights
+        features, weights = tensors[: len(grad_outputs) - 1], tensors[len(grad_outputs) - 1 : end]
+        *biases, film = tensors[end:] or (None,)
+        kept: tuple[Any, ...] = () if film is None else (biases, film)
+        return _call_backward(ctx, grad_outputs, saved, (features, weights, *kept, present))
 
 
 def apply(
@@ -246,8 +209,8 @@ def apply(
     executor: Executor = Executor.AUTO,
 ) -> Outputs:
     """Returns a head's logits, fused first, with disentangled gradients behind them."""
-    function = FUNCTIONS[fusion]
-    outputs: Outputs = function.apply(
+    outputs: Outputs = FusionHead.apply(
+        HEADS[fusion].op,
         len(features),
         encoder_leak,
         head_leak,

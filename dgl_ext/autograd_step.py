@@ -16,11 +16,9 @@ from torch import Tensor
 from . import _ops, _torch_private
 from ._ops import Executor
 from .cross_entropy import CrossEntropy
-from .heads import Biases, Features, Weights
+from .heads import HEADS, Biases, Features, Weights
 from .settings import workspace_limit
 from .types import DecoupledLoss, is_unit_gradient
-
-OPS = {"concat": "linear_head_step", "sum": "linear_head_step", "film": "film_head_step"}
 
 
 class StepOptions(NamedTuple):
@@ -88,7 +86,8 @@ class TrainingStep(torch.autograd.Function):
         total, losses, correct, *grads = options.call(limit, target, tensors, needs)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(losses, correct)
-        # Freed before autograd stores them, which so can take them for `.grad` without a copy.
+        # save_for_backward frees these before AccumulateGrad runs, which can then move them into
+        # `.grad` instead of copying.
         ctx.save_for_backward(*grads)
         ctx.needs = needs
         ctx.to_float16 = tensors[0].dtype == torch.float16
@@ -152,7 +151,7 @@ def apply(
 ) -> DecoupledLoss:
     """Returns the loss of a head, with disentangled gradients behind its total."""
     options = StepOptions(
-        OPS[fusion],
+        f"{HEADS[fusion].op}_step",
         executor,
         len(features),
         len(weights),

@@ -41,11 +41,11 @@ class CrossEntropy(NamedTuple):
         cls,
         features: Features,
         target: object,
-        alpha: object,
-        reduction: object,
-        ignore_index: object,
-        label_smoothing: object,
         present: object,
+        alpha: object = 1.0,
+        reduction: object = "mean",
+        ignore_index: object = -100,
+        label_smoothing: object = 0.0,
     ) -> CrossEntropy:
         """Checks a user's arguments; each error names its own."""
         return cls(
@@ -53,22 +53,6 @@ class CrossEntropy(NamedTuple):
             *check_numbers(len(features), alpha, reduction, ignore_index, label_smoothing),
             check_present(present, features),
         )
-
-    @classmethod
-    def of(
-        cls,
-        features: Features,
-        target: object,
-        present: tuple[Tensor | None, ...],
-        *,
-        alpha: object = 1.0,
-        reduction: object = "mean",
-        ignore_index: object = -100,
-        label_smoothing: object = 0.0,
-    ) -> CrossEntropy:
-        """Checks a user's arguments, those of `present` aside, which may be left out."""
-        numbers = check_numbers(len(features), alpha, reduction, ignore_index, label_smoothing)
-        return cls(check_target(target, features[0]), *numbers, present)
 
 
 def check_numbers(

@@ -15,7 +15,7 @@ from ._ops import Executor
 from ._validate import check_present, check_share, is_foreign, plain_tuple
 from .autograd_step import StepOptions
 from .cross_entropy import CrossEntropy, check_numbers
-from .heads import Biases, Features, Head, Weights, get_head
+from .heads import HEADS, Biases, Features, Head, Weights, get_head
 from .types import DecoupledLogits, DecoupledLoss
 
 BACKENDS = ("auto", "fused", "library", "reference")
@@ -225,7 +225,7 @@ def fused_decouple_cross_entropy(
             refusal = _refusal(error)
     tensors = head.check(features, weight, bias)
     loss = CrossEntropy.check(
-        tensors[0], target, alpha, reduction, ignore_index, label_smoothing, present
+        tensors[0], target, present, alpha, reduction, ignore_index, label_smoothing
     )
     leaks = check_share("encoder_leak", encoder_leak), check_share("head_leak", head_leak)
     if refusal:  # of what only an op can see, such as a target's values
@@ -251,7 +251,7 @@ def _plan_step(
 ) -> StepOptions:
     """Checks a step's numbers."""
     return StepOptions(
-        autograd_step.OPS[fusion],
+        f"{HEADS[fusion].op}_step",
         Executor.AUTO,
         modalities,
         parameters,

@@ -1,8 +1,8 @@
 """The heads there are, and what each one asks of its features and parameters.
 
-This is the one list of fusion heads. The other tables (`reference.FORMULAS`, `autograd.FUNCTIONS`,
-`nn.MODULES`) are keyed by the names here and a test holds them equal, so that a new head is
-validated, computed and tested by being registered.
+This is the one list of fusion heads. The other tables (`reference.FORMULAS`, `nn.MODULES`) are
+keyed by the names here and a test holds them equal, so that a new head is validated, computed and
+tested by being registered.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Head:
 
     Attributes:
         name: the value of `fusion`.
+        op: what its dispatcher ops are called, before `_forward`, `_backward` and `_step`.
         modalities: the numbers of modalities that it takes.
         bare: whether `weight` and `bias` are tensors rather than sequences of tensors.
         weight_shapes: from the features' widths, the shape of each weight; `None` stands for C,
@@ -44,6 +45,7 @@ class Head:
     """
 
     name: str
+    op: str
     modalities: range
     bare: bool
     weight_shapes: Callable[[list[int]], WeightShapes]
@@ -135,11 +137,18 @@ _ANY_MODALITIES = range(1, MAX_MODALITIES + 1)
 HEADS: dict[str, Head] = {
     head.name: head
     for head in (
-        Head("concat", _ANY_MODALITIES, True, lambda widths: [(None, sum(widths))]),
-        Head("sum", _ANY_MODALITIES, False, lambda widths: [(None, width) for width in widths]),
+        Head("concat", "linear_head", _ANY_MODALITIES, True, lambda widths: [(None, sum(widths))]),
+        Head(
+            "sum",
+            "linear_head",
+            _ANY_MODALITIES,
+            False,
+            lambda widths: [(None, width) for width in widths],
+        ),
         # The conditioner x makes gamma and beta, one each per column of the target y.
         Head(
             "film",
+            "film_head",
             range(2, 3),
             False,
             lambda widths: [(2 * widths[1], widths[0]), (None, widths[1])],

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._validate import check_present, check_share
 from .cross_entropy import CrossEntropy
-from .heads import Biases, Features, Weights, get_head
+from .heads import Biases, Features, Weights
 from .types import DecoupledLogits, DecoupledLoss
 
 Formula = Callable[[Features, Weights, Biases, float, float], tuple[Tensor, tuple[Tensor, ...]]]
@@ -99,28 +97,6 @@ def _film(
 FORMULAS: dict[str, Formula] = {"concat": _concat, "sum": _sum, "film": _film}
 
 
-def fused_decouple(
-    features: Any,
-    weight: Any,
-    bias: Any = None,
-    *,
-    fusion: str = "concat",
-    present: Any = None,
-    encoder_leak: float = 0.0,
-    head_leak: float = 0.0,
-    backend: str = "auto",
-) -> DecoupledLogits:
-    """Computes what `dgl_ext.fused_decouple` computes, in plain PyTorch.
-
-    Takes the same arguments, which are documented there. `backend` may be "auto" or "reference".
-    """
-    _check_backend(backend)
-    tensors, weights, biases = get_head(fusion).check(features, weight, bias)
-    shares = check_share("encoder_leak", encoder_leak), check_share("head_leak", head_leak)
-    masks = check_present(present, tensors)
-    return compute(fusion, tensors, weights, biases, *shares, masks)
-
-
 def compute(
     fusion: str,
     features: Features,
@@ -144,40 +120,6 @@ def without_absent(features: Features, present: Sequence[Tensor | None]) -> Feat
         h if mask is None else torch.where(mask.unsqueeze(-1), h, 0.0)
         for h, mask in zip(features, present, strict=True)
     )
-
-
-def fused_decouple_cross_entropy(
-    features: Any,
-    weight: Any,
-    target: Any,
-    *,
-    bias: Any = None,
-    fusion: str = "concat",
-    alpha: Any = 1.0,
-    reduction: str = "mean",
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    present: Any = None,
-    encoder_leak: float = 0.0,
-    head_leak: float = 0.0,
-    backend: str = "auto",
-) -> DecoupledLoss:
-    """Computes what `dgl_ext.fused_decouple_cross_entropy` computes, in plain PyTorch.
-
-    Takes the same arguments, which are documented there. `backend` may be "auto" or "reference".
-    """
-    _check_backend(backend)
-    tensors, weights, biases = get_head(fusion).check(features, weight, bias)
-    loss = CrossEntropy.check(
-        tensors, target, alpha, reduction, ignore_index, label_smoothing, present
-    )
-    shares = check_share("encoder_leak", encoder_leak), check_share("head_leak", head_leak)
-    return compute_cross_entropy(fusion, tensors, weights, biases, loss, *shares)
-
-
-def _check_backend(backend: str) -> None:
-    if backend not in ("auto", "reference"):
-        raise ValueError(f'backend: expected "auto" or "reference" here, got {backend!r}')
 
 
 def compute_cross_entropy(

@@ -293,13 +293,8 @@ def test_bad_arguments(name):
 def test_the_reference_checks_the_same(name):
     arguments, error, message = CASES[name]
     with pytest.raises(error) as raised:
-        dgl_ext.reference.fused_decouple(**arguments)
+        dgl_ext.fused_decouple(**arguments, backend="reference")
     assert str(raised.value) == message
-
-
-def test_the_reference_has_one_backend():
-    with pytest.raises(ValueError, match='backend: expected "auto" or "reference" here, got'):
-        dgl_ext.reference.fused_decouple(**concat(backend="fused"))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -5,10 +5,9 @@
 // Forward stacks [h; h_x; h_y] and multiplies by W_o once. In backward, d is the gradient of h:
 // d = g W_o, d_x = g_x W_o, d_y = g_y W_o, each computed only where something needs it.
 
-#include "cpu/film_head.h"
-
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/film_gradients.h"
 #include "cpu/present.h"
 
 namespace dgl_ext::cpu {
@@ -34,9 +33,7 @@ std::vector<Tensor> forward(std::vector<Tensor> features, std::vector<Tensor> we
   const Tensor film_bias = bias_or_zeros(biases[0], 2 * head.hidden, head.compute);
   const Tensor out_bias = bias_or_zeros(biases[1], head.classes, head.compute);
 
-  Shape film_shape = head.leading;
-  film_shape.push_back(2 * head.hidden);
-  const Tensor film = empty_cpu(film_shape, head.compute);
+  const Tensor film = empty_cpu(head.with(2 * head.hidden), head.compute);
   const MatrixView film_rows = MatrixView::from_rows(film);
   multiply(head.x, head.film_weight.transposed(), film_rows);
 
@@ -56,11 +53,9 @@ std::vector<Tensor> forward(std::vector<Tensor> features, std::vector<Tensor> we
 
   const MatrixView partial = multiply_weight(
       stacked, head.out_weight, empty_matrix(kBranches * head.rows, head.classes, head.compute));
-  Shape shape = head.leading;
-  shape.push_back(head.classes);
   std::vector<Tensor> results;
   for (int64_t branch = 0; branch < kBranches; ++branch) {
-    results.push_back(empty_cpu(shape, head.compute));
+    results.push_back(empty_cpu(head.with(head.classes), head.compute));
   }
   dispatch_dtype(head.compute, [&](auto type) {
     using T = decltype(type);
@@ -78,60 +73,27 @@ std::vector<Tensor> forward(std::vector<Tensor> features, std::vector<Tensor> we
   return results;
 }
 
-// The gradients of one backward call, each computed on request. An absent gradient of a branch's
-// logits counts as zero; Python asks only for gradients to which something contributes.
-class FilmBackward {
+// The gradients of W_o and b_o in one backward call. An absent gradient of a branch's logits counts
+// as zero; Python asks only for gradients to which something contributes.
+class OutGradients {
  public:
-  FilmBackward(const FilmHead& head, const OptionalTensors& grad_outputs, const Tensor& film,
-               const std::optional<Tensor>& film_bias, double encoder_leak, double head_leak)
+  using Grads = std::array<std::optional<MatrixView>, kBranches>;
+
+  OutGradients(const FilmHead& head, const Grads& grads, const MatrixView& film,
+               const Tensor& film_bias, double head_leak)
       : head_(head),
-        film_(MatrixView::from_rows(torch::stable::contiguous(film))),
-        film_bias_(bias_or_zeros(film_bias, 2 * head.hidden, head.compute)),
-        encoder_leak_(encoder_leak),
-        shares_{1, head_leak, head_leak} {
-    for (int64_t branch = 0; branch < kBranches; ++branch) {
-      if (grad_outputs[branch]) {
-        grads_[branch] = MatrixView::from_rows(to_compute(*grad_outputs[branch]));
-      }
-    }
-  }
-
-  // d_x W_beta, and encoder_leak of what the fused branch sends to x
-  void grad_x(const MatrixView& out) {
-    if (grads_[kFused] && encoder_leak_ != 0) {
-      multiply(film_plane(hidden_grad(kFused), encoder_leak_, hidden_grad(kOfX), 1),
-               head_.film_weight, out);
-    } else if (grads_[kOfX]) {
-      multiply(*hidden_grad(kOfX), head_.film_weight.row_block(head_.hidden, head_.hidden), out);
-    } else {
-      mix_into({}, out);  // nothing reaches x: zeros
-    }
-  }
-
-  // b_gamma d_y, and encoder_leak of gamma d
-  void grad_y(const MatrixView& out) {
-    const std::optional<MatrixView> d =
-        encoder_leak_ != 0 ? hidden_grad(kFused) : std::optional<MatrixView>();
-    const std::optional<MatrixView> d_y = hidden_grad(kOfY);
-    dispatch_dtype(head_.compute, [&](auto type) {
-      using T = decltype(type);
-      parallel_ranges(head_.rows, head_.hidden, [&](int64_t begin, int64_t end) {
-        film_grad_target<T>(begin, end, head_.hidden, data_or_null<T>(d),
-                            static_cast<T>(encoder_leak_), film_.data<T>(), data_or_null<T>(d_y),
-                            static_cast<const T*>(film_bias_.const_data_ptr()), out.data<T>());
-      });
-    });
-  }
-
-  void grad_film_weight(const MatrixView& out) { multiply(film_grad().transposed(), head_.x, out); }
+        grads_(grads),
+        film_(film),
+        film_bias_(film_bias),
+        shares_{1, head_leak, head_leak} {}
 
   // g^T h, and head_leak of g_x^T h_x and g_y^T h_y
-  void grad_out_weight(const MatrixView& out) {
+  void weight(const MatrixView& out) const {
     std::vector<std::optional<MatrixView>> products;  // alive as long as the shares that name them
     products.reserve(kBranches);
     std::vector<Share> terms;
     for (int64_t branch = 0; branch < kBranches; ++branch) {
-      if (!counts(branch)) continue;
+      if (!grads_[branch] || shares_[branch] == 0) continue;
       const bool alone = branch == kFused && shares_[kOfX] == 0;  // closed leak: straight to out
       products.push_back(alone ? out : empty_matrix(out.rows, out.cols, head_.compute));
       multiply(grads_[branch]->transposed(), hidden_rows(branch), *products.back());
@@ -141,63 +103,13 @@ class FilmBackward {
     mix_into(terms, out);
   }
 
-  Tensor grad_film_bias() {
-    const std::optional<MatrixView> plane = film_grad();
-    std::optional<MatrixView> plane_y;
-    if (counts(kOfY)) plane_y = film_plane(hidden_grad(kOfY), 1, std::nullopt, 0);
-    return summed_rows({{plane, 1}, {plane_y, shares_[kOfY]}}, head_.rows, 2 * head_.hidden,
-                       head_.compute);
-  }
-
-  Tensor grad_out_bias() {
+  Tensor bias() const {
     return summed_rows(
         {{grads_[kFused], 1}, {grads_[kOfX], shares_[kOfX]}, {grads_[kOfY], shares_[kOfY]}},
         head_.rows, head_.classes, head_.compute);
   }
 
  private:
-  template <typename T>
-  static const T* data_or_null(const std::optional<MatrixView>& matrix) {
-    return matrix ? matrix->data<T>() : nullptr;
-  }
-
-  // Whether a branch's logits train the head.
-  bool counts(int64_t branch) const { return grads_[branch] && shares_[branch] != 0; }
-
-  // grad W_o, the gradient of a branch's hidden rows; computed once, absent with the branch's.
-  const std::optional<MatrixView>& hidden_grad(int64_t branch) {
-    std::optional<MatrixView>& d = hidden_grads_[branch];
-    if (!d && grads_[branch]) {
-      d = empty_matrix(head_.rows, head_.hidden, head_.compute);
-      multiply(*grads_[branch], head_.out_weight, *d);
-    }
-    return d;
-  }
-
-  // [s d y | s d + s_x d_x], see row_passes.h
-  MatrixView film_plane(const std::optional<MatrixView>& d, double scale,
-                        const std::optional<MatrixView>& d_x, double scale_x) const {
-    const MatrixView out = empty_matrix(head_.rows, 2 * head_.hidden, head_.compute);
-    dispatch_dtype(head_.compute, [&](auto type) {
-      using T = decltype(type);
-      parallel_ranges(head_.rows, 2 * head_.hidden, [&](int64_t begin, int64_t end) {
-        dgl_ext::film_grad<T>(begin, end, head_.hidden, data_or_null<T>(d), static_cast<T>(scale),
-                              data_or_null<T>(d_x), static_cast<T>(scale_x), head_.y.strided<T>(),
-                              out.data<T>());
-      });
-    });
-    return out;
-  }
-
-  // The gradient of [gamma | beta] that trains W_f, from the fused branch and from x alone.
-  const MatrixView& film_grad() {
-    if (!film_grad_) {
-      film_grad_ = film_plane(hidden_grad(kFused), 1,
-                              counts(kOfX) ? hidden_grad(kOfX) : std::nullopt, shares_[kOfX]);
-    }
-    return *film_grad_;
-  }
-
   // A branch's hidden rows, made again from gamma and beta.
   MatrixView hidden_rows(int64_t branch) const {
     if (branch == kOfX) return film_.columns(head_.hidden, head_.hidden);
@@ -216,13 +128,10 @@ class FilmBackward {
   }
 
   const FilmHead& head_;
-  MatrixView film_;
-  Tensor film_bias_;
-  double encoder_leak_;
+  const Grads& grads_;
+  const MatrixView& film_;
+  const Tensor& film_bias_;
   std::array<double, kBranches> shares_;  // of each branch's gradient, to the head
-  std::array<std::optional<MatrixView>, kBranches> grads_;
-  std::array<std::optional<MatrixView>, kBranches> hidden_grads_;
-  std::optional<MatrixView> film_grad_;
 };
 
 std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> features,
@@ -235,33 +144,62 @@ std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> f
   checks.executor(executor);
   FilmHead head = parse_film_head(checks, features, weights);
   checks.biases(biases, weights, features[0]);
-  checks.grad_outputs(grad_outputs, kBranches, head.leading, head.classes, features[0]);
-  checks.needs(needs_features, needs_weights, needs_biases, encoder_leak, head_leak, 2, 2);
-  Shape film_shape = head.leading;
-  film_shape.push_back(2 * head.hidden);
-  checks.shape("film", film, film_shape);
+  const Needs needs{needs_features, needs_weights, needs_biases};
+  checks.grad_outputs(grad_outputs, kBranches, head, features[0]);
+  checks.needs(needs, encoder_leak, head_leak, 2, 2);
+  checks.shape("film", film, head.with(2 * head.hidden));
   checks.saved("film", film, features[0], head.compute);
 
   const Masks masks = select_present_features(checks, present, head, features[0]);
-  FilmBackward grads(head, grad_outputs, film, biases[0], encoder_leak, head_leak);
+  OutGradients::Grads grads;
+  for (int64_t branch = 0; branch < kBranches; ++branch) {
+    if (grad_outputs[branch]) {
+      grads[branch] = MatrixView::from_rows(to_compute(*grad_outputs[branch]));
+    }
+  }
+  const MatrixView modulation = MatrixView::from_rows(torch::stable::contiguous(film));
+  const Tensor film_bias = bias_or_zeros(biases[0], 2 * head.hidden, head.compute);
+  const bool trains_film = needs.weights[0] || needs.biases[0];
+  const bool leaks = head_leak != 0;
+  const std::array<bool, kBranches> needed{
+      trains_film || (encoder_leak != 0 && Needs::any(needs.features)),
+      needs.features[0] || (leaks && trains_film), needs.features[1] || (leaks && needs.biases[0])};
+
   std::vector<Tensor> results;
-  const auto add = [&](bool needed, const Tensor& like, auto compute) {
-    if (!needed) return;
+  const auto add = [&](bool wanted, const Tensor& like) -> std::optional<MatrixView> {
+    if (!wanted) return std::nullopt;
     results.push_back(empty_cpu(shape_of(like), head.compute));
-    compute(MatrixView::from_rows(results.back()));
+    return MatrixView::from_rows(results.back());
   };
-  add(needs_features[0], features[0], [&](const MatrixView& out) {
-    grads.grad_x(out);
-    clear_absent(0, head.rows, masks[0], out);
+  const auto grad_x = add(needs.features[0], features[0]);
+  const auto grad_y = add(needs.features[1], features[1]);
+  const auto grad_film_weight = add(needs.weights[0], weights[0]);
+  const auto grad_out_weight = add(needs.weights[1], weights[1]);
+  std::vector<double> film_bias_totals(needs.biases[0] ? 2 * head.hidden : 0, 0.0);
+  dispatch_dtype(head.compute, [&](auto type) {
+    using T = decltype(type);
+    std::array<std::unique_ptr<T[]>, kBranches> d;  // grad W_o
+    for (int64_t branch = 0; branch < kBranches; ++branch) {
+      if (!needed[branch] || !grads[branch]) continue;
+      d[branch] = allocate<T>(head.rows * head.hidden);
+      multiply(*grads[branch], head.out_weight,
+               MatrixView::from_memory(d[branch].get(), head.rows, head.hidden, head.compute));
+    }
+    const auto planes = allocate<T>(4 * head.rows * head.hidden);
+    const FilmGradients<T> film_grads(head, head.x, head.y, modulation.data<T>(),
+                                      static_cast<const T*>(film_bias.const_data_ptr()),
+                                      {d[kFused].get(), d[kOfX].get(), d[kOfY].get()}, encoder_leak,
+                                      head_leak, planes.get());
+    if (grad_x) film_grads.grad_x(*grad_x);
+    if (grad_y) film_grads.grad_y(*grad_y);
+    if (trains_film) film_grads.add_parameters(grad_film_weight, false, film_bias_totals);
   });
-  add(needs_features[1], features[1], [&](const MatrixView& out) {
-    grads.grad_y(out);
-    clear_absent(0, head.rows, masks[1], out);
-  });
-  add(needs_weights[0], weights[0], [&](const MatrixView& out) { grads.grad_film_weight(out); });
-  add(needs_weights[1], weights[1], [&](const MatrixView& out) { grads.grad_out_weight(out); });
-  if (needs_biases[0]) results.push_back(grads.grad_film_bias());
-  if (needs_biases[1]) results.push_back(grads.grad_out_bias());
+  if (grad_x) clear_absent(0, head.rows, masks[0], *grad_x);
+  if (grad_y) clear_absent(0, head.rows, masks[1], *grad_y);
+  const OutGradients out_grads(head, grads, modulation, film_bias, head_leak);
+  if (grad_out_weight) out_grads.weight(*grad_out_weight);
+  if (needs.biases[0]) results.push_back(rounded(film_bias_totals, head.compute));
+  if (needs.biases[1]) results.push_back(out_grads.bias());
   return to_storage(std::move(results), head.storage);
 }
 

@@ -8,7 +8,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/film_head.h"
+#include "cpu/film_gradients.h"
 #include "cpu/step.h"
 
 namespace dgl_ext::cpu {
@@ -61,11 +61,8 @@ class FilmStep {
     grad_film_weight_ = add(needs_.weights[0], weights[0]);
     grad_out_weight_ = add(needs_.weights[1], weights[1]);
     for_chunks(head_.rows, chunk_, [&](int64_t begin, int64_t rows) { run_chunk(begin, rows); });
-    for (const auto* totals : {&film_bias_totals_, &out_bias_totals_}) {
-      if (!needs_.biases[totals == &out_bias_totals_]) continue;
-      grads.push_back(empty_cpu({static_cast<int64_t>(totals->size())}, head_.compute));
-      std::copy(totals->begin(), totals->end(), static_cast<T*>(grads.back().data_ptr()));
-    }
+    if (needs_.biases[0]) grads.push_back(rounded(film_bias_totals_, head_.compute));
+    if (needs_.biases[1]) grads.push_back(rounded(out_bias_totals_, head_.compute));
     return grads;
   }
 
@@ -81,7 +78,6 @@ class FilmStep {
   T* part(const Plane& stack, int64_t branch, int64_t cols) const {
     return stack.get() + branch * rows_ * cols;
   }
-  const T* hidden_grad(int64_t branch) const { return part(hidden_grads_, branch, head_.hidden); }
   const T* film_bias() const { return static_cast<const T*>(film_bias_.const_data_ptr()); }
 
   void run_chunk(int64_t first_row, int64_t rows) {
@@ -94,9 +90,7 @@ class FilmStep {
     losses_.finish_chunk();
     if (hidden_grads_) {
       make_hidden_grads();
-      if (grad_x_) make_grad_x(y.strided<T>());
-      if (grad_y_) make_grad_y();
-      if (trains_film_) add_film_grads(y.strided<T>());
+      make_film_grads(y);
     }
     if (needs_.weights[1] || needs_.biases[1]) add_out_grads();
   }
@@ -147,61 +141,31 @@ class FilmStep {
     }
   }
 
-  // [s d y | s d + s_x d_x], see row_passes.h
-  MatrixView film_plane(int64_t k, const Strided<T>& y, const T* d, double scale, const T* d_x,
-                        double scale_x) {
-    T* out = part(film_grad_, k, 2 * head_.hidden);
-    parallel_ranges(rows_, 2 * head_.hidden, [&](int64_t begin, int64_t end) {
-      film_grad<T>(begin, end, head_.hidden, d, static_cast<T>(scale), d_x, static_cast<T>(scale_x),
-                   y, out);
-    });
-    return matrix(out, rows_, 2 * head_.hidden);
+  // Of both features, W_f and b_f.
+  void make_film_grads(const MatrixView& y) {
+    const FilmGradients<T> grads(
+        head_, x_.row_block(first_row_, rows_), y, film_.get(), film_bias(),
+        {part(hidden_grads_, kFused, head_.hidden), part(hidden_grads_, kOfX, head_.hidden),
+         part(hidden_grads_, kOfY, head_.hidden)},
+        encoder_leak_, head_leak_, film_grad_.get());
+    if (grad_x_) {
+      const MatrixView out = grad_x_->row_block(first_row_, rows_);
+      grads.grad_x(out);
+      clear_absent_rows(0, out);
+    }
+    if (grad_y_) {
+      const MatrixView out = grad_y_->row_block(first_row_, rows_);
+      grads.grad_y(out);
+      clear_absent_rows(1, out);
+    }
+    if (trains_film_) {
+      grads.add_parameters(grad_film_weight_, /*add=*/first_row_ > 0, film_bias_totals_);
+    }
   }
 
   void clear_absent_rows(int64_t modality, const MatrixView& grad) const {
     const bool* present = losses_.present(modality);
     if (present != nullptr) clear_absent(0, rows_, present + first_row_, grad);
-  }
-
-  // d_x W_beta, and encoder_leak of what the fused branch sends to x
-  void make_grad_x(const Strided<T>& y) {
-    const MatrixView out = grad_x_->row_block(first_row_, rows_);
-    if (encoder_leak_ != 0) {
-      multiply(film_plane(0, y, hidden_grad(kFused), encoder_leak_, hidden_grad(kOfX), 1),
-               head_.film_weight, out);
-    } else {
-      multiply(matrix(part(hidden_grads_, kOfX, head_.hidden), rows_, head_.hidden),
-               head_.film_weight.row_block(head_.hidden, head_.hidden), out);
-    }
-    clear_absent_rows(0, out);
-  }
-
-  // b_gamma d_y, and encoder_leak of gamma d
-  void make_grad_y() {
-    const MatrixView out = grad_y_->row_block(first_row_, rows_);
-    const T* d = encoder_leak_ != 0 ? hidden_grad(kFused) : nullptr;
-    parallel_ranges(rows_, head_.hidden, [&](int64_t begin, int64_t end) {
-      film_grad_target<T>(begin, end, head_.hidden, d, static_cast<T>(encoder_leak_), film_.get(),
-                          hidden_grad(kOfY), film_bias(), out.data<T>());
-    });
-    clear_absent_rows(1, out);
-  }
-
-  // Of W_f and b_f: from the fused branch and, through the leak, x alone; the bias also y alone.
-  void add_film_grads(const Strided<T>& y) {
-    const bool leaks = head_leak_ != 0;
-    const MatrixView plane =
-        film_plane(0, y, hidden_grad(kFused), 1, leaks ? hidden_grad(kOfX) : nullptr, head_leak_);
-    if (grad_film_weight_) {
-      add_weight_grad(plane, x_.row_block(first_row_, rows_), *grad_film_weight_);
-    }
-    if (!needs_.biases[0]) return;
-    std::vector<Term<T>> terms{{plane.strided<T>(), T(1)}};
-    if (leaks) {
-      const MatrixView plane_y = film_plane(1, y, hidden_grad(kOfY), 1, nullptr, 0);
-      terms.push_back({plane_y.strided<T>(), static_cast<T>(head_leak_)});
-    }
-    add_sums(terms, rows_, film_bias_totals_);
   }
 
   // Of W_o and b_o: from the fused branch and, through the leak, the stack of all three. Nothing
@@ -218,21 +182,12 @@ class FilmStep {
     }
     const MatrixView residual = matrix(logits_.get(), rows, classes);
     if (grad_out_weight_) {
-      add_weight_grad(residual, matrix(hidden_.get(), rows, head_.hidden), *grad_out_weight_);
+      multiply(residual.transposed(), matrix(hidden_.get(), rows, head_.hidden), *grad_out_weight_,
+               /*add=*/first_row_ > 0);
     }
-    if (needs_.biases[1]) add_sums({{residual.strided<T>(), T(1)}}, rows, out_bias_totals_);
-  }
-
-  void add_weight_grad(const MatrixView& residual, const MatrixView& inputs,
-                       const MatrixView& out) const {
-    multiply(residual.transposed(), inputs, out, /*add=*/first_row_ > 0);
-  }
-
-  static void add_sums(const std::vector<Term<T>>& terms, int64_t rows,
-                       std::vector<double>& totals) {
-    parallel_ranges(static_cast<int64_t>(totals.size()), rows, [&](int64_t begin, int64_t end) {
-      add_column_sums<T>(begin, end, rows, terms.data(), terms.size(), totals.data());
-    });
+    if (needs_.biases[1]) {
+      add_sums<T>({{residual.template strided<T>(), T(1)}}, rows, out_bias_totals_);
+    }
   }
 
   const FilmHead& head_;

@@ -33,13 +33,11 @@ std::vector<Tensor> forward(std::vector<Tensor> features, std::vector<Tensor> we
   checks.biases(biases, weights, features[0]);
   select_present_features(checks, present, head, features[0]);
 
-  Shape shape = head.leading;
-  shape.push_back(head.classes);
   std::vector<Tensor> logits;  // fused first
   std::vector<MatrixView> partials;
-  logits.push_back(empty_cpu(shape, head.compute));
+  logits.push_back(empty_cpu(head.with(head.classes), head.compute));
   for (int64_t i = 0; i < head.modalities(); ++i) {
-    logits.push_back(empty_cpu(shape, head.compute));
+    logits.push_back(empty_cpu(head.with(head.classes), head.compute));
     partials.push_back(
         multiply_weight(head.features[i], head.weights[i], MatrixView::from_rows(logits.back())));
   }
@@ -78,10 +76,9 @@ std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> f
   const Checks checks("linear_head_backward");
   checks.executor(executor);
   LinearHead head = parse_linear_head(checks, features, weights);
-  checks.grad_outputs(grad_outputs, features.size() + 1, head.leading, head.classes, features[0]);
-  checks.needs(needs_features, needs_weights, needs_biases, encoder_leak, head_leak,
-               features.size(), weights.size());
-
+  const Needs needs{needs_features, needs_weights, needs_biases};
+  checks.grad_outputs(grad_outputs, features.size() + 1, head, features[0]);
+  checks.needs(needs, encoder_leak, head_leak, features.size(), weights.size());
   const Masks masks = select_present_features(checks, present, head, features[0]);
 
   std::vector<std::optional<MatrixView>> grads;  // of the logits, fused first
@@ -93,7 +90,7 @@ std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> f
 
   // grad h_i = (g_i + encoder_leak g) W_i
   for (int64_t i = 0; i < head.modalities(); ++i) {
-    if (!needs_features[i]) continue;
+    if (!needs.features[i]) continue;
     results.push_back(empty_cpu(shape_of(features[i]), head.compute));
     const MatrixView residual = mixed({{grads[i + 1], 1}, {grad_fused, encoder_leak}}, head.rows,
                                       head.classes, head.compute);
@@ -109,23 +106,21 @@ std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> f
     multiply(residual.transposed(), head.features[i], out);
   };
   for (size_t w = 0; w < weights.size(); ++w) {
-    if (!needs_weights[w]) continue;
+    if (!needs.weights[w]) continue;
     results.push_back(empty_cpu(shape_of(weights[w]), head.compute));
     const MatrixView out = MatrixView::from_rows(results.back());
     if (!head.shared) {
       weight_grad(static_cast<int64_t>(w), out);
       continue;
     }
-    int64_t begin = 0;
     for (int64_t i = 0; i < head.modalities(); ++i) {
-      weight_grad(i, out.columns(begin, head.features[i].cols));
-      begin += head.features[i].cols;
+      weight_grad(i, out.columns(head.begin[i], head.features[i].cols));
     }
   }
 
   // grad b = sum over rows of g, and head_leak of the g_i whose logits have this bias
   for (size_t b = 0; b < weights.size(); ++b) {
-    if (!needs_biases[b]) continue;
+    if (!needs.biases[b]) continue;
     std::vector<Share> shares{{grad_fused, 1}};
     for (int64_t i = 0; i < head.modalities(); ++i) {
       if (head.shared || i == static_cast<int64_t>(b)) shares.push_back({grads[i + 1], head_leak});

@@ -64,19 +64,14 @@ class LinearStep {
     for (size_t w = 0; w < weights.size(); ++w) {
       if (!needs_.weights[w]) continue;
       const MatrixView grad = add(weights[w]);
-      int64_t begin = 0;
       for (int64_t i = 0; head_.shared && i < head_.modalities(); ++i) {
-        grad_weights_[i] = grad.columns(begin, head_.features[i].cols);
-        begin += head_.features[i].cols;
+        grad_weights_[i] = grad.columns(head_.begin[i], head_.features[i].cols);
       }
       if (!head_.shared) grad_weights_[w] = grad;
     }
     for_chunks(head_.rows, chunk_, [&](int64_t begin, int64_t rows) { run_chunk(begin, rows); });
     for (size_t b = 0; b < bias_totals_.size(); ++b) {
-      if (!needs_.biases[b]) continue;
-      grads.push_back(empty_cpu({head_.classes}, head_.compute));
-      std::copy(bias_totals_[b].begin(), bias_totals_[b].end(),
-                static_cast<T*>(grads.back().data_ptr()));
+      if (needs_.biases[b]) grads.push_back(rounded(bias_totals_[b], head_.compute));
     }
     return grads;
   }

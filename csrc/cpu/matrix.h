@@ -30,10 +30,6 @@
 
 namespace dgl_ext {
 
-inline ScalarType compute_dtype(ScalarType dtype) {
-  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 inline Tensor to_dtype(const Tensor& tensor, ScalarType dtype) {
   return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
 }
@@ -341,19 +337,31 @@ inline MatrixView mixed(const std::vector<Share>& shares, int64_t rows, int64_t 
   return out;
 }
 
-// The column sums of sum_k scale_k grad_k: the gradient of a bias.
-inline Tensor summed_rows(const std::vector<Share>& shares, int64_t rows, int64_t cols,
-                          ScalarType dtype) {
-  Tensor out = empty_cpu({cols}, dtype);
+// totals[c] += the column sums of the terms: the gradient of a bias.
+template <typename T>
+void add_sums(const std::vector<Term<T>>& terms, int64_t rows, std::vector<double>& totals) {
+  parallel_ranges(static_cast<int64_t>(totals.size()), rows, [&](int64_t begin, int64_t end) {
+    add_column_sums<T>(begin, end, rows, terms.data(), terms.size(), totals.data());
+  });
+}
+
+// Totals as a tensor.
+inline Tensor rounded(const std::vector<double>& totals, ScalarType dtype) {
+  Tensor out = empty_cpu({static_cast<int64_t>(totals.size())}, dtype);
   dispatch_dtype(dtype, [&](auto type) {
     using T = decltype(type);
-    const auto terms = terms_of<T>(shares);
-    T* data = static_cast<T*>(out.data_ptr());
-    parallel_ranges(cols, rows, [&](int64_t begin, int64_t end) {
-      column_sums<T>(begin, end, rows, terms.data(), terms.size(), data);
-    });
+    std::copy(totals.begin(), totals.end(), static_cast<T*>(out.data_ptr()));
   });
   return out;
+}
+
+// The column sums of sum_k scale_k grad_k.
+inline Tensor summed_rows(const std::vector<Share>& shares, int64_t rows, int64_t cols,
+                          ScalarType dtype) {
+  std::vector<double> totals(cols, 0.0);
+  dispatch_dtype(dtype,
+                 [&](auto type) { add_sums(terms_of<decltype(type)>(shares), rows, totals); });
+  return rounded(totals, dtype);
 }
 
 }  // namespace dgl_ext

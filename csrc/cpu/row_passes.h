@@ -163,18 +163,6 @@ void add_column_sums(int64_t col_begin, int64_t col_end, int64_t rows, const Ter
   }
 }
 
-// out[c] = sum_k scale_k sum_r values_k[r, c], for a range of columns.
-template <typename T>
-void column_sums(int64_t col_begin, int64_t col_end, int64_t rows, const Term<T>* terms,
-                 int64_t count, T* out) {
-  for (int64_t begin = col_begin; begin < col_end; begin += kSumBlock) {
-    const int64_t width = std::min(kSumBlock, col_end - begin);
-    double totals[kSumBlock] = {};
-    add_block_sums<T>(begin, width, rows, terms, count, totals);
-    for (int64_t c = 0; c < width; ++c) out[begin + c] = static_cast<T>(totals[c]);
-  }
-}
-
 // FiLM's hidden rows: h = gamma y + beta for the fused branch, beta for x alone (y = 0) and
 // b_gamma y + b_beta for y alone (x = 0). A null output is not wanted. All outputs are row-major.
 template <typename T>

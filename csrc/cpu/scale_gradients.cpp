@@ -44,15 +44,10 @@ void scale_into(const Tensor& from, double scale, const Tensor& to) {
 }
 
 double check(const Checks& checks, const std::vector<Tensor>& grads, const Tensor& scale) {
-  for (size_t i = 0; i < grads.size(); ++i) {
-    checks.like(Checks::indexed("grads", i), grads[i], grads[0], "grads[0]");
-  }
-  const ScalarType dtype =
-      grads.empty() ? ScalarType::Float : compute_dtype(grads[0].scalar_type());
-  checks.saved("scale", scale, grads.empty() ? scale : grads[0], dtype);
-  checks.shape("scale", scale, {});
-  return dtype == ScalarType::Double ? *static_cast<const double*>(scale.const_data_ptr())
-                                     : *static_cast<const float*>(scale.const_data_ptr());
+  checks.scaling(grads, scale);
+  return scale.scalar_type() == ScalarType::Double
+             ? *static_cast<const double*>(scale.const_data_ptr())
+             : *static_cast<const float*>(scale.const_data_ptr());
 }
 
 void scale_in_place(std::vector<Tensor> grads, Tensor scale) {

@@ -55,18 +55,6 @@ void for_cached_rows(int64_t begin, int64_t end, int64_t classes, const F& f) {
   for (int64_t first = begin; first < end; first += step) f(first, std::min(end, first + step));
 }
 
-// Which gradients a step is asked for.
-struct Needs {
-  std::vector<bool> features;
-  std::vector<bool> weights;
-  std::vector<bool> biases;
-
-  static bool any(const std::vector<bool>& of) {
-    return std::find(of.begin(), of.end(), true) != of.end();
-  }
-  bool head() const { return any(weights) || any(biases); }
-};
-
 struct LossOptions {
   const std::vector<double>& alpha;
   bool mean;
@@ -218,10 +206,9 @@ std::vector<Tensor> step(std::vector<Tensor> features, std::vector<Tensor> weigh
   checks.biases(biases, weights, features[0]);
   checks.step(target, present, alpha, label_smoothing, workspace_limit, features.size(),
               head.leading, features[0]);
-  checks.needs(needs_features, needs_weights, needs_biases, encoder_leak, head_leak,
-               features.size(), weights.size());
+  const Needs needs{needs_features, needs_weights, needs_biases};
+  checks.needs(needs, encoder_leak, head_leak, features.size(), weights.size());
   if (workspace_limit == 0) workspace_limit = kDefaultWorkspace;
-  const Needs needs{std::move(needs_features), std::move(needs_weights), std::move(needs_biases)};
   StepLosses losses(checks, head.rows, head.classes, target, present,
                     {alpha, mean, ignore_index, label_smoothing});
   std::vector<Tensor> grads;

@@ -12,7 +12,7 @@ struct FilmBackward : FilmGradients<C, false> {
   using typename Gradients::T;
 
   static __device__ __forceinline__ void run(const Arguments& args) {
-    T* shared = reinterpret_cast<T*>(dynamic_shared_memory());
+    T* shared = shared_memory<C>();
     const RowRange all{0, args.problem.head.rows};
     Gradients::copy_gradients(args, all);
     Gradients::prepare_features(args, all);

@@ -34,7 +34,7 @@ struct FilmForward {
   }
 
   static __device__ __forceinline__ void run(const Arguments& args) {
-    T* shared = reinterpret_cast<T*>(dynamic_shared_memory());
+    T* shared = shared_memory<C>();
     const RowRange all{0, args.problem.head.rows};
     multiply_film(args, shared, all);
     grid_sync();

@@ -180,21 +180,13 @@ struct FilmGradients : FilmPlanes<C, kStep> {
     const int64_t across = ceil_div(p.head.classes, kColumnTile);
     const int64_t split = item / across, index = item % across;
     const int64_t begin = split * args.plan.rows_per_split;
-    column_sums<C>(
-        shared, kColumnTile / kRun, begin, smaller(begin + args.plan.rows_per_split, rows.count),
-        p.head.classes, index,
-        [&](int64_t row, int64_t column, int count, Accumulator(&v)[kRun]) {
-          out_bias_gradient(args, row, column, count, rows, v);
-        },
-        [&](int64_t column, Accumulator sum) {
-          Accumulator v[1] = {sum};
-          multiply_all(v, scale_of(args, 0));
-          if (args.plan.partials) {
-            write_sum(bias_partial(args, split, 2 * p.head.hidden + column), v, 1, rows);
-          } else {
-            write_sum(static_cast<Output*>(p.grad_out_bias) + column, v, 1, rows);
-          }
-        });
+    Planes::bias_tile(shared, rows, begin, smaller(begin + args.plan.rows_per_split, rows.count),
+                      p.head.classes, index, scale_of(args, 0),
+                      args.plan.partials ? bias_partial(args, split, 2 * p.head.hidden) : nullptr,
+                      p.grad_out_bias,
+                      [&](int64_t row, int64_t column, int count, Accumulator(&v)[kRun]) {
+                        out_bias_gradient(args, row, column, count, rows, v);
+                      });
   }
   /// What the gradient of the output's bias is summed from.
   static __device__ __forceinline__ void out_bias_gradient(const Arguments& args, int64_t row,
@@ -367,22 +359,14 @@ struct FilmGradients : FilmPlanes<C, kStep> {
     const int64_t across = ceil_div(p.head.hidden, kColumnTile);
     const int64_t index = item % across, half = item / across % 2, split = item / across / 2;
     const int64_t begin = split * args.plan.rows_per_split;
-    column_sums<C>(
-        shared, kColumnTile / kRun, begin, smaller(begin + args.plan.rows_per_split, rows.count),
-        p.head.hidden, index,
-        [&](int64_t row, int64_t column, int count, Accumulator(&v)[kRun]) {
-          film_bias_gradient(args, half, row, column, count, rows, v);
-        },
-        [&](int64_t column, Accumulator sum) {
-          const int64_t at = half * p.head.hidden + column;
-          Accumulator v[1] = {sum};
-          multiply_all(v, scale_of(args, 0));
-          if (args.plan.partials) {
-            write_sum(bias_partial(args, split, at), v, 1, rows);
-          } else {
-            write_sum(static_cast<Output*>(p.grad_film_bias) + at, v, 1, rows);
-          }
-        });
+    const int64_t first = half * p.head.hidden;
+    Planes::bias_tile(shared, rows, begin, smaller(begin + args.plan.rows_per_split, rows.count),
+                      p.head.hidden, index, scale_of(args, 0),
+                      args.plan.partials ? bias_partial(args, split, first) : nullptr,
+                      static_cast<Output*>(p.grad_film_bias) + first,
+                      [&](int64_t row, int64_t column, int count, Accumulator(&v)[kRun]) {
+                        film_bias_gradient(args, half, row, column, count, rows, v);
+                      });
   }
 
   /// What the gradient of the film bias, gamma's or beta's half, is summed from.
@@ -434,29 +418,15 @@ struct FilmGradients : FilmPlanes<C, kStep> {
     }
   }
 
-  /// Adds the partial sums of the biases' gradients, in order, a tile of columns at a time.
   static __device__ __forceinline__ void add_bias_splits(const Arguments& args, T* shared,
                                                          Accumulator scale) {
     const FilmHeadBackward& p = args.problem;
-    const int64_t film = 2 * p.head.hidden;
-    add_bias(args, shared, scale, p.grad_film_bias, 0, film);
-    add_bias(args, shared, scale, p.grad_out_bias, film, p.head.classes);
-  }
-  static __device__ __forceinline__ void add_bias(const Arguments& args, T* shared,
-                                                  Accumulator scale, void* bias, int64_t first,
-                                                  int64_t columns) {
-    if (!bias) return;
-#pragma unroll 1
-    for (int64_t tile = blockIdx.x; tile < ceil_div(columns, kColumnTile); tile += gridDim.x) {
-      column_sums<C>(
-          shared, kColumnTile / kRun, 0, args.plan.bias_splits, columns, tile,
-          [&](int64_t split, int64_t column, int count, Accumulator(&v)[kRun]) {
-            read_run(bias_partial(args, split, first + column), count, v);
-          },
-          [&](int64_t column, Accumulator sum) {
-            static_cast<Output*>(bias)[column] = narrow<Output>(sum * scale);
-          });
-    }
+    const int64_t film = 2 * p.head.hidden, pitch = film + p.head.classes;
+    int64_t item = blockIdx.x;
+    Planes::add_bias(shared, scale, p.grad_film_bias, bias_partial(args, 0, 0),
+                     args.plan.bias_splits, pitch, film, item);
+    Planes::add_bias(shared, scale, p.grad_out_bias, bias_partial(args, 0, film),
+                     args.plan.bias_splits, pitch, p.head.classes, item);
   }
 
   /// Sums of the biases' gradients over this CTA's rows of a chunk, as its partial sums.
@@ -466,32 +436,16 @@ struct FilmGradients : FilmPlanes<C, kStep> {
     const int64_t hidden = p.head.hidden;
 #pragma unroll 1
     for (int half = 0; half < 2 && p.grad_film_bias; ++half) {
-      sum_own_rows(args, shared, rows, hidden, half * hidden,
-                   [&](int64_t row, int64_t column, int count, Accumulator(&v)[kRun]) {
-                     film_bias_gradient(args, half, row, column, count, rows, v);
-                   });
+      Planes::sum_own_rows(shared, rows, hidden, bias_partial(args, blockIdx.x, half * hidden),
+                           [&](int64_t row, int64_t column, int count, Accumulator(&v)[kRun]) {
+                             film_bias_gradient(args, half, row, column, count, rows, v);
+                           });
     }
     if (!p.grad_out_bias) return;
-    sum_own_rows(args, shared, rows, p.head.classes, 2 * hidden,
-                 [&](int64_t row, int64_t column, int count, Accumulator(&v)[kRun]) {
-                   out_bias_gradient(args, row, column, count, rows, v);
-                 });
-  }
-  template <class Value>
-  static __device__ __forceinline__ void sum_own_rows(const Arguments& args, T* shared,
-                                                      RowRange rows, int64_t columns, int64_t first,
-                                                      Value&& value) {
-    const RowRange own = own_rows(rows.count);
-    int width = C::kThreads;
-    while (width > 1 && int64_t(width / 2) * kRun >= columns) width /= 2;
-#pragma unroll 1
-    for (int64_t tile = 0; tile * width * kRun < columns; ++tile) {
-      column_sums<C>(shared, width, own.begin, own.begin + own.count, columns, tile, value,
-                     [&](int64_t column, Accumulator sum) {
-                       Accumulator* to = bias_partial(args, blockIdx.x, first + column);
-                       *to = kStep && rows.begin > 0 ? *to + sum : sum;
-                     });
-    }
+    Planes::sum_own_rows(shared, rows, p.head.classes, bias_partial(args, blockIdx.x, 2 * hidden),
+                         [&](int64_t row, int64_t column, int count, Accumulator(&v)[kRun]) {
+                           out_bias_gradient(args, row, column, count, rows, v);
+                         });
   }
 };
 

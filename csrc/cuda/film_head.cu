@@ -1,8 +1,8 @@
 #include "film_backward.cuh"
 #include "film_forward.cuh"
-#include "film_library.h"
 #include "instances.cuh"
 #include "launch.h"
+#include "library.h"
 
 namespace dgl_ext {
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "film_forward.cuh"
+#include "row_sums.cuh"
 
 namespace dgl_ext {
 
@@ -19,10 +20,9 @@ struct FilmBackwardArguments {
 
 /// kStep: gradients are those of a training step, whose rows may come in chunks.
 template <class C, bool kStep>
-struct FilmPlanes {
+struct FilmPlanes : RowSums<C, kStep> {
   using T = typename C::T;
   using Accumulator = typename C::Accumulator;
-  using Output = std::conditional_t<kStep && std::is_same_v<T, f16>, float, T>;
   using Arguments = FilmBackwardArguments;
 
   static __device__ __forceinline__ const ConstMatrix& incoming(const FilmHeadBackward& p,
@@ -89,21 +89,6 @@ struct FilmPlanes {
       return 1;
     }
   }
-  /// Writes sums over the rows of a chunk, or adds them to those of the chunks before.
-  template <class O, int kCount>
-  static __device__ __forceinline__ void write_sum(O* to, Accumulator (&v)[kCount], int count,
-                                                   RowRange rows) {
-    if (kStep && rows.begin > 0) add_stored(to, v, count);
-    write_run(to, v, count);
-  }
-  template <int kCount>
-  static __device__ __forceinline__ void multiply_all(Accumulator (&v)[kCount], Accumulator scale) {
-    if constexpr (kStep) {
-#pragma unroll
-      for (int e = 0; e < kCount; ++e) v[e] *= scale;
-    }
-  }
-
   static __device__ __forceinline__ Accumulator* out_weight_partial(const Arguments& args,
                                                                     int64_t split, int64_t row,
                                                                     int64_t column) {

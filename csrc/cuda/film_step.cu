@@ -1,7 +1,7 @@
-#include "film_library.h"
 #include "film_step.cuh"
 #include "instances.cuh"
 #include "launch.h"
+#include "library.h"
 
 namespace dgl_ext {
 
@@ -11,16 +11,8 @@ cudaError_t film_head_step(const FilmHeadStep& problem, Precision precision,
   forward.head = problem.head;
   forward.modulation = {static_cast<char*>(workspace) + plan.modulation_offset,
                         2 * problem.head.hidden};
-  FilmHeadBackward backward;
-  backward.head = problem.head;
-  backward.leaks = problem.leaks;
+  FilmHeadBackward backward = problem;
   backward.modulation = {forward.modulation.data, forward.modulation.stride};
-  backward.grad_condition = problem.grad_condition;
-  backward.grad_target = problem.grad_target;
-  backward.grad_film_weight = problem.grad_film_weight;
-  backward.grad_out_weight = problem.grad_out_weight;
-  backward.grad_film_bias = problem.grad_film_bias;
-  backward.grad_out_bias = problem.grad_out_bias;
   FilmStepArguments arguments{{forward, plan.forward, workspace},
                               {backward, plan.backward, workspace},
                               problem.loss,

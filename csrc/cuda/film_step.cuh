@@ -57,12 +57,12 @@ struct FilmStep {
   }
 
   static __device__ __forceinline__ void run(const Arguments& args) {
-    T* shared = reinterpret_cast<T*>(dynamic_shared_memory());
-    const StepContext step = context(args);
+    T* shared = shared_memory<C>();
+    const StepContext step = context_of(args);
     Losses::count(step, shared);
 #pragma unroll 1
     for (int chunk = 0; chunk < args.plan.chunks; ++chunk) {
-      RowRange rows = chunk_of(args, chunk);
+      RowRange rows = step.chunk(chunk);
       Forward::multiply_film(args.forward, shared, rows);
       grid_sync();
       Forward::modulate(args.forward, rows);
@@ -87,15 +87,6 @@ struct FilmStep {
       grid_sync();
       Gradients::add_row_splits(args.backward, shared);
     }
-  }
-
-  static __device__ __forceinline__ StepContext context(const Arguments& args) {
-    const FilmHead& head = args.forward.problem.head;
-    return {args.loss, args.plan, head.present, head.rows, head.classes, args.forward.workspace};
-  }
-  static __device__ __forceinline__ RowRange chunk_of(const Arguments& args, int chunk) {
-    const int64_t begin = chunk * args.plan.chunk_rows;
-    return {begin, smaller(args.plan.chunk_rows, args.forward.problem.head.rows - begin)};
   }
 };
 

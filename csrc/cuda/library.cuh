@@ -8,6 +8,14 @@
 
 namespace dgl_ext::library {
 
+/// What is alike in this executor's kernels; they have no tiles to count.
+template <class A, int kBytes = 0>
+struct ElementKernel {
+  using Arguments = A;
+  static constexpr int kSharedBytes = kBytes;
+  static void count_tiles(Arguments&) {}
+};
+
 /// Rows with a target, counted by all CTAs.
 struct CountArguments {
   CrossEntropy loss;
@@ -17,14 +25,11 @@ struct CountArguments {
   void* workspace;
 };
 template <class C>
-struct CountRows {
-  using Arguments = CountArguments;
-  static constexpr int kSharedBytes = C::kThreads * int(sizeof(int64_t));
-  static void count_tiles(Arguments&) {}
-  static __device__ __forceinline__ void run(const Arguments& args) {
+struct CountRows : ElementKernel<CountArguments, C::kThreads* int(sizeof(int64_t))> {
+  static __device__ __forceinline__ void run(const CountArguments& args) {
     const StepContext step{args.loss, args.plan,    args.present,
                            args.rows, args.classes, args.workspace};
-    StepLosses<C>::count(step, reinterpret_cast<typename C::T*>(dynamic_shared_memory()));
+    StepLosses<C>::count(step, shared_memory<C>());
   }
 };
 
@@ -54,24 +59,38 @@ constexpr Dtype step_output(Dtype dtype) {
   return dtype == Dtype::kFloat16 ? Dtype::kFloat32 : dtype;
 }
 
-/// The products of one phase, computed together.
-class Products {
+/// Launches and products, one after the other; none once one has failed.
+class Run {
  public:
-  Products(const Queue& queue, Precision precision, const StepTotals* constants = nullptr)
-      : queue_(queue), precision_(precision), constants_(constants) {}
+  Run(Precision precision, const LaunchShape& shape, const Queue& queue,
+      const StepTotals* constants = nullptr)
+      : precision_(precision), shape_(shape), queue_(queue), constants_(constants) {}
+
+  template <template <class> class Kernel, class Arguments>
+  void launch(const Arguments& arguments) {
+    if (status_ != cudaSuccess) return;
+    status_ = launch_head<Kernel>(ElementConfigs{}, dtype(), shape_, arguments, queue_.stream);
+  }
+  /// Products that are added are computed together, by `multiply`.
   void add(const Matmul& product) { products_[count_++] = product; }
-  cudaError_t run() {
-    const int count = count_;
+  void multiply() {
+    if (status_ == cudaSuccess) {
+      status_ = matmul(queue_, precision_, constants_, products_, count_);
+    }
     count_ = 0;
-    return matmul(queue_, precision_, constants_, products_, count);
   }
 
+  Dtype dtype() const { return precision_.dtype; }
+  cudaError_t status() const { return status_; }
+
  private:
-  const Queue& queue_;
   const Precision precision_;
+  const LaunchShape& shape_;
+  const Queue& queue_;
   const StepTotals* const constants_;
   Matmul products_[kMaxModalities];
   int count_ = 0;
+  cudaError_t status_ = cudaSuccess;
 };
 
 /// Scales of the branches' gradients, which the rows kernel writes, and the constants behind them.
@@ -80,13 +99,13 @@ struct Scales {
   int branches;
   bool shared;  ///< branches 1.. have one and the same
 
-  Scales(void* workspace, const StepPlan& plan, const CrossEntropy& loss,
-         const uint8_t* const* present)
-      : totals(static_cast<const StepTotals*>(at(workspace, plan.totals_offset))),
-        branches(plan.branches),
+  explicit Scales(const StepContext& step)
+      : totals(static_cast<const StepTotals*>(at(step.workspace, step.plan.totals_offset))),
+        branches(step.plan.branches),
         shared(true) {
+    const CrossEntropy& loss = step.loss;
     for (int k = 1; k < branches; ++k) {
-      shared &= loss.alpha[k - 1] == loss.alpha[0] && !(loss.mean && present[k - 1]);
+      shared &= loss.alpha[k - 1] == loss.alpha[0] && !(loss.mean && step.present[k - 1]);
     }
   }
   /// Products with one address may run together.
@@ -94,12 +113,12 @@ struct Scales {
   const StepTotals* constants() const { return totals + branches; }
 };
 
-template <class Head>
-CountArguments count_arguments(const Head& head, const CrossEntropy& loss, const StepPlan& plan,
-                               void* workspace) {
-  CountArguments arguments{loss, plan, {}, head.rows, head.classes, workspace};
-  for (int k = 1; k < plan.branches; ++k) arguments.present[k - 1] = head.present[k - 1];
-  return arguments;
+/// Before the first chunk of a step, where one CTA cannot count its rows in passing.
+inline void count_rows(Run& run, const StepContext& step) {
+  if (!step.plan.count_first) return;
+  CountArguments arguments{step.loss, step.plan, {}, step.rows, step.classes, step.workspace};
+  for (int k = 1; k < step.plan.branches; ++k) arguments.present[k - 1] = step.present[k - 1];
+  run.launch<CountRows>(arguments);
 }
 
 }  // namespace dgl_ext::library

@@ -13,7 +13,7 @@ struct LinearBackward : LinearGradients<C, false> {
   using typename Gradients::T;
 
   static __device__ __forceinline__ void run(const Arguments& args) {
-    T* shared = reinterpret_cast<T*>(dynamic_shared_memory());
+    T* shared = shared_memory<C>();
     const RowRange all{0, args.problem.head.rows};
     if (args.plan.plane_count > 0 || args.plan.has_masked) {
       make_planes(args, all);

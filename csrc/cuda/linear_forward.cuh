@@ -30,7 +30,7 @@ struct LinearForward {
   }
 
   static __device__ __forceinline__ void run(const Arguments& args) {
-    T* shared = reinterpret_cast<T*>(dynamic_shared_memory());
+    T* shared = shared_memory<C>();
     multiply<true>(args, shared, {0, args.problem.head.rows});
     if (args.plan.direct) return;
     grid_sync();

@@ -2,7 +2,7 @@
 // independent tiles for all of them. The backward launch and the training step are made of it.
 #pragma once
 
-#include "phases.cuh"
+#include "row_sums.cuh"
 
 namespace dgl_ext {
 
@@ -19,12 +19,14 @@ struct LinearBackwardArguments {
 
 /// kStep: gradients are those of a training step, whose rows may come in chunks.
 template <class C, bool kStep>
-struct LinearGradients {
+struct LinearGradients : RowSums<C, kStep> {
+  using Sums = RowSums<C, kStep>;
   using T = typename C::T;
   using Accumulator = typename C::Accumulator;
+  using Output = typename Sums::Output;
+  using Sums::write_sum;
   using WeightTile = GemmTile<C, Major::kOuter, Major::kOuter>;   // g^T h: k = rows
   using FeatureTile = GemmTile<C, Major::kDepth, Major::kOuter>;  // g W: k = classes
-  using Output = std::conditional_t<kStep && std::is_same_v<T, f16>, float, T>;
   using Arguments = LinearBackwardArguments;
   static constexpr int kSharedBytes = WeightTile::kSharedBytes > FeatureTile::kSharedBytes
                                           ? WeightTile::kSharedBytes
@@ -181,21 +183,12 @@ struct LinearGradients {
     }
     const int64_t begin = split * args.plan.rows_per_split;
     const int64_t end = smaller(begin + args.plan.rows_per_split, rows.count);
-    const auto done = [&](int64_t column, Accumulator sum) {
-      Accumulator v[1] = {sum};
-      if constexpr (kStep) v[0] *= scale_of(args, GradientSource{0, 0, 1});
-      if (args.plan.partials) {
-        write_sum(bias_partial(args, split, target, column), v, 1, rows);
-      } else {
-        write_sum(static_cast<Output*>(bias_target(p, target)) + column, v, 1, rows);
-      }
-    };
-    column_sums<C>(
-        shared, kColumnTile / kRun, begin, end, p.head.classes, index,
+    Sums::bias_tile(
+        shared, rows, begin, end, p.head.classes, index, scale_of(args, GradientSource{0, 0, 1}),
+        args.plan.partials ? bias_partial(args, split, target) : nullptr, bias_target(p, target),
         [&](int64_t row, int64_t column, int count, Accumulator(&v)[kRun]) {
           bias_gradient(args, target, row, column, count, rows, v);
-        },
-        done);
+        });
   }
 
   /// What the gradient of a bias is summed from: a run of one row.
@@ -219,14 +212,6 @@ struct LinearGradients {
     }
   }
 
-  /// Writes sums over the rows of a chunk, or adds them to those of the chunks before.
-  template <class O, int kCount>
-  static __device__ __forceinline__ void write_sum(O* to, Accumulator (&v)[kCount], int count,
-                                                   RowRange rows) {
-    if (kStep && rows.begin > 0) add_stored(to, v, count);
-    write_run(to, v, count);
-  }
-
   static __device__ __forceinline__ Accumulator* weight_partial(const Arguments& args,
                                                                 int64_t split, int64_t row,
                                                                 int64_t column) {
@@ -234,10 +219,9 @@ struct LinearGradients {
            (split * args.problem.head.classes + row) * args.plan.weight_partial_columns + column;
   }
   static __device__ __forceinline__ Accumulator* bias_partial(const Arguments& args, int64_t split,
-                                                              int target, int64_t column) {
+                                                              int target) {
     return workspace_at<Accumulator>(args.workspace, args.plan.bias_partial_offset) +
-           (split * (args.problem.head.modalities + 1) + target) * args.problem.head.classes +
-           column;
+           (split * (args.problem.head.modalities + 1) + target) * args.problem.head.classes;
   }
 
   static __device__ __forceinline__ void add_row_splits(const Arguments& args, T* shared) {
@@ -263,50 +247,28 @@ struct LinearGradients {
     }
   }
 
-  /// Sums of the biases' gradients over the rows [begin, end) of a chunk, as this CTA's partial
-  /// sums.
+  /// Sums of the biases' gradients over a chunk's rows of this CTA, as its partial sums.
   static __device__ __forceinline__ void sum_biases(const Arguments& args, T* shared,
                                                     RowRange rows) {
     const LinearHeadBackward& p = args.problem;
-    const RowRange own = own_rows(rows.count);
-    int width = C::kThreads;
-    while (width > 1 && int64_t(width / 2) * kRun >= p.head.classes) width /= 2;
 #pragma unroll 1
     for (int target = 0; target <= p.head.modalities; ++target) {
       if (!bias_target(p, target)) continue;
-#pragma unroll 1
-      for (int64_t tile = 0; tile * width * kRun < p.head.classes; ++tile) {
-        column_sums<C>(
-            shared, width, own.begin, own.begin + own.count, p.head.classes, tile,
-            [&](int64_t row, int64_t column, int count, Accumulator(&v)[kRun]) {
-              bias_gradient(args, target, row, column, count, rows, v);
-            },
-            [&](int64_t column, Accumulator sum) {
-              Accumulator* to = bias_partial(args, blockIdx.x, target, column);
-              *to = kStep && rows.begin > 0 ? *to + sum : sum;
-            });
-      }
+      Sums::sum_own_rows(shared, rows, p.head.classes, bias_partial(args, blockIdx.x, target),
+                         [&](int64_t row, int64_t column, int count, Accumulator(&v)[kRun]) {
+                           bias_gradient(args, target, row, column, count, rows, v);
+                         });
     }
   }
-
-  /// Adds the partial sums of the biases' gradients, in order, a tile of columns at a time.
   static __device__ __forceinline__ void add_bias_splits(const Arguments& args, T* shared,
                                                          Accumulator scale) {
     const LinearHeadBackward& p = args.problem;
-    const int64_t tiles = ceil_div(p.head.classes, kColumnTile);
+    int64_t item = blockIdx.x;
 #pragma unroll 1
-    for (int64_t item = blockIdx.x; item < (p.head.modalities + 1) * tiles; item += gridDim.x) {
-      const int target = int(item / tiles);
-      void* const bias = bias_target(p, target);
-      if (!bias) continue;
-      column_sums<C>(
-          shared, kColumnTile / kRun, 0, args.plan.bias_splits, p.head.classes, item % tiles,
-          [&](int64_t split, int64_t column, int count, Accumulator(&v)[kRun]) {
-            read_run(bias_partial(args, split, target, column), count, v);
-          },
-          [&](int64_t column, Accumulator sum) {
-            static_cast<Output*>(bias)[column] = narrow<Output>(sum * scale);
-          });
+    for (int target = 0; target <= p.head.modalities; ++target) {
+      Sums::add_bias(shared, scale, bias_target(p, target), bias_partial(args, 0, target),
+                     args.plan.bias_splits, (p.head.modalities + 1) * p.head.classes,
+                     p.head.classes, item);
     }
   }
 };

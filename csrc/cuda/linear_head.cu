@@ -1,8 +1,8 @@
 #include "instances.cuh"
 #include "launch.h"
+#include "library.h"
 #include "linear_backward.cuh"
 #include "linear_forward.cuh"
-#include "linear_library.h"
 
 namespace dgl_ext {
 

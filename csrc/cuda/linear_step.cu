@@ -1,6 +1,8 @@
+#include <algorithm>
+
 #include "instances.cuh"
 #include "launch.h"
-#include "linear_library.h"
+#include "library.h"
 #include "linear_step.cuh"
 
 namespace dgl_ext {
@@ -10,18 +12,9 @@ cudaError_t linear_head_step(const LinearHeadStep& problem, Precision precision,
   LinearHeadForward forward;
   forward.head = problem.head;
   forward.fused_bias = problem.fused_bias;
-  LinearHeadBackward backward;
-  backward.head = problem.head;
-  backward.leaks = problem.leaks;
-  backward.grad_fused_bias = problem.grad_fused_bias;
-  for (int i = 0; i < problem.head.modalities; ++i) {
-    forward.branch_bias[i] = problem.branch_bias[i];
-    backward.grad_feature[i] = problem.grad_feature[i];
-    backward.grad_weight[i] = problem.grad_weight[i];
-    backward.grad_branch_bias[i] = problem.grad_branch_bias[i];
-  }
+  std::copy_n(problem.branch_bias, kMaxModalities, forward.branch_bias);
   LinearStepArguments arguments{{forward, plan.forward, workspace},
-                                {backward, plan.backward, workspace},
+                                {problem, plan.backward, workspace},
                                 problem.loss,
                                 plan.step};
   arguments.backward.totals_offset = plan.step.totals_offset;

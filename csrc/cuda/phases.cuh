@@ -7,6 +7,11 @@ namespace dgl_ext {
 
 constexpr int kColumnTile = 32;  ///< columns of one bias sum
 
+template <class C>
+__device__ __forceinline__ typename C::T* shared_memory() {
+  return reinterpret_cast<typename C::T*>(dynamic_shared_memory());
+}
+
 /// Consecutive rows of the problem: all of them, or the chunk that a step works on.
 struct RowRange {
   int64_t begin, count;

@@ -66,8 +66,10 @@ void bind(py::module_& m) {
   m.def("column_sums", [](const std::vector<std::pair<Array<T>, T>>& pairs, int64_t row_count,
                           Array<T>& out, Range columns) {
     const auto list = terms<T>(pairs);
-    dgl_ext::column_sums<T>(columns.first, columns.second, row_count, list.data(), list.size(),
-                            out.mutable_data());
+    std::vector<double> totals(columns.second, 0.0);
+    dgl_ext::add_column_sums<T>(columns.first, columns.second, row_count, list.data(), list.size(),
+                                totals.data());
+    std::copy(totals.begin() + columns.first, totals.end(), out.mutable_data() + columns.first);
   });
   m.def("film_hidden", [](const Array<T>& film, const Array<T>& y, const Array<T>& bias,
                           std::optional<Array<T>> fused, std::optional<Array<T>> of_x,

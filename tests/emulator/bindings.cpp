@@ -104,15 +104,10 @@ void read(const py::dict& d, CrossEntropy& loss) {
   loss.correct = reinterpret_cast<int64_t*>(address_of(d, "correct"));
 }
 void read(const py::dict& d, LinearHeadStep& p) {
-  read(d, p.head);
-  read(d, p.leaks);
+  read(d, static_cast<LinearHeadBackward&>(p));
   read(d, p.loss);
   p.fused_bias = reinterpret_cast<void*>(address_of(d, "fused_bias"));
   pointers_of(d, "branch_bias", p.branch_bias);
-  matrices_of(d, "grad_feature", p.grad_feature);
-  matrices_of(d, "grad_weight", p.grad_weight);
-  p.grad_fused_bias = reinterpret_cast<void*>(address_of(d, "grad_fused_bias"));
-  pointers_of(d, "grad_branch_bias", p.grad_branch_bias);
 }
 void read(const py::dict& d, FilmHead& head) {
   head.rows = d["rows"].cast<int64_t>();
@@ -147,15 +142,8 @@ void read(const py::dict& d, FilmHeadBackward& p) {
   p.grad_out_bias = reinterpret_cast<void*>(address_of(d, "grad_out_bias"));
 }
 void read(const py::dict& d, FilmHeadStep& p) {
-  read(d, p.head);
-  read(d, p.leaks);
+  read(d, static_cast<FilmHeadBackward&>(p));
   read(d, p.loss);
-  p.grad_condition = matrix_of<Matrix>(d, "grad_condition");
-  p.grad_target = matrix_of<Matrix>(d, "grad_target");
-  p.grad_film_weight = matrix_of<Matrix>(d, "grad_film_weight");
-  p.grad_out_weight = matrix_of<Matrix>(d, "grad_out_weight");
-  p.grad_film_bias = reinterpret_cast<void*>(address_of(d, "grad_film_bias"));
-  p.grad_out_bias = reinterpret_cast<void*>(address_of(d, "grad_out_bias"));
 }
 template <class Problem>
 Problem read(const py::dict& d) {

@@ -28,6 +28,7 @@ class Bug:
 TILE, LOADER, PHASES = "cuda/gemm_tile.cuh", "cuda/tile_loader.cuh", "cuda/phases.cuh"
 FORWARD, BACKWARD = "cuda/linear_forward.cuh", "cuda/linear_backward.cuh"
 GRADIENTS, FILM_GRADIENTS = "cuda/linear_gradients.cuh", "cuda/film_gradients.cuh"
+SUMS = "cuda/row_sums.cuh"
 LINEAR_STEP, FILM_STEP = "cuda/linear_step.cuh", "cuda/film_step.cuh"
 LOSSES, ROWS = "cuda/cross_entropy.cuh", "cuda/rows.cuh"
 LINEAR_LIBRARY, FILM_LIBRARY = "cuda/linear_library.cu", "cuda/film_library.cu"
@@ -268,11 +269,7 @@ BUGS = [
         "if (rows.begin > 0) {", "if (rows.begin < 0) {", WRONG,
     ),
     Bug(
-        "sums of earlier chunks are forgotten", GRADIENTS,
-        "if (kStep && rows.begin > 0) add_stored", "if (kStep && rows.begin < 0) add_stored", WRONG,
-    ),
-    Bug(
-        "film sums of earlier chunks are forgotten", "cuda/film_planes.cuh",
+        "sums of earlier chunks are forgotten", SUMS,
         "if (kStep && rows.begin > 0) add_stored", "if (kStep && rows.begin < 0) add_stored", WRONG,
     ),
     Bug(
@@ -338,9 +335,8 @@ BUGS = [
         "for (int l = 1; l < lanes; ++l) all", "for (int l = 2; l < lanes; ++l) all", WRONG,
     ),
     Bug(
-        "a bias split is left out", GRADIENTS,
-        "0, args.plan.bias_splits, p.head.classes", "0, args.plan.bias_splits - 1, p.head.classes",
-        WRONG,
+        "a bias split is left out", SUMS,
+        "0, splits, columns, item", "0, splits - 1, columns, item", WRONG,
     ),
     # ---- the library executor
     Bug(
@@ -349,7 +345,7 @@ BUGS = [
         WRONG + "|gradient of an absent row",
     ),
     Bug(
-        "library: biases of earlier chunks are forgotten", GRADIENTS,
+        "library: biases of earlier chunks are forgotten", SUMS,
         "*to = kStep && rows.begin > 0 ? *to + sum : sum;", "*to = sum;", WRONG,
     ),
     Bug(

@@ -1,4 +1,4 @@
-// The library executor of concat and sum, for the launchers in linear_*.cu.
+// The library executor, for the launchers in linear_*.cu and film_*.cu.
 #pragma once
 
 #include "launch.h"
@@ -6,6 +6,7 @@
 namespace dgl_ext {
 
 struct LinearStepArguments;
+struct FilmStepArguments;
 
 namespace library {
 
@@ -13,8 +14,13 @@ cudaError_t linear_forward(const LinearHeadForward&, Precision, const LinearForw
                            void* workspace, const Queue&);
 cudaError_t linear_backward(const LinearHeadBackward&, Precision, const LinearBackwardPlan&,
                             void* workspace, const Queue&);
-/// The workspace is in the arguments.
+cudaError_t film_forward(const FilmHeadForward&, Precision, const FilmForwardPlan&, void* workspace,
+                         const Queue&);
+cudaError_t film_backward(const FilmHeadBackward&, Precision, const FilmBackwardPlan&,
+                          void* workspace, const Queue&);
+/// The workspace of a step is in its arguments.
 cudaError_t linear_step(const LinearStepArguments&, Precision, const LinearStepPlan&, const Queue&);
+cudaError_t film_step(const FilmStepArguments&, Precision, const FilmStepPlan&, const Queue&);
 
 }  // namespace library
 }  // namespace dgl_ext
