@@ -14,7 +14,7 @@ PYTHON_FILES := setup.py build_backend dgl_ext tests benchmarks examples
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help bench bench-results bench-memory test test-slow gpu-check fuzz lint format wheel wheel-check
-.PHONY: cpp-tests clean
+.PHONY: cpp-tests clang-tests sanitize cuda-compile docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -45,6 +45,9 @@ gpu-check:  ## on a machine with a GPU: tests, sanitizers, benchmarks, one JSON 
 	@$(MAKE) --no-print-directory $(VENV)/.dev
 	$(PY) tests/gpu_check.py $(ARGS)
 
+cuda-compile: $(VENV)/.dev cpp-tests  ## compile the kernels for every architecture, by nvcc alone
+	$(PY) -m pytest tests/test_cuda_compile.py -n 2 $(ARGS)
+
 fuzz: $(VENV)/.dev  ## draw 100,000 random problems and check each
 	$(PY) -m pytest tests/test_fuzz.py --hypothesis-profile=long $(ARGS)
 
@@ -58,6 +61,9 @@ format: $(VENV)/.dev  ## rewrite Python and C++ files in the project's style
 	$(PY) -m ruff check --fix $(PYTHON_FILES)
 	$(PY) -m ruff format $(PYTHON_FILES)
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+docs: $(VENV)/.dev  ## make the API pages from the docstrings, into build/docs
+	$(VENV)/bin/pdoc --docformat google --output-directory build/docs dgl_ext
 
 wheel: $(VENV)/.torch  ## build the wheel into dist/
 	rm -rf dist

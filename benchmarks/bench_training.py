@@ -39,10 +39,10 @@ try:
     import training_child
     import training_report
     import training_steps
+    from problems import FUSIONS
 except ImportError as error:
     sys.exit(f"bench_training needs dgl_ext, rich and matplotlib installed: {error}")
 
-FUSIONS = ("concat", "sum", "film")
 PROCESSES = 9  # fresh ones, for the peak memory of one provider
 REPETITIONS = 7  # steps in each
 BASELINES = ("joint", "two_pass")

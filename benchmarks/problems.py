@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FUSIONS = ("concat", "sum", "film")
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -129,17 +127,19 @@ def least_work(
     return 2 * products, itemsize * elements + 8 * rows
 
 
-def plain_head(fusion: str) -> Callable[..., Tensor]:
-    """The head as a joint model has it: (x, y, weight, bias) -> logits."""
+def _concat(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(torch.cat((x, y), dim=-1), weight, bias)
 
-    def concat(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.linear(torch.cat((x, y), dim=-1), weight, bias)
 
-    def sum_(x: Tensor, y: Tensor, weight: tuple[Tensor, ...], bias: tuple[Tensor, ...]) -> Tensor:
-        return F.linear(x, weight[0], bias[0]) + F.linear(y, weight[1], bias[1])
+def _sum(x: Tensor, y: Tensor, weight: tuple[Tensor, ...], bias: tuple[Tensor, ...]) -> Tensor:
+    return F.linear(x, weight[0], bias[0]) + F.linear(y, weight[1], bias[1])
 
-    def film(x: Tensor, y: Tensor, weight: tuple[Tensor, ...], bias: tuple[Tensor, ...]) -> Tensor:
-        gamma, beta = F.linear(x, weight[0], bias[0]).chunk(2, dim=-1)
-        return F.linear(gamma * y + beta, weight[1], bias[1])
 
-    return {"concat": concat, "sum": sum_, "film": film}[fusion]
+def _film(x: Tensor, y: Tensor, weight: tuple[Tensor, ...], bias: tuple[Tensor, ...]) -> Tensor:
+    gamma, beta = F.linear(x, weight[0], bias[0]).chunk(2, dim=-1)
+    return F.linear(gamma * y + beta, weight[1], bias[1])
+
+
+# The heads as a joint model has them: (x, y, weight, bias) -> logits.
+PLAIN_HEADS: dict[str, Callable[..., Tensor]] = {"concat": _concat, "sum": _sum, "film": _film}
+FUSIONS = tuple(PLAIN_HEADS)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from problems import Problem, make_problem, plain_head
+from problems import PLAIN_HEADS, Problem, make_problem
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -43,7 +43,7 @@ class Unavailable(Exception):
 
 def _joint(mode: str, problem: Problem) -> Step:
     """Plain joint training: one head, one loss. No DGL; the cost to be measured against."""
-    head, leaves = plain_head(problem.fusion), tuple(problem.leaves().values())
+    head, leaves = PLAIN_HEADS[problem.fusion], tuple(problem.leaves().values())
     inputs = (*problem.features, problem.weight, problem.bias)
 
     def with_loss() -> tuple[Tensor, ...]:
@@ -69,7 +69,7 @@ def _two_pass(mode: str, problem: Problem) -> Step:
     For sum the absent modality's layer is left out instead: zeros through it would add its bias,
     which neither the method nor the published code has in these logits.
     """
-    head, leaves = plain_head(problem.fusion), tuple(problem.leaves().values())
+    head, leaves = PLAIN_HEADS[problem.fusion], tuple(problem.leaves().values())
     head_parameters = tuple(problem.head().values())
     (x, y), weight, bias, target = problem.features, problem.weight, problem.bias, problem.target
 
@@ -150,8 +150,7 @@ def _liger(problem: Problem) -> Step:
 
 def _by_branches(problem: Problem, loss_of: Callable[..., Tensor]) -> Step:
     """One call of `loss_of` (hidden rows, weight, bias, target) for each branch."""
-    branches = {"concat": _concat_branches, "sum": _sum_branches, "film": _film_branches}
-    branches_of = branches[problem.fusion]
+    branches_of = BRANCHES[problem.fusion]
 
     def forward(
         features: Any, weight: Any, bias: Any, target: Tensor
@@ -194,6 +193,9 @@ def _film_branches(x: Tensor, y: Tensor, weight: Any, bias: Any) -> Branches:
         (only_x, *fixed),
         (b_gamma * y + b_beta, *fixed),
     )
+
+
+BRANCHES = {"concat": _concat_branches, "sum": _sum_branches, "film": _film_branches}
 
 
 def _executor(backend: str, mode: str, problem: Problem) -> Step:

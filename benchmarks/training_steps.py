@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from problems import plain_head
+from problems import PLAIN_HEADS
 from providers import Unavailable
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -122,7 +122,11 @@ class Training:
         weights = [layer.weight for layer in layers[self.fusion]]
         biases = [layer.bias for layer in layers[self.fusion]]
         one = self.fusion == "concat"
-        return plain_head(self.fusion), weights[0] if one else weights, biases[0] if one else biases
+        return (
+            PLAIN_HEADS[self.fusion],
+            weights[0] if one else weights,
+            biases[0] if one else biases,
+        )
 
     def gradients(self) -> dict[str, Tensor | None]:
         """Of all parameters, by name."""

@@ -12,6 +12,17 @@ from hypothesis import HealthCheck, settings
 import dgl_ext
 from dgl_ext.heads import HEADS
 
+# What needs a GPU is not collected where there is none; `make gpu-check` runs it.
+collect_ignore = (
+    []
+    if torch.cuda.is_available()
+    else sorted(
+        path.name
+        for path in Path(__file__).parent.glob("test_gpu*.py")
+        if path.name != "test_gpu_check.py"
+    )
+)
+
 # Timings on a shared machine say nothing about a case, so no deadline.
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("ci", max_examples=300, **_COMMON)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
-import io
 import json
 import math
 import os
@@ -15,8 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
-from torch.utils.flop_counter import FlopCounterMode
 
 import dgl_ext
 
@@ -29,7 +25,6 @@ import fusion_report  # noqa: E402
 import harness  # noqa: E402
 import problems  # noqa: E402
 import providers  # noqa: E402
-import report  # noqa: E402
 
 CPU = torch.device("cpu")
 CEILING = harness.Ceiling(flops_per_second=1e11, bytes_per_second=1e10)
@@ -105,26 +100,6 @@ def test_smoke_json(smoke, mode):
     assert document["statistic"] == harness.STATISTIC
     assert len(document["rows"]) == len(problems.FUSIONS) * len(providers.PROVIDERS[mode])
     assert (document["mode"], document["step"]) == (mode, bench_fusion.WHAT[mode])
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_smoke_plot(smoke, mode):
-    image = smoke[1][mode].with_suffix(".png").read_bytes()
-    assert image.startswith(b"\x89PNG")
-    assert len(image) > 10_000
-
-
-def test_smoke_output_is_plain_text_and_says_what_it_shows(smoke):
-    text = smoke[0]
-    assert "\x1b" not in text
-    names = (*problems.FUSIONS, *providers.PROVIDERS["step"], "/joint", "/2-pass")
-    for name in (*names, *report.SHORT_NAMES.values(), *bench_fusion.WHAT.values()):
-        assert name in text
-    for stem in smoke[1].values():
-        document = json.loads(stem.with_suffix(".json").read_text())
-        assert document["summary"]
-        for sentence in document["summary"]:
-            assert " ".join(sentence.split()) in " ".join(text.split())
 
 
 def broken(kind, mode="logits"):
@@ -215,23 +190,6 @@ def test_a_wrong_or_failing_provider_ends_the_run_with_an_error(monkeypatch, tmp
     assert bench_fusion.main([*flags, "--providers", "joint,reference"]) == 0
 
 
-def test_what_cannot_run_is_left_out_with_a_reason(monkeypatch):
-    def lacks(problem):
-        raise providers.Unavailable("needs a newer torch")
-
-    monkeypatch.setitem(providers.PROVIDERS["logits"], "lacks", providers.Provider(lacks))
-    rows = measured_rows(["lacks", "joint"])
-    assert (rows[0]["status"], rows[0]["note"]) == ("left out", "needs a newer torch")
-    assert rows[1]["median_us"] > 0
-    assert "lacks was left out at every cell: needs a newer torch" in fusion_report.describe(rows)
-
-
-def test_nothing_is_timed_where_no_provider_can_run(monkeypatch):
-    monkeypatch.setattr(harness, "time_alternating", None)
-    monkeypatch.setitem(providers.PROVIDERS["logits"], "broken", broken("nan"))
-    assert [row["status"] for row in measured_rows(["broken"])] == ["wrong"]
-
-
 @pytest.mark.filterwarnings("ignore:dgl_ext runs its slower reference")
 @pytest.mark.parametrize(
     ("mode", "name"), [("logits", "dgl_ext"), ("step", "dgl_ext"), ("step", "dgl_ext_logits")]
@@ -240,13 +198,6 @@ def test_dgl_ext_is_left_out_rather_than_timed_as_the_reference(monkeypatch, mod
     monkeypatch.setattr(dgl_ext._extension, "available", lambda *_: False)
     with pytest.raises(providers.Unavailable, match=r"takes the reference for cpu torch.float32"):
         providers.PROVIDERS[mode][name].build(cell().problem())
-
-
-def test_linear_cross_entropy_is_left_out_where_torch_lacks_it(monkeypatch):
-    monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
-    (row,) = measured_rows(["linear_cross_entropy"], "step")
-    note = f"torch {torch.__version__} has no linear_cross_entropy in chunks"
-    assert (row["status"], row["note"]) == ("left out", note)
 
 
 def results_of(here, name):
@@ -272,62 +223,6 @@ def test_all_agree_with_the_reference_in_float64_and_joint_does_not(mode, fusion
     assert "features[0].grad differs" in fusion_cells.difference(
         joint, gradients, dtype, everything=True
     )
-
-
-@pytest.mark.parametrize(("mode", "fusion"), [("step", "concat"), ("logits", "film")])
-def test_what_is_compiled_agrees_too(mode, fusion):
-    here = cell(fusion, mode=mode)
-    truth = fusion_cells.snapshot(mode, "reference", here.problem().as_float64())[1]
-    try:
-        found = results_of(here, "compiled")
-    except providers.Unavailable as reason:
-        pytest.skip(str(reason))
-    assert not fusion_cells.difference(found, truth, here.dtype, everything=True)
-
-
-def test_truth_has_the_values_of_the_problem_in_float64():
-    problem = cell("film", torch.bfloat16).problem()
-    leaves, wide = problem.leaves(), problem.as_float64().leaves()
-    assert leaves.keys() == wide.keys()
-    for name, leaf in wide.items():
-        assert leaf.dtype == torch.float64
-        assert leaf.is_leaf
-        assert torch.equal(leaf, leaves[name].double())
-
-
-@pytest.mark.parametrize(
-    ("fusion", "two_pass_units"), [("concat", 16), ("sum", 10)], ids=["concat", "sum"]
-)
-def test_work_of_the_published_recipe(fusion, two_pass_units):
-    """In multiply-adds of rows x width x classes: joint 6, the published recipe 16 or 10."""
-    units = {}
-    for name in ("joint", "two_pass"):
-        step = providers.PROVIDERS["step"][name].build(cell(fusion).problem())
-        with FlopCounterMode(display=False) as counter:
-            step()
-        units[name] = counter.get_total_flops() / (2 * math.prod(SIZE))
-    assert units == {"joint": 6, "two_pass": two_pass_units}
-
-
-@pytest.mark.parametrize("fusion", problems.FUSIONS)
-def test_least_work_is_what_a_joint_step_does(fusion):
-    step = providers.PROVIDERS["step"]["joint"].build(cell(fusion).problem())
-    with FlopCounterMode(display=False) as counter:
-        step()
-    flops, _ = problems.least_work(fusion, *SIZE, 4, decoupled=False, logits=False)
-    assert counter.get_total_flops() == flops
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("fusion", problems.FUSIONS)
-def test_least_traffic_counts_every_tensor_once(fusion, mode):
-    problem = cell(fusion).problem()
-    nbytes = sum(2 * leaf.nbytes for leaf in problem.leaves().values())  # value and gradient
-    nbytes += problem.target.nbytes
-    if mode == "logits":
-        nbytes += sum(z.nbytes for z in providers.PROVIDERS[mode]["reference"].build(problem)())
-    found = problems.least_work(fusion, *SIZE, 4, decoupled=True, logits=mode == "logits")
-    assert found[1] == nbytes
 
 
 @pytest.mark.parametrize(
@@ -369,13 +264,6 @@ def test_bad_flags(capsys, flags, message):
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_the_run(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(SystemExit):
-        bench_fusion.main(["--smoke", "--out", str(tmp_path)])
-    assert f"argument --out: cannot write to {tmp_path}" in capsys.readouterr().err
-
-
 def summary_row(fusion, provider, ratio, p20, p80):
     row = {"fusion": fusion, "batch": 64, "width": 512, "classes": 6, "provider": provider}
     row |= {"status": "ok", "note": "", "p20_us": 90, "p80_us": 110}
@@ -394,57 +282,3 @@ def test_summary_names_slow_cells_with_figures():
     assert "takes 0.90 (sum 64x512x6) to 1.32 (concat 64x512x6) times as long" in sentence
     assert "faster in 1 of 4 cells, slower in 1, undecided in 2" in sentence
     assert "dgl_ext is slower than joint at concat 64x512x6 by 32%." in sentence
-
-
-def test_summary_without_the_subject():
-    rows = [summary_row("sum", "joint", 1, 1, 1)]
-    assert fusion_report.describe(rows) == ["dgl_ext was not timed."]
-
-
-def test_table_of_slow_steps_fits_80_columns():
-    slow = {"median_us": 1289801.4, "p20_us": 1195778.2, "p80_us": 1326012.9, "bound": "compute"}
-    slow |= {"gflops_per_s": 123456.7, "share_of_ceiling": 0.987, "ratio_to_two_pass": 10.04}
-    rows = [summary_row("film", name, 10.04, 9, 11) | slow for name in providers.PROVIDERS["step"]]
-    rows = [row | {"batch": 1024, "width": 2048, "classes": 1000} for row in rows]
-    rows.append(rows[0] | {"provider": "broken", "status": "left out"})
-    document = {"rows": rows, "summary": [], "dtype": "float32", "statistic": "", "step": ""}
-    document |= {"environment": harness.environment(CPU), "ceiling": dataclasses.asdict(CEILING)}
-    text = io.StringIO()
-    fusion_report.print_results(Console(file=text, width=80), document)
-    line = next(line for line in text.getvalue().splitlines() if "dgl_ext  " in line)
-    figures = ["dgl_ext", "1289801", "1195778-1326013", "10.04", "10.04"]
-    assert line.split() == [*figures, "123.5", "TFLOP/s", "98.7%"]
-    assert "left out" in text.getvalue()
-
-
-def test_summary_warns_of_unsteady_times():
-    rows = [summary_row("sum", "joint", 1, 1, 1), summary_row("sum", "dgl_ext", 0.9, 0.8, 0.95)]
-    assert not any("Unsteady" in sentence for sentence in fusion_report.describe(rows))
-    rows[1]["p80_us"] = 200
-    assert fusion_report.describe(rows)[-1].startswith("Unsteady: in 1 of 2 rows p80 is more than")
-
-
-def test_summary_warns_of_other_processes():
-    rows = [summary_row("sum", "joint", 1, 1, 1)]
-    assert not any(
-        "Busy" in sentence for sentence in fusion_report.describe(rows, foreign_load=0.01)
-    )
-    assert "took 25% of the CPUs" in fusion_report.describe(rows, foreign_load=0.25)[-1]
-
-
-def test_passes_add_up_and_a_later_mistake_excludes(monkeypatch):
-    timing = fusion_cells.Timing(["joint", "reference"])
-    fusion_cells.measure(cell(), timing, 1e-9, min_rounds=2)
-    fusion_cells.measure(cell(), timing, 1e-9, min_rounds=3)
-    assert {key: len(times) for key, times in timing.times.items()} == {
-        ("joint", "eager"): 5,
-        ("reference", "eager"): 5,
-    }
-    with monkeypatch.context() as later:
-        later.setitem(providers.PROVIDERS["logits"], "joint", broken("nan"))
-        fusion_cells.measure(cell(), timing, 1e-9, min_rounds=1)
-    fusion_cells.measure(cell(), timing, 1e-9, min_rounds=1)
-    rows = fusion_cells.rows(cell(), timing, CEILING)
-    assert [row["status"] for row in rows] == ["wrong", "ok"]
-    assert rows[1]["rounds"] == 7
-    assert "ratio_to_joint" not in rows[1]

@@ -21,7 +21,6 @@ sys.path.insert(0, str(BENCHMARKS))
 import bench_training  # noqa: E402
 import harness  # noqa: E402
 import training_child  # noqa: E402
-import training_report  # noqa: E402
 import training_steps  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -40,18 +39,6 @@ def test_all_providers_are_right(network, fusion, dtype_name):
     steps, excluded = bench_training.right_steps(cell(network, fusion, dtype_name))
     assert list(steps) == NAMES
     assert excluded == {}
-
-
-def test_joint_trains_the_encoders_with_the_fused_loss(fusion):
-    """Against the package's own joint training: the whole multimodal gradient, no unimodal one."""
-    plain, leaked = cell(fusion=fusion).training(), cell(fusion=fusion).training()
-    training_steps.PROVIDERS["joint"](plain)()
-    leaked.head.encoder_leak = 1.0
-    loss = leaked.head.cross_entropy(*leaked.features(), target=leaked.target, alpha=0.0)
-    loss.total.backward()
-    expected = leaked.gradients()
-    for name, gradient in plain.gradients().items():
-        torch.testing.assert_close(gradient, expected[name])
 
 
 def test_a_step_leaves_the_weights_as_they_are_and_uses_the_optimiser():
@@ -85,16 +72,6 @@ def test_a_wrong_provider_is_not_timed(monkeypatch, spoil, told):
     assert told in excluded["dgl_ext"][1]
 
 
-def test_a_missing_gradient_is_a_difference():
-    here, gone = {"a": torch.randn(3)}, {"a": None}
-    assert bench_training.difference(here, here, 0.0) == ""
-    assert "other has none" in bench_training.difference(here, gone, 1.0)
-    assert "differs by nan" in bench_training.difference(
-        {"a": torch.full((3,), float("nan"))}, here, 1.0
-    )
-    assert "expected a" in bench_training.difference({}, here, 1.0)
-
-
 def test_a_crash_is_a_row_and_an_exit_status(monkeypatch, tmp_path):
     def crash(training):
         raise RuntimeError("no such head")
@@ -106,13 +83,6 @@ def test_a_crash_is_a_row_and_an_exit_status(monkeypatch, tmp_path):
     rows = json.loads((tmp_path / "bench_training_cpu_float32_smoke.json").read_text())["rows"]
     assert [row["status"] for row in rows] == ["ok", "ok", "failed"]
     assert "no such head" in rows[2]["note"]
-
-
-def test_memory_that_cannot_be_measured_leaves_the_times(monkeypatch):
-    monkeypatch.setattr(training_child, "ask", lambda request: {"note": "no such file"})
-    rows = bench_training.measure(cell(), 0.01, 1, harness.ForeignLoad())
-    assert all(row["median_us"] > 0 and "peak_bytes" not in row for row in rows)
-    assert any("no such file" in line for line in training_report.describe(rows))
 
 
 @pytest.fixture(scope="module")
@@ -143,29 +113,6 @@ def test_smoke_files(smoke):
     assert joint["ratio_to_joint"] == joint["peak_ratio_to_joint"] == 1
     assert own["peak_ratio_to_two_pass"] == own["peak_bytes"] / two_pass["peak_bytes"]
     assert document["environment"]["dgl_ext"] == dgl_ext.__version__
-
-
-def test_smoke_says_what_it_measured(smoke):
-    row = json.loads((smoke[1] / "bench_training_cpu_float32_smoke.json").read_text())["rows"][2]
-    text = " ".join(smoke[0].split())
-    said = f"digits film, batch 6: dgl_ext takes {row['ratio_to_joint']:.3f}"
-    assert said in text
-    assert f"{row['peak_ratio_to_joint']:.3f} of its peak memory" in text
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (["--networks", "vgg"], "expected some of digits"),
-        (["--batch", "4,8"], "expected one number of rows, got 2"),
-        (["--fusion", "mean"], "expected some of concat, sum, film"),
-        (["--seconds", "0"], "above 0"),
-    ],
-)
-def test_bad_options_are_refused(capsys, arguments, told):
-    with pytest.raises(SystemExit):
-        bench_training.main(arguments)
-    assert told in capsys.readouterr().err
 
 
 def test_the_benchmarks_resnet_is_that_of_the_example():

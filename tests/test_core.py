@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -171,22 +172,19 @@ def isa(request, modules):
 SIZES = [1, 3, 4, 7, 8, 9, 31, 64, 65]
 
 
-@pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize("classes", SIZES)
-@pytest.mark.parametrize("width", SIZES)
-def test_dots(core, draw, isa, rows, classes, width):
-    x = draw(rows, width + 3)[:, :width]  # rows that lie further apart than they are long
-    w = draw(classes, width + 1)[:, 1:]
-    out = poisoned(x, rows, classes)
-    core.dots(x, w, out, (0, rows), isa)
-    check(out, x @ w.T)
+def test_dots(core, draw, isa):
+    for rows, classes, width in itertools.product((1, 5), SIZES, SIZES):
+        x = draw(rows, width + 3)[:, :width]  # rows that lie further apart than they are long
+        w = draw(classes, width + 1)[:, 1:]
+        out = poisoned(x, rows, classes)
+        core.dots(x, w, out, (0, rows), isa)
+        check(out, x @ w.T)
 
 
-@pytest.mark.parametrize("rows", SIZES)
-@pytest.mark.parametrize("columns", SIZES)
 @pytest.mark.parametrize("flipped", ["none", "a", "b", "out"])
-def test_product(core, draw, isa, rows, columns, flipped):
-    for count in (0, 1, 6, 33, 600):  # the last in several blocks
+def test_product(core, draw, isa, flipped):
+    counts = (0, 1, 6, 33, 600)  # the last in several blocks
+    for rows, columns, count in itertools.product(SIZES, SIZES, counts):
         a = draw(rows, count, flipped=flipped == "a")
         b = draw(count, columns + 2, flipped=flipped == "b")[:, :columns]
         out = poisoned(a, rows, columns + 5)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import random
 import sys
-import wave
 from pathlib import Path
 
 import pytest
@@ -16,10 +15,9 @@ pytest.importorskip("PIL")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from crema_d import audio, data, images  # noqa: E402
+from crema_d import audio, data  # noqa: E402
 from crema_d.loading import EpochBatches  # noqa: E402
 from crema_d_files import EMOTIONS, make_data, tone, write_wav  # noqa: E402
-from PIL import Image  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -40,37 +38,11 @@ def test_a_wav_file_is_read_as_it_was_written(tmp_path):
     assert audio.wav_samples(tmp_path / "a.wav") == 4
 
 
-@pytest.mark.parametrize(("width", "raw"), [(1, [0, 255, 192, 64]), (4, [-(2**31), 0, 2**30, 0])])
-def test_other_sample_widths_and_stereo(tmp_path, width, raw):
-    with wave.open(str(tmp_path / "a.wav"), "wb") as file:
-        file.setnchannels(2)
-        file.setsampwidth(width)
-        file.setframerate(16000)
-        signed = width > 1
-        file.writeframes(b"".join(v.to_bytes(width, "little", signed=signed) for v in raw))
-    scaled = [(v - 128) / 128 if width == 1 else v / 2**31 for v in raw]
-    expected = torch.tensor([(scaled[0] + scaled[1]) / 2, (scaled[2] + scaled[3]) / 2])
-    torch.testing.assert_close(audio.read_wav(tmp_path / "a.wav")[0], expected)
-
-
 def test_what_is_no_wav_file_is_an_error_that_names_it(tmp_path):
     (tmp_path / "b.wav").write_bytes(b"not a sound")
     for read in (audio.read_wav, audio.wav_samples):
-        with pytest.raises(ValueError, match=r"b\.wav: expected a PCM WAV file"):
+        with pytest.raises(ValueError, match=r"b\.wav: expected a WAV file"):
             read(tmp_path / "b.wav")
-
-
-@pytest.mark.parametrize("old_rate", [16_000, 44_100, 48_000])
-def test_resampling_keeps_a_tone_and_removes_what_does_not_fit(old_rate):
-    def sine(rate, pitch):
-        return torch.sin(2 * torch.pi * pitch * torch.arange(rate // 4) / rate)
-
-    found = audio.resample(sine(old_rate, 1234.5), old_rate)
-    assert len(found) == -(-(old_rate // 4) * 22_050 // old_rate)
-    inner = slice(200, 5200)  # the ends see the silence outside
-    torch.testing.assert_close(found[inner], sine(22_050, 1234.5)[inner], atol=2e-3, rtol=0)
-    if old_rate > 40_000:
-        assert audio.resample(sine(old_rate, 14_000.0), old_rate)[inner].abs().max() < 2e-3
 
 
 def test_the_log_spectrogram_is_that_of_the_repeated_sound():
@@ -87,49 +59,6 @@ def test_the_log_spectrogram_is_that_of_the_repeated_sound():
 
 
 # --- frames ---
-
-
-def test_frames_are_spread_evenly_or_drawn_in_order():
-    paths = [Path(str(k)) for k in range(5)]
-    assert images.pick_frames(paths, 1, random=False) == [paths[2]]
-    assert images.pick_frames(paths, 5, random=False) == paths
-    assert images.pick_frames(paths[:2], 4, random=True) == [paths[k] for k in (0, 0, 1, 1)]
-    torch.manual_seed(0)
-    drawn = {tuple(images.pick_frames(paths, 2, random=True)) for _ in range(200)}
-    assert drawn == {(a, b) for k, a in enumerate(paths) for b in paths[k + 1 :]}
-
-
-def test_a_random_crop_lies_inside_and_varies():
-    torch.manual_seed(0)
-    boxes = [images.random_crop(40, 30) for _ in range(300)]
-    for left, upper, right, lower in boxes:
-        assert 0 <= left < right <= 40
-        assert 0 <= upper < lower <= 30
-        assert 0.55 < (right - left) / (lower - upper) < 1.8  # 3/4 to 4/3, rounded to pixels
-    areas = [(right - left) * (lower - upper) / 1200 for left, upper, right, lower in boxes]
-    assert min(areas) < 0.15
-    assert max(areas) > 0.8
-    assert images.random_crop(1000, 1)[3] == 1
-
-
-def test_without_augmentation_the_whole_image_is_resized(folder):
-    path = next(iter(data.find_clips(folder).clips.values())).frames[0]
-    found = images.load_frames([path], 20, False, "own")
-    with Image.open(path) as file:
-        small = file.convert("RGB").resize((20, 20), Image.Resampling.BILINEAR)
-    for x, y in ((0, 0), (19, 3), (7, 16)):
-        expected = (torch.tensor(small.getpixel((x, y))) / 255 - images.MEAN.flatten()) / (
-            images.STD.flatten()
-        )
-        torch.testing.assert_close(found[0, :, y, x], expected)
-
-
-def test_all_frames_of_a_clip_share_crop_and_flip(folder):
-    path = next(iter(data.find_clips(folder).clips.values())).frames[0]
-    torch.manual_seed(3)
-    draws = [images.load_frames([path, path], 16, True, "own") for _ in range(8)]
-    assert all(torch.equal(a, b) for a, b in draws)
-    assert len({draw.sum().item() for draw in draws}) == 8
 
 
 # --- the data set ---
@@ -156,7 +85,7 @@ def test_incomplete_clips_are_left_out_with_the_reason(tmp_path):
     assert "no frames" in found.left_out["1001_S00_NEU_XX"]
     assert found.left_out["1001_S01_HAP_XX"] == "no sound"
     assert "SPEAKER_SENTENCE_EMOTION" in found.left_out["noise"]
-    assert "PCM WAV" in found.left_out["1002_S02_SAD_XX"]
+    assert "expected a WAV" in found.left_out["1002_S02_SAD_XX"]
 
 
 def test_no_speaker_is_in_two_splits(folder):

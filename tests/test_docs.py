@@ -56,28 +56,48 @@ def test_docstring_examples(name):
     assert result.failed == 0
 
 
-def test_the_readme_table_shows_the_committed_results():
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", [*PAGES, "functional", "nn", "types", "decoupled", "diagnostics"])
+def test_names_of_the_package_are_names_that_it_has(page):
+    """In pages and in docstrings, of which `make docs` makes the API pages."""
+    if page.endswith(".md"):
+        text = (ROOT / page).read_text()
+    else:
+        text = Path(importlib.import_module(f"dgl_ext.{page}").__file__).read_text()
+    for name in set(re.findall(r"`dgl_ext((?:\.[A-Za-z]\w*)+)`", text)):
+        found = dgl_ext
+        for part in name[1:].split("."):
+            assert hasattr(found, part), f"dgl_ext{name}"
+            found = getattr(found, part)
+
+
+def test_the_tables_show_the_committed_results():
     results = ROOT / "benchmarks" / "results" / "bench_fusion_step_cpu_float32.csv"
     with results.open() as lines:
         rows = [row for row in csv.DictReader(lines) if row["provider"] == "dgl_ext"]
     columns = ("ratio_to_joint", "ratio_to_two_pass", "ratio_to_reference")
-    readme = (ROOT / "README.md").read_text()
+    speed = (ROOT / "docs" / "speed.md").read_text()
     assert len(rows) == 18
     for row in rows:
         size = " x ".join(row[name] for name in ("batch", "width", "classes"))
         ratios = " | ".join(f"{float(row[name]):.2f}" for name in columns)
         pattern = rf"^\| {row['fusion']} \| {size} \| .* \| {re.escape(ratios)} \|$"
-        assert re.search(pattern, readme, re.M), (row["fusion"], size)
+        assert re.search(pattern, speed, re.M), (row["fusion"], size)
+    shown = re.findall(r"^\| (?:concat|sum|film) \| \d.*$", (ROOT / "README.md").read_text(), re.M)
+    assert len(shown) == 6
+    assert set(shown) <= set(speed.splitlines())
 
 
-def test_the_readme_shows_the_committed_memory():
+def test_the_page_shows_the_committed_memory():
     results = ROOT / "benchmarks" / "results" / "bench_memory_cpu_float32.csv"
     with results.open() as lines:
         measured = {
             (row["rows"], row["classes"], row["provider"]): row for row in csv.DictReader(lines)
         }
-    readme = (ROOT / "README.md").read_text()
-    shown = re.findall(r"^\| ([\d,]+) x ([\d,]+) \| (\d+) \| (.*) \|$", readme, re.M)
+    page = (ROOT / "docs" / "speed.md").read_text()
+    shown = re.findall(r"^\| ([\d,]+) x ([\d,]+) \| (\d+) \| (.*) \|$", page, re.M)
     assert len(shown) == 4
     for rows, classes, gradients, cells in shown:
         for provider, cell in zip(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.grids import one_axis_at_a_time
 from support.problems import BACKENDS, assert_same, cotangents_like, flat, gradients, make_problem
 from two_pass import named_logits, two_pass
 
@@ -11,11 +12,12 @@ import dgl_ext
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("leading", [(0,), (0, 5), (4, 0), (1,), (1, 1), ()])
-@pytest.mark.parametrize(
-    ("widths", "classes"), [((1, 1), 1), ((5, 4), 3), ((0, 4), 3), ((5, 4), 0)]
+@one_axis_at_a_time(
+    leading=[(1,), (0,), (0, 5), (4, 0), (1, 1), ()],
+    sizes=[((5, 4), 3), ((1, 1), 1), ((0, 4), 3), ((5, 4), 0)],
 )
-def test_empty_and_minimal_sizes(fusion, backend, leading, widths, classes):
+def test_empty_and_minimal_sizes(fusion, backend, leading, sizes):
+    widths, classes = sizes
     problem = make_problem(fusion, leading=leading, widths=widths, classes=classes)
     logits = problem.call(dgl_ext.fused_decouple, backend=backend)
     assert all(z.shape == (*leading, classes) for z in flat(logits))

@@ -11,12 +11,14 @@ from emulator.draw import TILES, film_case, linear_case
 from emulator.film import OUTPUTS, FilmCase, FilmProblem
 from emulator.harness import Layout, Poison, Schedule
 from emulator.linear import LinearCase, LinearProblem
+from support.grids import mostly_slow
 
 pytestmark = pytest.mark.emulator
 
 ODD = Layout(aligned=False, gap=1)
-RANDOM_CASES = 6  # per head, direction and tile
-RACE_CASES = 2
+# Seeds per head, direction and tile.
+RANDOM = mostly_slow(list(range(6)), 2)
+RACES = mostly_slow(list(range(2)), 1)
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +39,20 @@ def run(module, case, direction, races=False):
 
 directions = pytest.mark.parametrize("direction", ["forward", "backward"])
 tiles = pytest.mark.parametrize(("tile", "dtype"), TILES, ids=lambda value: value)
+SMALL = [tile for tile in TILES if "medium" not in tile[0]]
+small_tiles = pytest.mark.parametrize(("tile", "dtype"), SMALL, ids=lambda value: value)
 
 
 @directions
 @tiles
-@pytest.mark.parametrize("seed", range(RANDOM_CASES))
+@pytest.mark.parametrize("seed", RANDOM)
 def test_linear_random(kernels, tile, dtype, seed, direction):
     run(kernels, linear_case(1000 + seed, tile, dtype), direction)
 
 
 @directions
 @tiles
-@pytest.mark.parametrize("seed", range(RANDOM_CASES))
+@pytest.mark.parametrize("seed", RANDOM)
 def test_film_random(kernels, tile, dtype, seed, direction):
     run(kernels, film_case(2000 + seed, tile, dtype), direction)
 
@@ -81,7 +85,7 @@ def test_film_runs_on_the_tile_that_was_asked_for(kernels, tile, dtype, directio
 
 @directions
 @tiles
-@pytest.mark.parametrize("seed", range(RACE_CASES))
+@pytest.mark.parametrize("seed", RACES)
 def test_linear_has_no_race(kernels, tile, dtype, seed, direction):
     case = linear_case(3000 + seed, tile, dtype)
     case = replace(case, arrives=(), wanted=())
@@ -91,7 +95,7 @@ def test_linear_has_no_race(kernels, tile, dtype, seed, direction):
 
 @directions
 @tiles
-@pytest.mark.parametrize("seed", range(RACE_CASES))
+@pytest.mark.parametrize("seed", RACES)
 def test_film_has_no_race(kernels, tile, dtype, seed, direction):
     case = film_case(4000 + seed, tile, dtype)
     case = replace(case, arrives=(True,) * 3, wanted=OUTPUTS)
@@ -203,7 +207,7 @@ def outputs_bits(tensors):
 
 
 @directions
-@pytest.mark.parametrize(("tile", "dtype"), [t for t in TILES if "medium" not in t[0]])
+@small_tiles
 def test_same_bits_on_every_schedule(kernels, tile, dtype, direction):
     linear = LinearCase(41, (136, 40), 43, tile=tile, dtype=dtype, splits=3, head_leak=0.5)
     film = FilmCase(41, 136, 40, 43, tile=tile, dtype=dtype, splits=3, head_leak=0.5)
@@ -240,7 +244,8 @@ def test_offsets_beyond_32_bits(kernels, layout):
 def poisons(test):
     """With values that are not finite; numpy warns where the reference computes with them."""
     test = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")(test)
-    return pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)(test)
+    values = mostly_slow([np.nan, np.inf, -np.inf], 1)
+    return pytest.mark.parametrize("value", values, ids=str)(test)
 
 
 layouts = pytest.mark.parametrize("layout", [Layout(), ODD], ids=["aligned", "odd"])
@@ -255,7 +260,7 @@ def check_rows(case, tensors, row):
 
 
 @directions
-@tiles
+@small_tiles
 @layouts
 @poisons
 def test_linear_poison_stays_in_its_row(kernels, tile, dtype, layout, value, direction):
@@ -284,7 +289,7 @@ def test_linear_poison_stays_in_its_row(kernels, tile, dtype, layout, value, dir
 
 
 @directions
-@tiles
+@small_tiles
 @layouts
 @poisons
 def test_film_poison_stays_in_its_row(kernels, tile, dtype, layout, value, direction):
@@ -343,7 +348,7 @@ def test_expanded_features(kernels):
 
 @directions
 @layouts
-@pytest.mark.parametrize(("tile", "dtype"), [t for t in TILES if "medium" not in t[0]])
+@small_tiles
 def test_linear_rows_without_a_modality(kernels, tile, dtype, layout, direction):
     """What is stored for an absent row, here NaN, is never read into a result."""
     for splits, leak in ((1, 0.0), (3, 0.5)):

@@ -13,13 +13,15 @@ from emulator.film_step import FilmStepCase, FilmStepProblem
 from emulator.harness import Layout, Poison, Schedule
 from emulator.linear_step import LinearStepCase, LinearStepProblem
 from emulator.losses import LossCase
+from support.grids import mostly_slow, one_axis_at_a_time
 
 pytestmark = pytest.mark.emulator
 
 ODD = Layout(aligned=False, gap=1)
 TINY = LossCase(limit=1)  # chunks of one tile of rows
-RANDOM_CASES = 6  # per head and tile
-RACE_CASES = 2
+# Seeds per head and tile.
+RANDOM = mostly_slow(list(range(6)), 2)
+RACES = mostly_slow(list(range(2)), 1)
 
 tiles = pytest.mark.parametrize(("tile", "dtype"), TILES, ids=lambda value: value)
 layouts = pytest.mark.parametrize("layout", [Layout(), ODD], ids=["aligned", "odd"])
@@ -41,13 +43,13 @@ def run(module, case, races=False):
 
 
 @tiles
-@pytest.mark.parametrize("seed", range(RANDOM_CASES))
+@pytest.mark.parametrize("seed", RANDOM)
 def test_linear_random(kernels, tile, dtype, seed):
     run(kernels, linear_step_case(5000 + seed, tile, dtype))
 
 
 @tiles
-@pytest.mark.parametrize("seed", range(RACE_CASES))
+@pytest.mark.parametrize("seed", RACES)
 def test_linear_has_no_race(kernels, tile, dtype, seed):
     case = linear_step_case(6000 + seed, tile, dtype)
     run(kernels, replace(case, wanted=()), races=True)
@@ -55,7 +57,7 @@ def test_linear_has_no_race(kernels, tile, dtype, seed):
 
 
 @tiles
-@pytest.mark.parametrize("seed", range(RANDOM_CASES))
+@pytest.mark.parametrize("seed", RANDOM)
 def test_film_random(kernels, tile, dtype, seed):
     run(kernels, film_step_case(7000 + seed, tile, dtype))
 
@@ -117,12 +119,10 @@ def test_film_sizes(kernels, rows, width, hidden, classes, layout):
         run(kernels, replace(case, loss=TINY))
 
 
-LEAKS = [(0, 0), (1, 1), (0.25, 0), (0, 0.25)]
+LEAKS = [(0, 0.25), (0, 0), (1, 1), (0.25, 0)]
 
 
-@pytest.mark.parametrize("leaks", LEAKS)
-@pytest.mark.parametrize("mean", [True, False], ids=["mean", "total"])
-@pytest.mark.parametrize("absent", [(0.4, 0.3), (0.0, 1.0), (1.0, 0.0)])
+@one_axis_at_a_time(leaks=LEAKS, mean=[True, False], absent=[(0.4, 0.3), (0.0, 1.0), (1.0, 0.0)])
 def test_film_leaks_with_absent_rows(kernels, leaks, mean, absent):
     encoder, head = leaks
     loss = LossCase(alpha=(1.5, -0.5), mean=mean, ignored=0.2)
@@ -143,9 +143,7 @@ def test_film_computes_only_what_is_wanted(kernels, wanted, leak):
     run(kernels, replace(case, loss=TINY))
 
 
-@pytest.mark.parametrize("concat", [True, False], ids=["concat", "sum"])
-@pytest.mark.parametrize("leaks", LEAKS)
-@pytest.mark.parametrize("mean", [True, False], ids=["mean", "total"])
+@one_axis_at_a_time(leaks=LEAKS, concat=[True, False], mean=[True, False])
 def test_leaks_with_absent_rows(kernels, concat, leaks, mean):
     """The means of the branches have divisors of their own."""
     encoder, head = leaks
@@ -177,9 +175,7 @@ def test_evaluation_computes_losses_only(kernels, loss):
         assert plan.step.plane_count == 0
 
 
-@pytest.mark.parametrize("classes", [1, 11])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("ignored", [0.0, 0.3, 1.0])
+@one_axis_at_a_time(classes=[11, 1], smoothing=[0.1, 0.0, 1.0], ignored=[0.3, 0.0, 1.0])
 def test_losses(kernels, classes, smoothing, ignored):
     """All ignored: a mean is NaN, a sum 0, and every gradient 0."""
     for mean in (True, False):

@@ -115,3 +115,27 @@ except RuntimeError as error:
     print(error)
 """
     assert "undefined symbol: some_symbol" in run("-c", BROKEN_EXTENSION + code).stdout
+
+
+PRODUCTS = """
+import dgl_ext, json, torch
+torch.manual_seed(0)
+x, y = torch.randn(64, 300, requires_grad=True), torch.randn(64, 200)
+w, target = torch.randn(70, 500, requires_grad=True), torch.randint(70, (64,))
+z = dgl_ext.fused_decouple((x, y), w).fused
+dgl_ext.fused_decouple_cross_entropy((x, y), w, target).total.backward()
+print(json.dumps([t.flatten().tolist() for t in (z, x.grad, w.grad)]))
+"""
+
+
+def test_products_are_torchs_where_that_is_asked(monkeypatch) -> None:
+    results = []
+    for value in ("own", "torch"):
+        monkeypatch.setenv("DGL_EXT_CPU_MATMUL", value)
+        results.append([torch.tensor(values) for values in json.loads(run("-c", PRODUCTS).stdout)])
+    for own, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(own, theirs, rtol=1e-4, atol=1e-4)
+        assert not torch.equal(own, theirs)  # sums in another order
+    monkeypatch.setenv("DGL_EXT_CPU_MATMUL", "mkl")
+    failed = run("-c", PRODUCTS, check=False)
+    assert 'DGL_EXT_CPU_MATMUL: expected "own" or "torch", got "mkl"' in failed.stderr

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import gpu_check
@@ -23,7 +20,6 @@ from dgl_ext.heads import HEADS
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 LEAST_GPU_TESTS = 1700
-PYTHON = sys.executable  # some tests put another in its place
 
 
 def options(tmp_path: Path, *flags: str):
@@ -32,10 +28,6 @@ def options(tmp_path: Path, *flags: str):
 
 def without_gpu(monkeypatch) -> None:
     monkeypatch.setattr(gpu_check, "count_gpus", lambda: 0)
-
-
-def with_gpu(monkeypatch) -> None:
-    monkeypatch.setattr(gpu_check, "why_no_gpu", lambda *, ask_torch: "")
 
 
 # --- without a GPU ---
@@ -49,34 +41,6 @@ def test_without_a_gpu_it_says_so_in_one_line_and_builds_nothing(monkeypatch, tm
     assert printed.err == "gpu-check: no GPU here, nothing was checked\n"
     assert printed.out == ""
     assert not folder.exists()
-
-
-def test_torch_without_cuda_beside_a_gpu_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(gpu_check, "count_gpus", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu_check.main([]) == 2
-    assert "does not see the GPU" in capsys.readouterr().err
-    assert gpu_check.main(["--look"]) == 0
-
-
-def test_the_driver_is_asked_without_torch(monkeypatch):
-    def missing(name):
-        raise OSError(name)
-
-    monkeypatch.setattr(gpu_check.ctypes, "CDLL", missing)
-    assert gpu_check.count_gpus() == 0
-    text = Path(gpu_check.__file__).read_text()
-    assert not re.search(r"^(import|from) (torch|dgl_ext|harness)", text, re.MULTILINE)
-
-
-@pytest.mark.skipif(gpu_check.count_gpus() > 0, reason="there is a GPU here")
-def test_make_gpu_check_makes_no_venv_without_a_gpu(tmp_path):
-    venv = tmp_path / "venv"
-    command = ["make", "gpu-check", f"PYTHON={sys.executable}", f"VENV={venv}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith("gpu-check: no GPU here, nothing was checked\n")
-    assert not venv.exists()
 
 
 # --- what it reads ---
@@ -126,33 +90,6 @@ def test_counts_of_a_junit_report(tmp_path):
 # --- what it runs ---
 
 
-def test_a_command_past_its_limit_is_killed_with_its_children(tmp_path):
-    code = (
-        "import subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-        "print(child.pid, flush=True)\n"
-        "time.sleep(60)"
-    )
-    outcome = gpu_check.run_command([sys.executable, "-c", code], tmp_path / "a.log", 3)
-    assert outcome.code is None
-    assert outcome.seconds < 30
-    child = int(outcome.output)
-    for _ in range(100):
-        if not is_running(child):
-            return
-        time.sleep(0.05)
-    raise AssertionError("the child still runs")
-
-
-def is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-        # One that nobody has waited for yet is dead, too.
-        return ") Z " not in Path(f"/proc/{process}/stat").read_text()
-    except OSError:
-        return False
-
-
 @pytest.mark.parametrize(
     ("code", "problem", "status", "message"),
     [
@@ -170,73 +107,6 @@ def test_a_part_passes_only_by_exit_code_and_content(code, problem, status, mess
     assert len(part.output_tail) == gpu_check.TAIL_CHARACTERS
 
 
-def fake_sanitizer(monkeypatch, tmp_path: Path, script: str) -> None:
-    path = tmp_path / "compute-sanitizer"
-    path.write_text(f"#!{sys.executable}\n{script}\n")
-    path.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-
-
-CLEAN = "print('========= ERROR SUMMARY: 0 errors')"
-DONE = "print('72 sanitizer cases done')"
-
-
-@pytest.mark.parametrize(
-    ("script", "status"),
-    [
-        (f"{DONE}; {CLEAN}", "passed"),
-        (CLEAN, "failed"),
-        (DONE, "failed"),
-        (f"{DONE}; {CLEAN}; raise SystemExit(9)", "failed"),
-    ],
-)
-def test_a_sanitizer_part(monkeypatch, tmp_path, script, status):
-    fake_sanitizer(monkeypatch, tmp_path, script)
-    part = gpu_check.check_sanitizer("memcheck", options(tmp_path))
-    assert part.status == status, part
-    command = part.details["command"]
-    assert command[1:3] == ["--tool", "memcheck"]
-    assert command[-1] == str(TESTS / "gpu_sanitizer_cases.py")
-
-
-@pytest.mark.parametrize(("tool", "value"), [("memcheck", "1"), ("racecheck", "None")])
-def test_memcheck_sees_every_allocation(monkeypatch, tmp_path, tool, value):
-    name = "PYTORCH_NO_CUDA_MEMORY_CACHING"
-    monkeypatch.delenv(name, raising=False)
-    fake_sanitizer(monkeypatch, tmp_path, f"import os; print(os.environ.get('{name}'))")
-    assert gpu_check.check_sanitizer(tool, options(tmp_path)).output_tail.strip() == value
-
-
-def fake_python(monkeypatch, tmp_path: Path, script: str) -> None:
-    path = tmp_path / "python"
-    path.write_text(f"#!{PYTHON}\nimport sys\n{script}\n")
-    path.chmod(0o755)
-    monkeypatch.setattr(gpu_check.sys, "executable", str(path))
-
-
-WRITE_JUNIT = (
-    "path = next(a for a in sys.argv if a.startswith('--junit-xml=')).partition('=')[2]\n"
-    "open(path, 'w').write({text!r})\n"
-)
-
-
-@pytest.mark.parametrize(
-    ("script", "status", "message"),
-    [
-        (WRITE_JUNIT.format(text=JUNIT), "passed", ""),
-        (WRITE_JUNIT.format(text=JUNIT) + "sys.exit(1)", "failed", "exit code 1"),
-        (WRITE_JUNIT.format(text="<testsuites/>"), "failed", "no test passed"),
-        (WRITE_JUNIT.format(text="<testsuites>"), "failed", "no junit report"),
-        ("sys.exit(4)", "failed", "no junit report"),
-    ],
-)
-def test_the_tests_part(monkeypatch, tmp_path, script, status, message):
-    fake_python(monkeypatch, tmp_path, script)
-    part = gpu_check.check_tests(options(tmp_path))
-    assert part.status == status
-    assert part.message.startswith(message)
-
-
 BENCHES = {
     "bench_step_bfloat16": (
         lambda chosen: gpu_check.check_bench("step", "bfloat16", chosen),
@@ -251,32 +121,6 @@ BENCHES = {
         ["--rows", "64"],
     ),
 }
-
-
-@pytest.mark.parametrize("name", BENCHES)
-def test_a_bench_part(monkeypatch, tmp_path, name):
-    check, script, stem, arguments = BENCHES[name]
-    flags = ["--bench-arguments", "--smoke --fusion sum", "--memory-arguments", "--rows 64"]
-    fake_python(monkeypatch, tmp_path, "")
-    part = check(options(tmp_path, *flags))
-    assert (part.name, part.status) == (name, "failed")
-    assert part.message == "no results were written"
-    write = (
-        "from pathlib import Path\n"
-        "folder = Path(sys.argv[sys.argv.index('--out') + 1])\n"
-        "folder.mkdir(exist_ok=True)\n"
-        f"(folder / '{stem}.json').write_text('{{}}')"
-    )
-    fake_python(monkeypatch, tmp_path, write)
-    part = check(options(tmp_path, *flags))
-    assert part.status == "passed"
-    assert part.details["results"] == [str(tmp_path / "bench" / f"{stem}.json")]
-    assert part.details["command"][1:] == [
-        str(ROOT / "benchmarks" / script),
-        *("--device", "cuda", "--out", str(tmp_path / "bench"), *arguments),
-    ]
-    fake_python(monkeypatch, tmp_path, "")  # the last run's results do not count
-    assert check(options(tmp_path)).status == "failed"
 
 
 def test_the_benches_accept_the_arguments_they_are_given(monkeypatch, tmp_path):
@@ -305,97 +149,6 @@ def test_the_benches_accept_the_arguments_they_are_given(monkeypatch, tmp_path):
 
 
 # --- what it reports ---
-
-
-MACHINE = {"gpu": "NVIDIA Example", "torch": "2.13.0", "cuda": "13.0", "date": "2026-11-26"}
-
-
-def fake_parts(monkeypatch, statuses: dict[str, str]) -> list[str]:
-    ran = []
-
-    def runner(name):
-        def run(_):
-            ran.append(name)
-            if statuses.get(name) == "raises":
-                raise ImportError("no such package")
-            status, details = statuses.get(name, "passed"), MACHINE if name == "environment" else {}
-            return gpu_check.Part(name, status, 1.5, details=details, output_tail="tail")
-
-        return run
-
-    monkeypatch.setattr(gpu_check, "runners", lambda: {n: runner(n) for n in gpu_check.PARTS})
-    with_gpu(monkeypatch)
-    return ran
-
-
-@pytest.mark.parametrize(
-    ("statuses", "flags", "code"),
-    [
-        ({}, [], 0),
-        ({"tests": "failed"}, [], 1),
-        ({"environment": "raises"}, [], 1),
-        ({"racecheck": "timed out"}, ["--allow-missing"], 1),
-        ({"memcheck": "not found"}, [], 1),
-        ({"memcheck": "not found"}, ["--allow-missing"], 0),
-    ],
-)
-def test_the_report_has_every_part_whatever_failed(
-    monkeypatch, tmp_path, capsys, statuses, flags, code
-):
-    ran = fake_parts(monkeypatch, statuses)
-    assert gpu_check.main(["--out", str(tmp_path), *flags]) == code
-    report = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert report["passed"] == (code == 0)
-    assert [part["name"] for part in report["parts"]] == list(gpu_check.PARTS)
-    assert sorted(ran) == sorted(gpu_check.PARTS)  # the sanitizer's tools run side by side
-    machine, *lines = capsys.readouterr().out.splitlines()[-1 - len(gpu_check.PARTS) :]
-    if "environment" not in statuses:
-        assert machine == "NVIDIA Example, torch 2.13.0, CUDA 13.0, 2026-11-26"
-        assert report | MACHINE == report
-    for part, line in zip(report["parts"], lines, strict=True):
-        assert line.split()[:2] == [part["name"], part["status"].split()[0]]
-        raised = statuses.get(part["name"]) == "raises"
-        assert part["status"] == ("failed" if raised else statuses.get(part["name"], "passed"))
-        assert part["message"] == ("ImportError: no such package" if raised else "")
-        assert part["output_tail"] == ("" if raised else "tail")
-
-
-def test_a_part_of_the_check_says_what_it_left_out(monkeypatch, tmp_path):
-    ran = fake_parts(monkeypatch, {})
-    path = tmp_path / "elsewhere" / "report.json"
-    flags = ["--out", str(tmp_path), "--report", str(path), "--only", "racecheck,tests"]
-    assert gpu_check.main(flags) == 0
-    assert ran == ["environment", "tests", "racecheck"]
-    left_out = json.loads(path.read_text())["left_out"]
-    assert left_out == [name for name in gpu_check.PARTS if name not in ran]
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--only", "tests,lint"], "expected some of environment, tests, .*; got 'lint'"),
-        (["--timeout-tests", "0"], "expected a number of seconds above 0; got '0'"),
-        (["--timeout-bench", "soon"], "expected a number of seconds above 0; got 'soon'"),
-    ],
-)
-def test_bad_flags(capsys, flags, message):
-    with pytest.raises(SystemExit):
-        gpu_check.parse(flags)
-    assert re.search(message, capsys.readouterr().err)
-
-
-def test_help_names_every_part(capsys):
-    with pytest.raises(SystemExit):
-        gpu_check.parse(["--help"])
-    text = capsys.readouterr().out
-    assert all(name in text for name in gpu_check.PARTS)
-
-
-def test_the_default_limits_fit_eight_minutes():
-    chosen = gpu_check.parse([])
-    limits = chosen.timeout_tests + chosen.timeout_sanitizer  # its tools run side by side
-    limits += len(gpu_check.BENCHES) * chosen.timeout_bench + chosen.timeout_memory
-    assert limits <= 480
 
 
 # --- the cases and the tests ---

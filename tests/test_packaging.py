@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -18,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILT = (".git", ".venv", "build", "dist", "*.so", "*.egg-info", "_build_info.json")
 CACHES = ("__pycache__", ".*_cache", ".hypothesis")
 # Torch counts as installed already; asking for another one would fetch gigabytes.
-CONSTRAINT = f"torch=={torch.__version__}"
+# Not torch.__version__, which may have a suffix that the release on an index lacks.
+CONSTRAINT = f"torch=={importlib.metadata.version('torch')}"
 
 pytestmark = pytest.mark.packaging
 

@@ -2,20 +2,55 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import flop_registry
+
 import dgl_ext
-from dgl_ext import reference
+from dgl_ext import _ops
 from dgl_ext.heads import HEADS
-from dgl_ext.nn import MODULES
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+TABLES = [
+    ("dgl_ext.reference", "FORMULAS"),
+    ("dgl_ext.nn", "MODULES"),
+    ("two_pass", "PLAIN_HEADS"),
+    ("problems", "PLAIN_HEADS"),
+    ("providers", "BRANCHES"),
+]
 
 
-def test_every_table_has_every_head():
-    for table in (reference.FORMULAS, MODULES):
-        assert list(table) == list(HEADS)
+@pytest.mark.parametrize(("module", "table"), TABLES)
+def test_every_table_has_every_head(module, table):
+    assert list(getattr(importlib.import_module(module), table)) == list(HEADS)
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward", "step"])
+def test_every_head_has_its_ops(fusion, kind):
+    name = f"{HEADS[fusion].op}_{kind}"
+    assert name in _ops.FAKE_KERNELS
+    assert getattr(torch.ops.dgl_ext, name) in flop_registry
+
+
+def test_every_head_is_in_the_docs(fusion):
+    for text in (
+        (ROOT / "README.md").read_text(),
+        dgl_ext.fused_decouple.__doc__,
+        dgl_ext.fused_decouple_cross_entropy.__doc__,
+    ):
+        assert fusion in text
 
 
 def test_every_head_goes_by_its_own_name():
     assert {name: head.name for name, head in HEADS.items()} == {name: name for name in HEADS}
-    assert {name: module.fusion for name, module in MODULES.items()} == {n: n for n in HEADS}
+    modules = dgl_ext.nn.MODULES
+    assert {name: module.fusion for name, module in modules.items()} == {n: n for n in HEADS}
 
 
 def test_public_names_are_there_after_import():

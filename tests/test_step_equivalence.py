@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from support.grids import one_axis_at_a_time
 from support.problems import (
     BACKENDS,
     LAYOUTS,
@@ -20,7 +21,7 @@ from two_pass import named_loss, plain_head, plain_unimodal, two_pass_loss
 import dgl_ext
 from dgl_ext.heads import HEADS
 
-LEAKS = [(0.0, 0.0), (0.5, 0.0), (0.0, 0.25), (0.5, 0.25), (1.0, 1.0)]
+LEAKS = [(0.5, 0.25), (0.0, 0.0), (0.5, 0.0), (0.0, 0.25), (1.0, 1.0)]
 WIDTHS = {1: (5,), 2: (5, 4), 3: (5, 4, 6), 8: (3, 1, 4, 2, 5, 2, 6, 7)}
 
 
@@ -58,16 +59,15 @@ def check_against_reference(problem, target, backend, **options):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("leading", [(1,), (3, 7), (33,), (130,), ()], ids=str)
-@pytest.mark.parametrize("classes", [1, 3, 37])
+@one_axis_at_a_time(leading=[(33,), (1,), (3, 7), (130,), ()], classes=[3, 1, 37])
 def test_values_and_gradients(fusion, backend, leading, classes):
     check_against_two_pass(backend, fusion=fusion, leading=leading, classes=classes)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("ignore_index", [-100, 1])
+@one_axis_at_a_time(
+    reduction=["mean", "sum"], label_smoothing=[0.1, 0.0, 1.0], ignore_index=[-100, 1]
+)
 def test_options_of_cross_entropy(fusion, backend, reduction, label_smoothing, ignore_index):
     options = {
         "reduction": reduction,
@@ -86,8 +86,7 @@ def test_memory_layouts(fusion, backend, layout):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("modalities", WIDTHS)
-@pytest.mark.parametrize("bias", [True, False])
+@one_axis_at_a_time(modalities=[2, 1, 3, 8], bias=[True, False])
 def test_numbers_of_modalities(fusion, backend, modalities, bias):
     if modalities not in HEADS[fusion].modalities:
         pytest.skip(f"{fusion} does not take {modalities}")
@@ -117,15 +116,14 @@ def test_many_classes_with_masks_and_leaks(fusion, rows, threads):
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
-@pytest.mark.parametrize(("encoder_leak", "head_leak"), LEAKS)
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
-def test_leaks_and_masks(fusion, backend, encoder_leak, head_leak, masked, label_smoothing):
+@one_axis_at_a_time(leaks=LEAKS, label_smoothing=[0.2, 0.0])
+def test_leaks_and_masks(fusion, backend, leaks, masked, label_smoothing):
     problem = make_problem(fusion, leading=(5, 9), classes=4)
     options = {
         "alpha": (1.5, 0.5),
-        "encoder_leak": encoder_leak,
-        "head_leak": head_leak,
+        "encoder_leak": leaks[0],
+        "head_leak": leaks[1],
         "label_smoothing": label_smoothing,
         "present": make_present(problem) if masked else None,
     }

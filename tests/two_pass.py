@@ -8,6 +8,7 @@ detached features. Written from the method's description.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,17 +18,27 @@ from torch import Tensor
 from dgl_ext.types import DecoupledLogits
 
 
-def plain_head(problem: Problem, features: Sequence[Tensor]) -> Tensor:
-    """The head as one would write it without the method."""
-    weights, biases = problem.weights, problem.biases
-    if problem.fusion == "concat":
-        return F.linear(torch.cat(list(features), dim=-1), weights[0], biases[0])
-    if problem.fusion == "sum":
-        parts = [F.linear(h, w, b) for h, w, b in zip(features, weights, biases, strict=True)]
-        return torch.stack(parts).sum(dim=0)
+def _concat(features: Any, weights: Any, biases: Any) -> Tensor:
+    return F.linear(torch.cat(list(features), dim=-1), weights[0], biases[0])
+
+
+def _sum(features: Any, weights: Any, biases: Any) -> Tensor:
+    parts = [F.linear(h, w, b) for h, w, b in zip(features, weights, biases, strict=True)]
+    return torch.stack(parts).sum(dim=0)
+
+
+def _film(features: Any, weights: Any, biases: Any) -> Tensor:
     x, y = features
     gamma, beta = F.linear(x, weights[0], biases[0]).chunk(2, dim=-1)
     return F.linear(gamma * y + beta, weights[1], biases[1])
+
+
+PLAIN_HEADS = {"concat": _concat, "sum": _sum, "film": _film}
+
+
+def plain_head(problem: Problem, features: Sequence[Tensor]) -> Tensor:
+    """The head as one would write it without the method."""
+    return PLAIN_HEADS[problem.fusion](features, problem.weights, problem.biases)
 
 
 def plain_unimodal(problem: Problem, i: int) -> Tensor:

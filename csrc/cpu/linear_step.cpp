@@ -125,7 +125,7 @@ class LinearStep {
   // are the largest that were timed, on two cores; up to there ours were faster.
   bool runs_by_rows() const {
     const int64_t most = int64_t{1} << (dots_ || isa() == Isa::kPortable ? 27 : 32);
-    if (chunk_ < head_.rows) return false;
+    if (chunk_ < head_.rows || !may_run_own()) return false;
     int64_t width = 0;
     for (int64_t i = 0; i < head_.modalities(); ++i) {
       const int64_t each = features_[i].cols;

@@ -16,6 +16,8 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <optional>
@@ -210,12 +212,24 @@ inline bool is_vector_product(int64_t m, int64_t n, int64_t k) {
   return std::min(m, n) == 1 && std::min(std::max(m, n), k) >= 8;
 }
 
+// Whether our own products may run at all: not under DGL_EXT_CPU_MATMUL=torch.
+inline bool may_run_own() {
+  static const bool own = [] {
+    const char* value = std::getenv("DGL_EXT_CPU_MATMUL");
+    if (value == nullptr || std::strcmp(value, "own") == 0) return true;
+    if (std::strcmp(value, "torch") == 0) return false;
+    throw std::runtime_error("DGL_EXT_CPU_MATMUL: expected \"own\" or \"torch\", got \"" +
+                             std::string(value) + "\"");
+  }();
+  return own;
+}
+
 // Whether our own blocked product replaces the library's: where it was timed (on two cores) and was
 // faster. Every thread packs for itself, which must be little beside what it then computes.
 inline bool prefers_product(int64_t m, int64_t n, int64_t k) {
   constexpr int64_t kMostMultiplyAdds = int64_t{1} << 32;
   constexpr int64_t kOutputsEach = 64;
-  if (is_vector_product(m, n, k)) return false;
+  if (!may_run_own() || is_vector_product(m, n, k)) return false;
   if (m * n * k <= kFewMultiplyAdds) return true;
   return isa() != Isa::kPortable && m * n * k <= kMostMultiplyAdds &&
          std::max(m, n) >= kOutputsEach * torch::stable::get_num_threads();
@@ -259,7 +273,7 @@ inline bool may_flip(int64_t rows, int64_t outputs) {
 // matrix with the rows along the other axis: with few outputs, or few logits, the library is 1.1 to
 // 1.5 times faster that way round, and the pass over the logits that follows reads either.
 inline MatrixView multiply_weight(const MatrixView& x, const MatrixView& w, const MatrixView& out) {
-  if (w.rows <= kFewOutputs && x.cols <= kLongestDots && x.has_contiguous_rows() &&
+  if (may_run_own() && w.rows <= kFewOutputs && x.cols <= kLongestDots && x.has_contiguous_rows() &&
       w.has_contiguous_rows() && x.rows * w.rows * x.cols <= kFewMultiplyAdds) {
     dispatch_dtype(out.dtype(), [&](auto type) {
       using T = decltype(type);
