@@ -41,15 +41,15 @@ test-slow: $(VENV)/.dev cpp-tests  ## run the slow tests
 
 # The venv is made in the recipe: without a GPU nothing is built.
 gpu-check:  ## on a machine with a GPU: tests, sanitizers, benchmarks, one JSON report
-	@$(PYTHON) tests/gpu_check.py --look
+	@$(PYTHON) tests/gpu/gpu_check.py --look
 	@$(MAKE) --no-print-directory $(VENV)/.dev
-	$(PY) tests/gpu_check.py $(ARGS)
+	$(PY) tests/gpu/gpu_check.py $(ARGS)
 
 cuda-compile: $(VENV)/.dev cpp-tests  ## compile the kernels for every architecture, by nvcc alone
-	$(PY) -m pytest tests/test_cuda_compile.py -n 2 $(ARGS)
+	$(PY) -m pytest tests/cuda/test_cuda_compile.py -n 2 $(ARGS)
 
 fuzz: $(VENV)/.dev  ## draw 100,000 random problems and check each
-	$(PY) -m pytest tests/test_fuzz.py --hypothesis-profile=long $(ARGS)
+	$(PY) -m pytest tests/heads/test_fuzz.py --hypothesis-profile=long $(ARGS)
 
 lint: $(VENV)/.dev  ## check style and types, changing nothing
 	$(PY) -m ruff check $(PYTHON_FILES)
@@ -76,7 +76,7 @@ wheel-check:  ## try the wheel beside another torch: OTHER_TORCH=torch==2.10.0 [
 	$(or $(OTHER_PYTHON),$(PYTHON)) -m venv build/wheel-check
 	build/wheel-check/bin/python -m pip install $(OTHER_TORCH) numpy
 	build/wheel-check/bin/python -m pip install --no-deps dist/*.whl
-	cd build/wheel-check && bin/python -m dgl_ext && bin/python ../../tests/smoke.py
+	cd build/wheel-check && bin/python -m dgl_ext && bin/python ../../tests/project/smoke.py
 
 # CMake rebuilds only what changed, so it runs every time.
 cpp-tests: $(VENV)/.dev
@@ -90,7 +90,7 @@ clang-tests: $(VENV)/.dev  ## build and run the C++ tests with clang, where ther
 	  cmake --log-level=NOTICE -G Ninja -S . -B build/clang -DCMAKE_CXX_COMPILER=clang++ \
 	    -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja -DPython_EXECUTABLE=$(abspath $(PY)) && \
 	  cmake --build build/clang --target dgl_core && \
-	  DGL_EXT_CPP_TESTS=$(abspath build/clang) $(PY) -m pytest tests/test_core.py; \
+	  DGL_EXT_CPP_TESTS=$(abspath build/clang) $(PY) -m pytest tests/cpu/test_core.py; \
 	else echo "clang-tests: skipped, since there is no clang++ here"; fi
 
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=undefined
@@ -99,7 +99,7 @@ sanitize: $(VENV)/.dev  ## fuzz the CPU ops under the address and undefined-beha
 	  --build-lib build/sanitize/lib --build-temp build/sanitize/temp
 	cd tests && ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(abspath build/sanitize/lib) \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  $(abspath $(PY)) -m pytest -p no:cacheprovider test_fuzz.py $(ARGS)
+	  $(abspath $(PY)) -m pytest -p no:cacheprovider heads/test_fuzz.py $(ARGS)
 
 clean:  ## remove everything that was built, the venv included
 	rm -rf $(VENV) build dist dgl_ext.egg-info dgl_ext/*.so dgl_ext/_build_info.json

@@ -218,9 +218,9 @@ def _dgl_ext_logits(problem: Problem) -> Step:
 def _own(problem: Problem, forward: Forward) -> Step:
     """A step by this package's ops; raises `Unavailable` if its reference would run."""
     device_type = _device_type(problem)
-    if device_type == "cuda" and not dgl_ext._extension.available("cuda"):
+    if device_type == "cuda" and not dgl_ext._ops.extension.available("cuda"):
         raise Unavailable(
-            f"the CUDA extension is not loaded: {dgl_ext._extension.error('cuda')}: "
+            f"the CUDA extension is not loaded: {dgl_ext._ops.extension.error('cuda')}: "
             "see python -m dgl_ext"
         )
     # A small problem tells whether ops run, since that does not depend on the size.

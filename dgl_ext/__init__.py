@@ -6,7 +6,8 @@ arXiv 2507.10213.
 
 import torch
 
-from . import _extension, diagnostics, nn, reference
+from . import diagnostics, nn, reference
+from ._ops import extension as _extension
 from .functional import fused_decouple, fused_decouple_cross_entropy
 from .settings import set_workspace_limit, workspace_limit
 from .types import DecoupledLogits, DecoupledLoss
@@ -14,9 +15,10 @@ from .types import DecoupledLogits, DecoupledLoss
 __version__ = "0.1.0"
 
 if _extension.available():
-    from . import _flops, _ops
+    from ._ops import flops as _flops
+    from ._ops import library as _ops_library
 
-    _library = _ops.register()
+    _library = _ops_library.register()
     _flops.register()
 
 # To torch.fx a call is one node: what it does depends on what it gets.

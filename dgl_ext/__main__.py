@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import dgl_ext
-from dgl_ext import _extension
+from dgl_ext._ops import extension
 
 
 def build_info() -> dict[str, Any] | None:
@@ -31,14 +31,14 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
         "build": build_info(),
-        "extension_loaded": _extension.available(),
-        "extension_error": str(_extension.error() or "") or None,
-        "cuda_extension_loaded": _extension.available("cuda"),
-        "cuda_extension_error": str(_extension.error("cuda") or "") or None,
+        "extension_loaded": extension.available(),
+        "extension_error": str(extension.error() or "") or None,
+        "cuda_extension_loaded": extension.available("cuda"),
+        "cuda_extension_error": str(extension.error("cuda") or "") or None,
         "backends": [
             "reference",
-            *(["fused"] if _extension.available() else []),
-            *(["library"] if _extension.available("cuda") else []),
+            *(["fused"] if extension.available() else []),
+            *(["library"] if extension.available("cuda") else []),
         ],
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

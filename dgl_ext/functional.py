@@ -10,12 +10,14 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from . import _extension, _torch_private, autograd, autograd_step, reference
-from ._ops import Executor
-from ._validate import check_present, check_share, is_foreign, plain_tuple
-from .autograd_step import StepOptions
-from .cross_entropy import CrossEntropy, check_numbers
-from .heads import HEADS, Biases, Features, Head, Weights, get_head
+from . import _torch_private, reference
+from ._arguments.cross_entropy import CrossEntropy, check_numbers
+from ._arguments.heads import HEADS, Biases, Features, Head, Weights, get_head
+from ._arguments.validate import check_present, check_share, is_foreign, plain_tuple
+from ._ops import extension, logits
+from ._ops import step as step_op
+from ._ops.library import Executor
+from ._ops.step import StepOptions
 from .types import DecoupledLogits, DecoupledLoss
 
 BACKENDS = ("auto", "fused", "library", "reference")
@@ -112,7 +114,7 @@ def fused_decouple(
     if plain is not None:
         tensors, masks = plain
         try:
-            outputs = autograd.apply(fusion, *tensors, *leaks, masks)
+            outputs = logits.apply(fusion, *tensors, *leaks, masks)
             return DecoupledLogits(outputs[0], outputs[1:])
         except RuntimeError as error:
             refusal = _refusal(error)
@@ -124,7 +126,7 @@ def fused_decouple(
     arguments = (fusion, *tensors, *leaks, masks)
     if executor is None:
         return reference.compute(*arguments)
-    outputs = autograd.apply(*arguments, executor)
+    outputs = logits.apply(*arguments, executor)
     return DecoupledLogits(outputs[0], outputs[1:])
 
 
@@ -220,7 +222,7 @@ def fused_decouple_cross_entropy(
             head_leak,
         )
         try:
-            return autograd_step.run(options, *tensors, target, masks)
+            return step_op.run(options, *tensors, target, masks)
         except RuntimeError as error:
             refusal = _refusal(error)
     tensors = head.check(features, weight, bias)
@@ -234,7 +236,7 @@ def fused_decouple_cross_entropy(
     step = (fusion, *tensors, loss, *leaks)
     if executor is None:
         return reference.compute_cross_entropy(*step)
-    return autograd_step.apply(*step, executor)
+    return step_op.apply(*step, executor)
 
 
 @functools.lru_cache(typed=True)  # a loop asks for the same step again and again
@@ -297,7 +299,7 @@ def _arrange(
         return None
     like = tensors[0][0]
     device = "cpu" if like.is_cpu else "cuda" if like.is_cuda else None
-    if device is None or not _extension.available(device):
+    if device is None or not extension.available(device):
         return None
     if device == "cuda" and not _has_kernels(like.get_device()):
         return None
@@ -335,11 +337,11 @@ def _choose_executor(backend: str, tensors: tuple[Features, Weights, Biases]) ->
         # An exported program of plain PyTorch can be trained, and needs nothing of ours to run.
         if device not in ("cpu", "cuda") or beyond or torch.compiler.is_exporting():
             return None
-        if _extension.available(device):
+        if extension.available(device):
             old = device == "cuda" and not _has_kernels(features[0].get_device())
             return None if old else Executor.AUTO
         warnings.warn(
-            f"dgl_ext runs its slower reference: {_extension.error(device)}; see python -m dgl_ext",
+            f"dgl_ext runs its slower reference: {extension.error(device)}; see python -m dgl_ext",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -354,5 +356,5 @@ def _choose_executor(backend: str, tensors: tuple[Features, Weights, Biases]) ->
         raise ValueError(f'backend: "{backend}" needs features on a CPU or CUDA, got {device}')
     if backend == "library" and device not in LIBRARY_DEVICES:
         raise ValueError(f'backend: "library" needs features on a CUDA device, got {device}')
-    _extension.require(device)
+    extension.require(device)
     return _EXECUTORS[backend]

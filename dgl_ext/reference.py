@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cross_entropy import CrossEntropy
-from .heads import Biases, Features, Weights
+from ._arguments.cross_entropy import CrossEntropy
+from ._arguments.heads import Biases, Features, Weights
 from .types import DecoupledLogits, DecoupledLoss
 
 Formula = Callable[[Features, Weights, Biases, float, float], tuple[Tensor, tuple[Tensor, ...]]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._validate import shown
+from ._arguments.validate import shown
 
 _workspace_limit: int | None = None
 

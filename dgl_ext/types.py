@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _torch_private
-from ._validate import check_alpha, check_loss, check_per_output
+from ._arguments.validate import check_alpha, check_loss, check_per_output
 
 # Gradients of one that `DecoupledLoss.backward` hands to autograd, by device and dtype. One that is
 # in use is not in here: a hook that writes to it must not be felt by another thread's backward.

@@ -10,17 +10,14 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import dgl_ext
-from dgl_ext.heads import HEADS
+from dgl_ext._arguments.heads import HEADS
 
 # What needs a GPU is not collected where there is none; `make gpu-check` runs it.
+_HERE = Path(__file__).parent
 collect_ignore = (
     []
     if torch.cuda.is_available()
-    else sorted(
-        path.name
-        for path in Path(__file__).parent.glob("test_gpu*.py")
-        if path.name != "test_gpu_check.py"
-    )
+    else [str(path) for path in _HERE.glob("gpu/test_*.py") if path.name != "test_gpu_check.py"]
 )
 
 # Timings on a shared machine say nothing about a case, so no deadline.
@@ -39,7 +36,7 @@ def fusion(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session", autouse=True)
 def extension_is_loaded() -> None:
     """Without the extension the tests would compare the reference with itself."""
-    dgl_ext._extension.require()
+    dgl_ext._ops.extension.require()
 
 
 @pytest.fixture

@@ -24,11 +24,11 @@
 #include <utility>
 #include <vector>
 
-#include "checks.h"
+#include "common/checks.h"
 #include "cpu/gemm.h"
 #include "cpu/row_passes.h"
-#include "row_stride.h"
-#include "torch_errors.h"
+#include "common/row_stride.h"
+#include "common/torch_errors.h"
 
 namespace dgl_ext {
 

@@ -1,5 +1,5 @@
 // The torch-free core for pytest: plans, guarded buffers, and the launchers on emulated CUDA.
-// Problems are dicts of sizes and (address, stride) pairs, named as the structs in heads.h.
+// Problems are dicts of sizes and (address, stride) pairs, named as the structs in problem.h.
 #include <pybind11/native_enum.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -7,18 +7,18 @@
 
 #include <vector>
 
-#include "cuda/film_backward.cuh"
-#include "cuda/film_forward.cuh"
-#include "cuda/film_step.cuh"
-#include "cuda/instances.cuh"
-#include "cuda/launch.h"
-#include "cuda/linear_backward.cuh"
-#include "cuda/linear_forward.cuh"
-#include "cuda/linear_step.cuh"
-#include "heads.h"
+#include "cuda/kernels/film_backward.cuh"
+#include "cuda/kernels/film_forward.cuh"
+#include "cuda/kernels/film_step.cuh"
+#include "cuda/kernels/instances.cuh"
+#include "cuda/kernels/launch.h"
+#include "cuda/kernels/linear_backward.cuh"
+#include "cuda/kernels/linear_forward.cuh"
+#include "cuda/kernels/linear_step.cuh"
+#include "common/problem.h"
 #include "machine.h"
 #include "memory.h"
-#include "plan.h"
+#include "cuda/plan/plan.h"
 
 namespace py = pybind11;
 using namespace dgl_ext;

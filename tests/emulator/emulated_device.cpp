@@ -8,7 +8,7 @@
 #include <iterator>
 #include <string>
 
-#include "launch.h"
+#include "cuda/kernels/launch.h"
 #include "machine.h"
 
 namespace dgl_ext {

@@ -1,4 +1,4 @@
-"""The FiLM head: problems, and what their launches must return (formulas in csrc/heads.h)."""
+"""The FiLM head: problems, and what their launches must return (as in csrc/common/problem.h)."""
 
 from __future__ import annotations
 

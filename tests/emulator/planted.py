@@ -25,16 +25,20 @@ class Bug:
     report: str
 
 
-TILE, LOADER, PHASES = "cuda/gemm_tile.cuh", "cuda/tile_loader.cuh", "cuda/phases.cuh"
-FORWARD, BACKWARD = "cuda/linear_forward.cuh", "cuda/linear_backward.cuh"
-GRADIENTS, FILM_GRADIENTS = "cuda/linear_gradients.cuh", "cuda/film_gradients.cuh"
-SUMS = "cuda/row_sums.cuh"
-LINEAR_STEP, FILM_STEP = "cuda/linear_step.cuh", "cuda/film_step.cuh"
-LOSSES, ROWS = "cuda/cross_entropy.cuh", "cuda/rows.cuh"
-LINEAR_LIBRARY, FILM_LIBRARY = "cuda/linear_library.cu", "cuda/film_library.cu"
-LIBRARY, MATMUL = "cuda/library.cuh", "cuda/matmul.cpp"
+TILE, LOADER, PHASES = (
+    "cuda/kernels/gemm_tile.cuh",
+    "cuda/kernels/tile_loader.cuh",
+    "cuda/kernels/phases.cuh",
+)
+FORWARD, BACKWARD = "cuda/kernels/linear_forward.cuh", "cuda/kernels/linear_backward.cuh"
+GRADIENTS, FILM_GRADIENTS = "cuda/kernels/linear_gradients.cuh", "cuda/kernels/film_gradients.cuh"
+SUMS = "cuda/kernels/row_sums.cuh"
+LINEAR_STEP, FILM_STEP = "cuda/kernels/linear_step.cuh", "cuda/kernels/film_step.cuh"
+LOSSES, ROWS = "cuda/kernels/cross_entropy.cuh", "cuda/kernels/rows.cuh"
+LINEAR_LIBRARY, FILM_LIBRARY = "cuda/library/linear_library.cu", "cuda/library/film_library.cu"
+LIBRARY, MATMUL = "cuda/library/library.cuh", "cuda/library/matmul.cpp"
 REFUSED = r"invalid value|not supported|memory fault|out of bounds"
-FILM_FORWARD, FILM_BACKWARD = "cuda/film_forward.cuh", "cuda/film_backward.cuh"
+FILM_FORWARD, FILM_BACKWARD = "cuda/kernels/film_forward.cuh", "cuda/kernels/film_backward.cuh"
 RACE = r"race on shared memory of block \d+|read of uninitialised shared memory"
 WRONG = r"\d+ of \d+ elements wrong"
 GRID_RACE = r"race on|read of uninitialised|elements wrong"
@@ -174,7 +178,7 @@ BUGS = [
         r"barrier divergence|deadlock",
     ),
     Bug(
-        "alignment not looked at", "planning.h",
+        "alignment not looked at", "cuda/plan/planning.h",
         "(data) % 16 == 0 && stride * element_size(dtype) % 16 == 0;",
         "(data) + stride + element_size(dtype) > 0;", r"misaligned",
     ),
@@ -252,7 +256,7 @@ BUGS = [
         WRONG,
     ),
     Bug(
-        "the last of equal maxima is the prediction", "cuda/peak.cuh",
+        "the last of equal maxima is the prediction", "cuda/kernels/peak.cuh",
         "(!beats(largest, other) && column < best)", "(!beats(largest, other) && column > best)",
         r"correct: got",
     ),
@@ -290,7 +294,7 @@ BUGS = [
         "is_absent(head.present[1], row) ? 0 : count, v", "count, v", WRONG,
     ),
     Bug(
-        "every branch is scaled like the fused one", "plan.cpp",
+        "every branch is scaled like the fused one", "cuda/plan/plan_linear.cpp",
         "const int branch = plan_.step.mixed ? 0 : i + 1;", "const int branch = 0;", WRONG,
     ),
     # ---- rows in one pass

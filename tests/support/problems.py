@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgl_ext.heads import get_head
+from dgl_ext._arguments.heads import get_head
 from dgl_ext.types import DecoupledLogits, DecoupledLoss
 
 LAYOUTS = ("contiguous", "transposed", "sliced", "expanded")

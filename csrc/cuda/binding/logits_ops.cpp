@@ -1,0 +1,143 @@
+// The logits ops on CUDA: tensors become structs, the plan chooses, a launcher runs. Their own
+// module, so that the package loads where torch has no CUDA. The training steps are in
+// cuda_step_ops.cpp.
+
+#include "cuda/binding/cuda_ops.h"
+
+#include <Python.h>
+
+namespace dgl_ext {
+namespace {
+
+std::vector<Tensor> linear_forward(std::vector<Tensor> features, std::vector<Tensor> weights,
+                                   OptionalTensors biases, OptionalTensors present, bool allow_tf32,
+                                   int64_t executor) {
+  const Checks checks("linear_head_forward", kOnCuda, true);
+  checks.executor(executor);
+  const LinearSizes sizes = checks.linear(features, weights);
+  checks.biases(biases, weights, features[0]);
+  checks.masks(present, features.size(), sizes.leading, features[0]);
+
+  Call call("linear_head_forward", features[0]);
+  LinearHeadForward problem;
+  problem.head = make_head(call, sizes, features, weights, present);
+  set_biases(call, sizes, biases, problem);
+  const ScalarType dtype = features[0].scalar_type();
+  Results logits(call, dtype);
+  problem.fused = result_rows(logits.add(sizes.with(sizes.classes), dtype));
+  for (int i = 0; i < problem.head.modalities; ++i) {
+    problem.unimodal[i] = result_rows(logits.add(sizes.with(sizes.classes), dtype));
+  }
+  const Precision precision{dtype_of(features[0].scalar_type()), allow_tf32};
+  call.run(plan_linear_forward, linear_head_forward, problem, precision, executor);
+  return logits.tensors;
+}
+
+std::vector<Tensor> linear_backward(OptionalTensors grad_outputs, std::vector<Tensor> features,
+                                    std::vector<Tensor> weights, OptionalTensors present,
+                                    std::vector<bool> needs_features,
+                                    std::vector<bool> needs_weights, std::vector<bool> needs_biases,
+                                    double encoder_leak, double head_leak, bool allow_tf32,
+                                    int64_t executor) {
+  const Checks checks("linear_head_backward", kOnCuda, true);
+  checks.executor(executor);
+  const LinearSizes sizes = checks.linear(features, weights);
+  const Needs needs{needs_features, needs_weights, needs_biases};
+  checks.grad_outputs(grad_outputs, features.size() + 1, sizes, features[0]);
+  checks.needs(needs, encoder_leak, head_leak, features.size(), weights.size());
+  checks.masks(present, features.size(), sizes.leading, features[0]);
+
+  Call call("linear_head_backward", features[0]);
+  LinearHeadBackward problem;
+  problem.head = make_head(call, sizes, features, weights, present);
+  problem.leaks = {encoder_leak, head_leak};
+  problem.grad_fused = call.matrix(grad_outputs[0]);
+  for (int i = 0; i < problem.head.modalities; ++i) {
+    problem.grad_unimodal[i] = call.matrix(grad_outputs[i + 1]);
+  }
+  const Precision precision{dtype_of(features[0].scalar_type()), allow_tf32};
+  Results grads(call, features[0].scalar_type());
+  make_gradients(grads, sizes, features, weights, needs, false, problem);
+  call.run(plan_linear_backward, linear_head_backward, problem, precision, executor);
+  return grads.tensors;
+}
+
+std::vector<Tensor> film_forward(std::vector<Tensor> features, std::vector<Tensor> weights,
+                                 OptionalTensors biases, OptionalTensors present, bool allow_tf32,
+                                 int64_t executor) {
+  const Checks checks("film_head_forward", kOnCuda, true);
+  checks.executor(executor);
+  const FilmSizes sizes = checks.film(features, weights);
+  checks.biases(biases, weights, features[0]);
+  checks.masks(present, features.size(), sizes.leading, features[0]);
+
+  Call call("film_head_forward", features[0]);
+  FilmHeadForward problem;
+  problem.head = make_head(call, sizes, features, weights, biases, present);
+  const ScalarType dtype = features[0].scalar_type();
+  Results results(call, dtype);
+  problem.fused = result_rows(results.add(sizes.with(sizes.classes), dtype));
+  for (Matrix& unimodal : problem.unimodal) {
+    unimodal = result_rows(results.add(sizes.with(sizes.classes), dtype));
+  }
+  problem.modulation = result_rows(results.add(sizes.with(2 * sizes.hidden), compute_dtype(dtype)));
+  const Precision precision{dtype_of(features[0].scalar_type()), allow_tf32};
+  call.run(plan_film_forward, film_head_forward, problem, precision, executor);
+  return results.tensors;
+}
+
+std::vector<Tensor> film_backward(OptionalTensors grad_outputs, std::vector<Tensor> features,
+                                  std::vector<Tensor> weights, OptionalTensors biases, Tensor film,
+                                  OptionalTensors present, std::vector<bool> needs_features,
+                                  std::vector<bool> needs_weights, std::vector<bool> needs_biases,
+                                  double encoder_leak, double head_leak, bool allow_tf32,
+                                  int64_t executor) {
+  const Checks checks("film_head_backward", kOnCuda, true);
+  checks.executor(executor);
+  const FilmSizes sizes = checks.film(features, weights);
+  const Needs needs{needs_features, needs_weights, needs_biases};
+  const ScalarType dtype = features[0].scalar_type();
+  checks.biases(biases, weights, features[0]);
+  checks.grad_outputs(grad_outputs, 3, sizes, features[0]);
+  checks.needs(needs, encoder_leak, head_leak, 2, 2);
+  checks.masks(present, features.size(), sizes.leading, features[0]);
+  checks.shape("film", film, sizes.with(2 * sizes.hidden));
+  checks.saved("film", film, features[0], compute_dtype(dtype));
+
+  Call call("film_head_backward", features[0]);
+  FilmHeadBackward problem;
+  problem.head = make_head(call, sizes, features, weights, biases, present);
+  problem.leaks = {encoder_leak, head_leak};
+  problem.modulation = call.matrix(film);
+  problem.grad_fused = call.matrix(grad_outputs[0]);
+  for (int k = 0; k < 2; ++k) problem.grad_unimodal[k] = call.matrix(grad_outputs[k + 1]);
+  Results grads(call, dtype);
+  make_gradients(grads, sizes, features, weights, needs, false, problem);
+  const Precision precision{dtype_of(features[0].scalar_type()), allow_tf32};
+  call.run(plan_film_backward, film_head_backward, problem, precision, executor);
+  return grads.tensors;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(dgl_ext, DGL_EXT_DISPATCH_KEY, m) {
+  m.impl("linear_head_forward", DGL_EXT_CUDA_OP(&linear_forward));
+  m.impl("linear_head_backward", DGL_EXT_CUDA_OP(&linear_backward));
+  m.impl("film_head_forward", DGL_EXT_CUDA_OP(&film_forward));
+  m.impl("film_head_backward", DGL_EXT_CUDA_OP(&film_backward));
+}
+
+}  // namespace dgl_ext
+
+PyMODINIT_FUNC PyInit__C_cuda() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT,
+                               "dgl_ext._C_cuda",
+                               nullptr,
+                               0,
+                               nullptr,
+                               nullptr,
+                               nullptr,
+                               nullptr,
+                               nullptr};
+  return PyModule_Create(&module);
+}

@@ -1,0 +1,31 @@
+#include <algorithm>
+
+#include "cuda/kernels/instances.cuh"
+#include "cuda/kernels/launch.h"
+#include "cuda/library/library.h"
+#include "cuda/kernels/linear_step.cuh"
+
+namespace dgl_ext {
+
+cudaError_t linear_head_step(const LinearHeadStep& problem, Precision precision,
+                             const LinearStepPlan& plan, void* workspace, const Queue& queue) {
+  LinearHeadForward forward;
+  forward.head = problem.head;
+  forward.fused_bias = problem.fused_bias;
+  std::copy_n(problem.branch_bias, kMaxModalities, forward.branch_bias);
+  LinearStepArguments arguments{{forward, plan.forward, workspace},
+                                {problem, plan.backward, workspace},
+                                problem.loss,
+                                plan.step};
+  arguments.backward.totals_offset = plan.step.totals_offset;
+  if (plan.launch.executor == Executor::kLibrary) {
+    return library::linear_step(arguments, precision, plan, queue);
+  }
+  return launch_head<LinearStep>(Configs{}, precision.dtype, plan.launch, arguments, queue.stream);
+}
+
+cudaError_t linear_step_occupancy(int (&ctas)[kTileCount]) {
+  return lower_occupancy<LinearStep>(Configs{}, ctas);
+}
+
+}  // namespace dgl_ext

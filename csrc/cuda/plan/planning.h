@@ -1,0 +1,166 @@
+// What the plans of all heads are made of: tile, grid, splits, chunks, workspace.
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/plan/plan.h"
+
+namespace dgl_ext::planning {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+inline bool allows_16_byte_copies(const void* data, int64_t stride, Dtype dtype) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * element_size(dtype) % 16 == 0;
+}
+inline bool allows_16_byte_copies(const ConstMatrix& m, Dtype dtype) {
+  return allows_16_byte_copies(m.data, m.stride, dtype);
+}
+/// Columns of a workspace plane whose rows are 16-byte multiples, for elements down to 16 bits.
+inline int64_t padded(int64_t columns) { return round_up(columns, 8); }
+
+struct TileFamily {
+  Tile small, medium;
+};
+inline TileFamily family_of(Precision precision) {
+  switch (precision.dtype) {
+    case Dtype::kFloat64:
+      return {Tile::kFloat64, Tile::kFloat64};
+    case Dtype::kFloat32:
+      return precision.allow_tf32 ? TileFamily{Tile::kTFloat32Small, Tile::kTFloat32Medium}
+                                  : TileFamily{Tile::kFloat32Small, Tile::kFloat32Medium};
+    default:
+      return {Tile::kHalfSmall, Tile::kHalfMedium};
+  }
+}
+
+struct Output {
+  int64_t rows = 0, columns = 0;
+};
+inline int64_t count_tiles(Tile tile, const Output* outputs, int count) {
+  int64_t tiles = 0;
+  for (int i = 0; i < count; ++i) {
+    tiles += ceil_div(outputs[i].rows, shape_of(tile).rows) *
+             ceil_div(outputs[i].columns, shape_of(tile).columns);
+  }
+  return tiles;
+}
+
+/// Executor, tile and alignment for a head that computes `outputs` by products.
+inline LaunchShape choose_launch(Precision precision, bool operands_aligned, double flop,
+                                 const Output* outputs, int count, const Device& device,
+                                 const PlanRequest& request) {
+  LaunchShape launch;
+  launch.executor = flop < kFusedBelow ? Executor::kFused : Executor::kLibrary;
+  if (request.choose_executor) launch.executor = request.executor;
+
+  launch.aligned = operands_aligned && precision.dtype != Dtype::kFloat64;
+  if (!launch.aligned) precision.allow_tf32 = false;  // the unaligned float32 kernel is exact
+  const TileFamily family = family_of(precision);
+  const auto resident = [&](Tile tile) { return device.resident_ctas[static_cast<int>(tile)]; };
+  launch.tile = family.small;
+  if (launch.aligned) {
+    const double wanted = kMediumTilesPerMultiprocessor * device.multiprocessors;
+    if (resident(family.medium) > 0 &&
+        double(count_tiles(family.medium, outputs, count)) >= wanted) {
+      launch.tile = family.medium;
+    }
+    const bool known = request.tile == family.small || request.tile == family.medium;
+    if (request.choose_tile && known && resident(request.tile) > 0) launch.tile = request.tile;
+  }
+  if (resident(launch.tile) == 0 && launch.executor == Executor::kFused) {
+    launch.executor = Executor::kLibrary;
+  }
+  // the element-wise kernels run on the small, unaligned tile's threads
+  if (launch.executor == Executor::kLibrary) {
+    precision.allow_tf32 = false;
+    launch.tile = family_of(precision).small;
+    launch.aligned = false;
+  }
+  // cp.async, mma.sync with these types and cooperative groups as used need sm_80
+  if (device.capability < 80) launch.executor = Executor::kNone;
+  return launch;
+}
+
+/// CTAs for phases of at most `items` independent items: all that is useful, and no more than
+/// are resident at once, which a grid-wide sync needs.
+inline int choose_grid(const LaunchShape& launch, int64_t items, const Device& device) {
+  int64_t limit = int64_t(device.resident_ctas[static_cast<int>(launch.tile)]) *
+                  std::max(device.multiprocessors, 1);
+  if (device.max_ctas > 0) limit = std::min<int64_t>(limit, device.max_ctas);
+  return int(std::max<int64_t>(1, std::min(items, limit)));
+}
+/// CTAs that a phase over rows can use; one per multiprocessor is enough.
+inline int64_t row_items(int64_t rows, const Device& device) {
+  return std::min<int64_t>(rows, device.multiprocessors);
+}
+
+/// Splits k so that about `target` items exist; returns the elements per split.
+inline int64_t choose_depth(int64_t total_steps, int64_t splits, int64_t step) {
+  total_steps = std::max<int64_t>(total_steps, 1);
+  return ceil_div(total_steps, std::clamp<int64_t>(splits, 1, total_steps)) * step;
+}
+
+/// Splits of a sum over rows of `steps`, in a phase of `total` steps: no tile must take much longer
+/// than an even share of the phase.
+inline int64_t choose_row_splits(int64_t steps, int64_t total, const Device& device) {
+  const int64_t share =
+      std::max(ceil_div(total, std::max(device.multiprocessors, 1)), kLeastStepsPerRowSplit);
+  return steps > 2 * share ? ceil_div(steps, share) : 1;
+}
+
+/// Hands out consecutive 16-byte aligned parts of the workspace.
+class Layout {
+ public:
+  int64_t add(int64_t bytes) {
+    const int64_t at = bytes_;
+    bytes_ += round_up(bytes, 16);
+    return at;
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  int64_t bytes_ = 0;
+};
+
+/// Columns of a masked copy, 0 where none is needed.
+inline int64_t masked_columns(const uint8_t* present, const Matrix& grad_weight, int64_t width) {
+  return present && grad_weight.data ? padded(width) : 0;
+}
+/// Rows that a step works on at a time: all, or as many tiles of rows as fit, evenly.
+inline int64_t choose_chunk(int64_t rows, int64_t row_bytes, int64_t bytes, int64_t least_rows,
+                            int64_t tile_rows) {
+  const int64_t fit =
+      std::max(std::max<int64_t>(bytes, 0) / std::max<int64_t>(row_bytes, 1), least_rows);
+  if (fit >= rows) return std::max<int64_t>(rows, 1);
+  const int64_t chunks = ceil_div(rows, std::max(fit / tile_rows * tile_rows, tile_rows));
+  return round_up(ceil_div(rows, chunks), tile_rows);
+}
+inline int count_chunks(int64_t rows, int64_t chunk_rows) {
+  return int(std::max<int64_t>(1, ceil_div(rows, chunk_rows)));
+}
+/// CTAs of the library executor's kernels.
+inline int element_grid(const Device& device) {
+  const int grid = kElementCtas * std::max(device.multiprocessors, 1);
+  return device.max_ctas > 0 ? std::min(grid, device.max_ctas) : grid;
+}
+/// How many CTAs count rows and sum losses. Where planes mix branches whose means divide by
+/// different numbers, library's rows kernel needs the counts from a launch before it.
+inline void choose_counting(const LaunchShape& launch, const CrossEntropy& loss,
+                            const uint8_t* const* present, int64_t rows, StepPlan& plan) {
+  plan.counting_ctas = plan.summing_ctas = launch.grid;
+  if (launch.executor != Executor::kLibrary) return;
+  bool masked = false;
+  for (int k = 1; k < plan.branches; ++k) masked |= present[k - 1] != nullptr;
+  plan.count_first = rows > kCountedByOneCta || (plan.mixed && loss.mean && masked);
+  if (!plan.count_first) plan.counting_ctas = 1;
+}
+/// What CTAs tell each other, behind everything else in the workspace.
+inline void place_sums(int grid, Layout& layout, StepPlan& plan) {
+  const int64_t branches = plan.branches;
+  plan.counts_offset = layout.add(grid * branches * int64_t(sizeof(int64_t)));
+  plan.losses_offset = layout.add(grid * branches * int64_t(sizeof(StepSums)));
+  plan.totals_offset = layout.add((branches + 2) * int64_t(sizeof(StepTotals)));
+}
+
+}  // namespace dgl_ext::planning

@@ -1,0 +1,1 @@
+"""What lies below the functions: the compiled modules, their dispatcher ops, autograd over them."""

@@ -1,0 +1,189 @@
+"""The training step under autograd: an op that returns the loss together with every gradient.
+
+The forward op computes the gradients too, since at its end all that they are made of is at hand;
+`backward` multiplies them by the gradient of the total, and does nothing where that is 1.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _torch_private
+from .._arguments.cross_entropy import CrossEntropy
+from .._arguments.heads import HEADS, Biases, Features, Weights
+from ..settings import workspace_limit
+from ..types import DecoupledLoss, is_unit_gradient
+from . import library
+from .library import Executor
+
+
+class StepOptions(NamedTuple):
+    """What makes up a step besides tensors: the op, how it runs, and the user's numbers."""
+
+    op: str
+    executor: Executor
+    modalities: int
+    parameters: int  # weights, and as many biases
+    alpha: tuple[float, ...]
+    mean: bool
+    ignore_index: int
+    label_smoothing: float
+    encoder_leak: float
+    head_leak: float
+
+    def call(
+        self, limit: int, target: Tensor, tensors: Sequence[Any], needs: Sequence[bool]
+    ) -> list[Tensor]:
+        """Calls the op; `tensors` are features, weights, biases and masks."""
+        weights = self.modalities
+        biases = weights + self.parameters
+        end = biases + self.parameters
+        return library.call(
+            self.op,
+            self.executor,
+            tensors[0],
+            tensors[:weights],
+            tensors[weights:biases],
+            tensors[biases:end],
+            target,
+            tensors[end:],
+            self.alpha,
+            self.mean,
+            self.ignore_index,
+            self.label_smoothing,
+            needs[:weights],
+            needs[weights:biases],
+            needs[biases:end],
+            self.encoder_leak,
+            self.head_leak,
+            limit,
+        )
+
+
+# forward's arguments before the tensors, and backward's results for them and the target.
+_OPTIONS = 3
+_NO_GRADS = (None,) * (_OPTIONS + 1)
+
+
+class TrainingStep(torch.autograd.Function):
+    """Loss and gradients of any head."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        options: StepOptions,
+        limit: int,
+        grad_enabled: bool,  # here it no longer is
+        target: Tensor,
+        *tensors: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Takes features, weights, biases and masks in one flat list; returns loss, parts, hits."""
+        needs = ctx.needs_input_grad[_OPTIONS + 1 :] if grad_enabled else (False,) * len(tensors)
+        total, losses, correct, *grads = options.call(limit, target, tensors, needs)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(losses, correct)
+        # save_for_backward frees these before AccumulateGrad runs, which can then move them into
+        # `.grad` instead of copying.
+        ctx.save_for_backward(*grads)
+        ctx.needs = needs
+        ctx.to_float16 = tensors[0].dtype == torch.float16
+        return total, losses, correct
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
+        """Scales the gradients that forward computed by that of the total."""
+        scale = grad_outputs[0]
+        if scale is None:
+            return (*_NO_GRADS, *(None for _ in ctx.needs))
+        if torch.is_grad_enabled():  # backward(create_graph=True)
+            raise RuntimeError(
+                "dgl_ext: a training step has no second derivatives; "
+                'use backend="reference" for them'
+            )
+        if torch.compiler.is_compiling() or ctx.to_float16 or _torch_private.is_batched(scale):
+            grads: Sequence[Tensor]
+            grads = library.scale_gradients(ctx.saved_tensors, scale, ctx.to_float16)
+        else:
+            with _one_at_a_time:
+                grads = _scaled(ctx, scale)
+        dealt = iter(grads)
+        return (*_NO_GRADS, *[next(dealt) if need else None for need in ctx.needs])
+
+
+# A backward that frees its graph hands out what another thread's may be about to read.
+_one_at_a_time = threading.RLock()
+
+
+def _scaled(ctx: Any, scale: Tensor) -> Sequence[Tensor]:
+    """Multiplies by `scale`, in place where nobody will ask for the gradients again."""
+    grads: Sequence[Tensor] = ctx.saved_tensors
+    if getattr(ctx, "spent", False):  # by a backward that has not yet returned
+        raise RuntimeError(
+            "dgl_ext: two threads differentiated one training step, and the first one frees it: "
+            "use retain_graph=True in both"
+        )
+    kept = _torch_private.keeps_graph()
+    ctx.spent = not kept
+    # Fake tensors and other subclasses may have no value to look at.
+    readable = type(scale) is Tensor and scale.is_cpu
+    if is_unit_gradient(scale) or (readable and scale.item() == 1):
+        # What is kept for the next backward is not what this one hands out.
+        return [grad.clone() for grad in grads] if kept else grads
+    if kept:
+        return library.scale_gradients(grads, scale, to_float16=False)
+    library.scale_gradients_(grads, scale)
+    return grads
+
+
+def apply(
+    fusion: str,
+    features: Features,
+    weights: Weights,
+    biases: Biases,
+    loss: CrossEntropy,
+    encoder_leak: float,
+    head_leak: float,
+    executor: Executor = Executor.AUTO,
+) -> DecoupledLoss:
+    """Returns the loss of a head, with disentangled gradients behind its total."""
+    options = StepOptions(
+        f"{HEADS[fusion].op}_step",
+        executor,
+        len(features),
+        len(weights),
+        loss.alpha,
+        loss.mean,
+        loss.ignore_index,
+        loss.label_smoothing,
+        encoder_leak,
+        head_leak,
+    )
+    return run(options, features, weights, biases, loss.target, loss.present)
+
+
+def run(
+    options: StepOptions,
+    features: Features,
+    weights: Weights,
+    biases: Biases,
+    target: Tensor,
+    present: Sequence[Tensor | None],
+) -> DecoupledLoss:
+    """Takes a step that `options` describe."""
+    total, losses, correct = TrainingStep.apply(
+        options,
+        workspace_limit() or 0,  # the device's default
+        torch.is_grad_enabled(),
+        target,
+        *features,
+        *weights,
+        *biases,
+        *present,
+    )
+    fused, *unimodal = losses.unbind()
+    return DecoupledLoss(total, fused, tuple(unimodal), correct)

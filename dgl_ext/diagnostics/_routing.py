@@ -1,0 +1,312 @@
+"""Which loss reaches which parameter: the table of `dgl_ext.diagnostics.routing`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .._arguments.validate import check_loss, check_sequence
+
+
+@dataclass(frozen=True)
+class Route:
+    """A row of a routing table: one parameter and what each loss sends to it.
+
+    Attributes:
+        name: of the parameter.
+        trainable: whether it requires a gradient.
+        norms: for each loss the norm of its gradient, or None where none arrives.
+        expected: the losses that should reach it, or None if nobody said.
+    """
+
+    name: str
+    trainable: bool
+    norms: dict[str, float | None]
+    expected: tuple[str, ...] | None
+
+    @property
+    def reached_by(self) -> list[str]:
+        """The losses whose gradient arrives, zero or not."""
+        return [loss for loss, norm in self.norms.items() if norm is not None]
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is worth a look."""
+        remarks = []
+        if not self.trainable:
+            remarks.append("frozen")
+        elif not self.reached_by:
+            remarks.append("unreached")
+        if self.expected is not None:
+            remarks += [f"leaked: {name}" for name in self.reached_by if name not in self.expected]
+            remarks += [f"missing: {name}" for name in self.expected if self.norms[name] is None]
+        return remarks
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which loss reaches which parameter; printed, it is a table.
+
+    In the table `-` is no gradient, which leaves a parameter as it is, and `0` one that is there
+    and zero, by which an optimizer with momentum or weight decay still moves it.
+
+    Attributes:
+        losses: their names.
+        rows: one per parameter, in the order of `model.named_parameters()`.
+    """
+
+    losses: tuple[str, ...]
+    rows: tuple[Route, ...]
+
+    @property
+    def frozen(self) -> list[str]:
+        """Parameters that require no gradient."""
+        return [row.name for row in self.rows if not row.trainable]
+
+    @property
+    def unreached(self) -> list[str]:
+        """Parameters that no loss reaches, the frozen ones among them."""
+        return [row.name for row in self.rows if not row.reached_by]
+
+    @property
+    def leaked(self) -> list[tuple[str, str]]:
+        """Pairs (parameter, loss): it arrives and is not among those expected."""
+        return [
+            (row.name, loss)
+            for row in self.rows
+            if row.expected is not None
+            for loss in row.reached_by
+            if loss not in row.expected
+        ]
+
+    @property
+    def missing(self) -> list[tuple[str, str]]:
+        """Pairs (parameter, loss): it is expected and does not arrive."""
+        return [
+            (row.name, loss)
+            for row in self.rows
+            for loss in row.expected or ()
+            if row.norms[loss] is None
+        ]
+
+    @property
+    def zero(self) -> list[tuple[str, str]]:
+        """Pairs (parameter, loss): it arrives and is zero everywhere."""
+        return [
+            (row.name, loss) for row in self.rows for loss, norm in row.norms.items() if norm == 0
+        ]
+
+    @property
+    def unmatched(self) -> list[str]:
+        """Parameters of which `expect` said nothing."""
+        return [row.name for row in self.rows if row.expected is None]
+
+    def reached_by(self, loss: str) -> list[str]:
+        """Parameters at which that loss's gradient arrives, zero or not."""
+        if loss not in self.losses:
+            names = ", ".join(f'"{name}"' for name in self.losses)
+            raise ValueError(f"loss: expected one of {names}, got {loss!r}")
+        return [row.name for row in self.rows if row.norms[loss] is not None]
+
+    def __str__(self) -> str:
+        def cell(norm: float | None) -> str:
+            return "-" if norm is None else "0" if norm == 0 else f"{norm:.2e}"
+
+        told = any(row.expected is not None for row in self.rows)
+        lines = [["parameter", *self.losses, ""]]
+        for row in self.rows:
+            remarks = row.remarks + (["unmatched"] if told and row.expected is None else [])
+            lines.append([row.name, *map(cell, row.norms.values()), ", ".join(remarks)])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(
+                text.ljust(width) if k in (0, len(line) - 1) else text.rjust(width)
+                for k, (text, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
+
+
+def routing(
+    model: nn.Module,
+    batch: Any,
+    loss_fn: Callable[[nn.Module, Any], Mapping[str, Tensor]],
+    expect: Mapping[str, str | Sequence[str]] | None = None,
+) -> Routing:
+    """Finds which loss reaches which parameter, by one forward pass and one backward pass per loss.
+
+    For a look before training, or in a test of a training script; it waits for the device. It finds
+    parameters that nothing trains, losses that leak past a truncation, and names that no rule
+    matches. `.grad`, buffers and the random state are afterwards what they were.
+
+    Args:
+        model: in the mode in which it trains. Of a `DistributedDataParallel` its `module` is
+            taken, names included, so that no gradient is exchanged; what is compiled runs eagerly,
+            under its plain names.
+        batch: passed on to `loss_fn`.
+        loss_fn: called as `loss_fn(model, batch)`, returns scalar losses by name, such as
+            `{"fused": ..., "audio": ..., "video": ...}`.
+        expect: by a pattern of parameter names (as for file names: `*`, `?`), the loss or losses
+            that should reach them: `{"fusion.*": "fused", "audio_encoder.*": "audio"}`. The first
+            pattern that matches a name counts.
+
+    Returns:
+        `Routing`: rows, a table when printed, and the lists `unreached`, `frozen`, `leaked`,
+        `missing`, `zero`, `unmatched`, `reached_by(loss)`.
+
+    Raises:
+        TypeError: an argument, or what `loss_fn` returns, is of the wrong type.
+        ValueError: a loss is not a scalar, or `expect` names a loss that is not there, or has a
+            pattern that matches no parameter.
+
+    Example:
+        >>> model = torch.nn.ModuleDict({
+        ...     "audio": torch.nn.Linear(3, 4), "video": torch.nn.Linear(3, 4),
+        ...     "fusion": dgl_ext.nn.ConcatFusion((4, 4), 5, bias=False),
+        ... }).requires_grad_()
+        >>> def loss_fn(model, batch):
+        ...     out = model["fusion"](model["audio"](batch), model["video"](batch))
+        ...     losses = [z.square().mean() for z in (out.fused, *out.unimodal)]
+        ...     return dict(zip(("fused", "audio", "video"), losses))
+        >>> found = routing(model, torch.randn(8, 3), loss_fn, {"fusion.*": "fused"})
+        >>> found.reached_by("video"), found.leaked
+        (['video.weight', 'video.bias'], [])
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    model = _unwrapped(model)
+    named = {name.replace(_COMPILED, ""): p for name, p in model.named_parameters()}
+    trainable = [p for p in named.values() if p.requires_grad]
+    norms: dict[str, dict[str, float | None]] = {}
+    devices = {p.device for p in named.values()}
+    with torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as stack:
+        for device in devices or {torch.device("cpu")}:
+            stack.enter_context(random_state_kept(device))
+        stack.enter_context(buffers_kept(model))
+        # A compiled graph has zeros for what a loss does not reach.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        losses = loss_fn(model, batch)
+        if not isinstance(losses, Mapping) or not losses:
+            raise TypeError(
+                f"loss_fn: expected it to return a dict of losses, got {type(losses).__name__}"
+                + (" without entries" if isinstance(losses, Mapping) else "")
+            )
+        for loss_name, value in losses.items():
+            loss = check_loss(f'loss_fn: "{loss_name}"', value)
+            found: Sequence[Tensor | None] = [None] * len(trainable)
+            if loss.requires_grad and trainable:
+                found = torch.autograd.grad(loss, trainable, retain_graph=True, allow_unused=True)
+            by_parameter = dict(zip(map(id, trainable), found, strict=True))
+            norms[loss_name] = {
+                name: _norm(by_parameter.get(id(parameter))) for name, parameter in named.items()
+            }
+    expected = _expected(expect, list(named), list(norms))
+    return Routing(
+        tuple(norms),
+        tuple(
+            Route(
+                name,
+                parameter.requires_grad,
+                {loss_name: norms[loss_name][name] for loss_name in norms},
+                expected.get(name),
+            )
+            for name, parameter in named.items()
+        ),
+    )
+
+
+# What torch.compile puts before the names of a module's parameters.
+_COMPILED = "_orig_mod."
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def _norm(grad: Tensor | None) -> float | None:
+    if grad is None:
+        return None
+    if grad.is_sparse:
+        grad = grad.coalesce().values()
+    return float(torch.linalg.vector_norm(grad, dtype=wide_dtype(grad)))
+
+
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """In which no norm of a tensor of any lesser dtype overflows or vanishes."""
+    return torch.promote_types(tensor.dtype, torch.float64)
+
+
+def _expected(expect: object, names: list[str], losses: list[str]) -> dict[str, tuple[str, ...]]:
+    """By parameter name, the losses that the first matching pattern asks for."""
+    if expect is None:
+        return {}
+    if not isinstance(expect, Mapping):
+        raise TypeError(
+            f"expect: expected a dict of losses by pattern, got {type(expect).__name__}"
+        )
+    expected: dict[str, tuple[str, ...]] = {}
+    for pattern, value in expect.items():
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"expect: expected patterns of parameter names, got {type(pattern).__name__}"
+            )
+        what = "the name of a loss, or a sequence of them"
+        single = isinstance(value, str)
+        wanted = (value,) if single else check_sequence(f'expect["{pattern}"]', value, what)
+        for loss in wanted:
+            if loss not in losses:
+                quoted = ", ".join(f'"{name}"' for name in losses)
+                raise ValueError(f'expect["{pattern}"]: expected one of {quoted}, got {loss!r}')
+        plain = pattern.replace(_COMPILED, "")
+        matching = [name for name in names if fnmatchcase(name, plain)]
+        if not matching:
+            raise ValueError(f'expect: pattern "{pattern}" matches no parameter')
+        for name in matching:
+            expected.setdefault(name, tuple(map(str, wanted)))
+    return expected
+
+
+@contextlib.contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Has a model read and write copies of its buffers, and gives it back its own afterwards.
+
+    They are not written back: that would disturb a graph that has saved them.
+    """
+    copies: dict[int, Tensor] = {}
+    places = [(module, dict(module._buffers)) for module in model.modules()]
+    for module, buffers in places:
+        for name, buffer in buffers.items():
+            if buffer is not None:
+                if id(buffer) not in copies:
+                    copies[id(buffer)] = buffer.detach().clone()
+                module._buffers[name] = copies[id(buffer)]
+    try:
+        yield
+    finally:
+        for module, buffers in places:
+            module._buffers.clear()
+            module._buffers.update(buffers)
+
+
+@contextlib.contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Puts the random state of the CPU and the device back, without waiting for the device."""
+    if device.type != "cuda":
+        with torch.random.fork_rng(devices=[]):
+            yield
+        return
+    with torch.random.fork_rng(devices=[device], device_type=device.type):
+        yield
