@@ -14,7 +14,7 @@ PYTHON_FILES := setup.py build_backend dgl_ext tests benchmarks examples
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help bench bench-results bench-memory test test-slow gpu-check fuzz lint format wheel wheel-check
-.PHONY: cpp-tests clang-tests sanitize cuda-compile docs clean
+.PHONY: test-gate cpp-tests clang-tests sanitize cuda-compile docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +35,9 @@ bench-memory: $(VENV)/.bench  ## measure peak memory and time of large heads (op
 # Most tests keep one core busy, hence several processes.
 test: $(VENV)/.dev cpp-tests  ## run the tests, without the slow ones (pytest's options in ARGS)
 	$(PY) -m pytest -m "not slow" -n auto --maxprocesses 4 $(ARGS)
+
+test-gate: $(VENV)/.dev cpp-tests  ## run those of the slow tests that CI runs
+	$(PY) -m pytest -m "slow and gate" -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.dev cpp-tests  ## run the slow tests
 	$(PY) -m pytest -m slow $(ARGS)

@@ -52,6 +52,8 @@ def test_it_runs_the_goals_sizes_with_arguments_that_the_benchmarks_take(tmp_pat
     }
 
 
+@pytest.mark.slow
+@pytest.mark.gate
 def test_it_makes_tables_of_what_the_benchmarks_write(tmp_path, monkeypatch, capsys):
     """Tiny runs on the CPU in the place of the GPU's."""
     common = "--device cpu --seconds 0.001"

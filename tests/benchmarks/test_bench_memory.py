@@ -54,6 +54,8 @@ def smoke(tmp_path_factory):
 
 
 @needs_clear_refs
+@pytest.mark.slow
+@pytest.mark.gate
 def test_smoke_csv(smoke):
     with smoke[1].with_suffix(".csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -96,6 +96,8 @@ def smoke(tmp_path_factory):
     return printed.getvalue(), folder
 
 
+@pytest.mark.slow
+@pytest.mark.gate
 def test_smoke_files(smoke):
     stem = "bench_training_cpu_float32_smoke"
     document = json.loads((smoke[1] / f"{stem}.json").read_text())

@@ -52,6 +52,9 @@ def kernel_name(mangled: str) -> str | None:
     return " ".join(parts)
 
 
+pytestmark = pytest.mark.slow
+
+
 @lru_cache
 def compile_unit(unit: str, architecture: str, folder: str) -> tuple[str, Path]:
     """The messages of nvcc and ptxas, and the cubin."""
@@ -118,7 +121,7 @@ def folder(tmp_path_factory):
 units = pytest.mark.parametrize("unit", UNITS)
 architectures = pytest.mark.parametrize(
     "architecture",
-    [pytest.param(a, marks=() if a == "sm_90" else pytest.mark.slow) for a in ARCHITECTURES],
+    [pytest.param(a, marks=pytest.mark.gate if a == "sm_90" else ()) for a in ARCHITECTURES],
 )
 
 
@@ -146,6 +149,7 @@ def test_kernels_without_tiles_compile_without_a_warning_or_a_spill(folder, unit
     assert set(re.findall(r"(\d+) bytes spill", messages)) == {"0"}
 
 
+@pytest.mark.gate
 @pytest.mark.parametrize("unit", ["linear_library", "film_library"])
 def test_the_rows_kernels_load_16_bytes_at_once(folder, unit):
     tool = disassembler()
@@ -192,6 +196,7 @@ def shared():
 
 
 @pytest.mark.emulator
+@pytest.mark.gate
 def test_shared_memory_as_recorded(shared):
     recorded = {k: v["shared"] for k, v in json.loads(TABLE.read_text()).items()}
     assert set(shared) == set(recorded), "the list of kernels changed: record the table anew"

@@ -40,9 +40,7 @@ def module_is_built():
 
 @pytest.mark.emulator
 def test_the_ops_pass_their_tests_on_emulated_cuda():
-    done = run(
-        *(f"tests/heads/test_{name}.py" for name in FILES), "-k", SELECTION, "-m", "not slow"
-    )
+    done = run(*FILES, "-k", SELECTION, "-m", "not slow")
     assert done.returncode == 0, done.stdout[-4000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 700
 
@@ -61,6 +59,8 @@ def test_a_target_out_of_range_is_a_device_side_assertion():
 
 
 @pytest.mark.emulator
+@pytest.mark.slow
+@pytest.mark.gate
 def test_bias_gradients_over_many_rows_do_not_lose_bits_on_emulated_cuda():
     done = run("tests/heads/test_dtypes.py", "-k", "lose_bits and concat")
     assert done.returncode == 0, done.stdout[-4000:]

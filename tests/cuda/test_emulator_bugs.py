@@ -9,7 +9,7 @@ import shutil
 import pytest
 from emulator import planted
 
-pytestmark = pytest.mark.emulator
+pytestmark = [pytest.mark.emulator, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +19,7 @@ def workshop(tmp_path_factory):
     return planted.Workshop(tmp_path_factory.mktemp("planted"))
 
 
+@pytest.mark.gate
 def test_sound_kernels_pass(workshop):
     assert json.loads(workshop.failures(None)) == []
 
@@ -26,7 +27,7 @@ def test_sound_kernels_pass(workshop):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=() if name in planted.SHORT_LIST else pytest.mark.slow)
+        pytest.param(name, marks=pytest.mark.gate if name in planted.SHORT_LIST else ())
         for name in planted.BY_NAME
     ],
 )

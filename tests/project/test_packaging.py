@@ -22,7 +22,7 @@ CACHES = ("__pycache__", ".*_cache", ".hypothesis")
 # Not torch.__version__, which may have a suffix that the release on an index lacks.
 CONSTRAINT = f"torch=={importlib.metadata.version('torch')}"
 
-pytestmark = pytest.mark.packaging
+pytestmark = [pytest.mark.packaging, pytest.mark.slow]
 
 
 def run(*command: str | Path, cwd: Path, **env: str) -> str:
@@ -84,10 +84,12 @@ def installed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Environ
     return environment
 
 
+@pytest.mark.gate
 def test_isolated_install_works_from_another_directory(installed: Environment) -> None:
     installed.smoke_test()
 
 
+@pytest.mark.gate
 def test_the_wheel_serves_every_python_from_3_10(installed: Environment) -> None:
     (wheel,) = installed.site.glob("dgl_ext-*.dist-info/WHEEL")
     tags = [line for line in wheel.read_text().splitlines() if line.startswith("Tag:")]
@@ -100,6 +102,7 @@ def modules_built(installed: Environment) -> list[str]:
     return info["modules"]
 
 
+@pytest.mark.gate
 def test_the_cuda_module_is_built_where_torch_and_nvcc_have_cuda(installed: Environment) -> None:
     expected = ["_C"]
     if torch.version.cuda and shutil.which("nvcc"):
@@ -107,6 +110,7 @@ def test_the_cuda_module_is_built_where_torch_and_nvcc_have_cuda(installed: Envi
     assert modules_built(installed) == expected
 
 
+@pytest.mark.gate
 def test_the_wheel_holds_the_package_and_nothing_else(installed: Environment) -> None:
     (record,) = installed.site.glob("dgl_ext-*.dist-info/RECORD")
     names = {Path(line.split(",")[0]) for line in record.read_text().splitlines()}
@@ -126,6 +130,7 @@ def library(installed: Environment) -> Path:
     return installed.site / "dgl_ext" / "_C.abi3.so"
 
 
+@pytest.mark.gate
 def test_the_library_needs_torch_and_the_system_alone(library: Path) -> None:
     dynamic = run("readelf", "-d", library, cwd=library.parent)
     assert "RPATH" not in dynamic
@@ -136,6 +141,7 @@ def test_the_library_needs_torch_and_the_system_alone(library: Path) -> None:
     assert names - system <= {"libtorch", "libtorch_cpu"}
 
 
+@pytest.mark.gate
 def test_the_library_uses_only_stable_symbols(library: Path) -> None:
     symbols = run("nm", "-D", "-C", "--undefined-only", library, cwd=library.parent)
     names = [line.split(maxsplit=1)[1] for line in symbols.splitlines()]
@@ -147,13 +153,13 @@ def test_the_library_uses_only_stable_symbols(library: Path) -> None:
     assert " T PyInit__C" in exported
 
 
+@pytest.mark.gate
 def test_the_build_is_recorded(installed: Environment) -> None:
     report = run(installed.python, "-m", "dgl_ext", cwd=installed.folder)
     assert f"with torch {torch.__version__}" in report
     assert "CUDA kernels:" in report
 
 
-@pytest.mark.slow
 def test_a_wheel_can_be_built_from_the_sdist(
     source: Path, installed: Environment, tmp_path: Path
 ) -> None:
@@ -171,7 +177,6 @@ def test_a_wheel_can_be_built_from_the_sdist(
     assert "dgl_ext/_C.abi3.so" in zipfile.ZipFile(wheel).namelist()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("words", [["."], ["-e", "."], ["--no-build-isolation", "."]], ids=" ".join)
 def test_installs_with_the_newest_pip(source: Path, tmp_path: Path, words: list[str]) -> None:
     environment = Environment(tmp_path / "venv")
@@ -180,7 +185,6 @@ def test_installs_with_the_newest_pip(source: Path, tmp_path: Path, words: list[
     environment.smoke_test()
 
 
-@pytest.mark.slow
 def test_a_file_deleted_from_the_source_leaves_the_next_wheel(
     source: Path, installed: Environment, tmp_path: Path
 ) -> None:
@@ -198,7 +202,6 @@ def test_a_file_deleted_from_the_source_leaves_the_next_wheel(
     assert "dgl_ext/stale.py" not in contents[1]
 
 
-@pytest.mark.slow
 def test_building_without_torch_says_what_is_needed(source: Path, tmp_path: Path) -> None:
     environment = Environment(tmp_path / "venv")
     (environment.site / "torch.pth").unlink()
