@@ -102,7 +102,7 @@ sanitize: $(VENV)/.dev  ## fuzz the CPU ops under the address and undefined-beha
 	  --build-lib build/sanitize/lib --build-temp build/sanitize/temp
 	cd tests && ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(abspath build/sanitize/lib) \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  $(abspath $(PY)) -m pytest -p no:cacheprovider heads/test_fuzz.py $(ARGS)
+	  $(abspath $(PY)) -m pytest -s -p no:cacheprovider heads/test_fuzz.py $(ARGS)
 
 clean:  ## remove everything that was built, the venv included
 	rm -rf $(VENV) build dist dgl_ext.egg-info dgl_ext/*.so dgl_ext/_build_info.json

@@ -25,10 +25,10 @@
 #include <vector>
 
 #include "common/checks.h"
-#include "cpu/gemm.h"
-#include "cpu/row_passes.h"
 #include "common/row_stride.h"
 #include "common/torch_errors.h"
+#include "cpu/gemm.h"
+#include "cpu/row_passes.h"
 
 namespace dgl_ext {
 

@@ -7,6 +7,7 @@
 
 #include <vector>
 
+#include "common/problem.h"
 #include "cuda/kernels/film_backward.cuh"
 #include "cuda/kernels/film_forward.cuh"
 #include "cuda/kernels/film_step.cuh"
@@ -15,10 +16,9 @@
 #include "cuda/kernels/linear_backward.cuh"
 #include "cuda/kernels/linear_forward.cuh"
 #include "cuda/kernels/linear_step.cuh"
-#include "common/problem.h"
+#include "cuda/plan/plan.h"
 #include "machine.h"
 #include "memory.h"
-#include "cuda/plan/plan.h"
 
 namespace py = pybind11;
 using namespace dgl_ext;

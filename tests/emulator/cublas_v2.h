@@ -1,5 +1,5 @@
-// The few names of cuBLAS that csrc/cuda/library/matmul.cpp uses, for builds without CUDA: host_cublas.cpp
-// computes what the library documents. Values are those of the real header.
+// The few names of cuBLAS that csrc/cuda/library/matmul.cpp uses, for builds without CUDA:
+// host_cublas.cpp computes what the library documents. Values are those of the real header.
 #pragma once
 
 #include <cstdint>

@@ -14,7 +14,9 @@ import pytest
 import torch
 from support.problems import (
     LAYOUTS,
+    UPSTREAM,
     Problem,
+    assert_no_less_exact,
     assert_same,
     error,
     loss_gradients,
@@ -44,7 +46,6 @@ from test_gpu import (
     reason_to_skip,
     sizes,
 )
-from test_step_dtypes import UPSTREAM, assert_no_less_exact
 from torch import Tensor
 
 import dgl_ext

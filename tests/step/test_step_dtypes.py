@@ -6,6 +6,8 @@ import pytest
 import torch
 from support.problems import (
     COMPILED_BACKENDS,
+    UPSTREAM,
+    assert_no_less_exact,
     assert_same,
     assert_two_references,
     loss_gradients,
@@ -21,30 +23,12 @@ from dgl_ext._ops import library as _ops
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # A gradient scaler's factor and a micro-batch's. In float16 a gradient of 1/3 per 400 rows is near
 # the smallest numbers there are, and one scaled by 65536 near the largest.
-UPSTREAM = [1.0, 65536.0, 1 / 3]
 
 
 def results(problem, target, backend, upstream, **options):
     loss = problem.step(dgl_ext.fused_decouple_cross_entropy, target, backend=backend, **options)
     losses = named_loss(loss.total, loss.fused, loss.unimodal)
     return {**losses, **loss_gradients(loss, problem, upstream)}
-
-
-def assert_no_less_exact(actual, composition, truth, dtype, roundings=1.0):
-    """The two-reference rule for the results of a step whose features are of this dtype."""
-    # A gradient past the dtype's range is infinite in both; compared is what both can hold.
-    # How far a single number is off is luck: losses are compared at the features' precision.
-    there = torch.finfo(dtype).max
-    overflows = {name: value.abs() > there for name, value in truth.items()}
-    rounded, composition, exact = (
-        {name: value.detach().masked_fill(overflows[name], 0.0) for name, value in result.items()}
-        for result in (actual, composition, truth)
-    )
-    rounded, composition = (
-        {name: value.to(dtype) for name, value in result.items()}
-        for result in (rounded, composition)
-    )
-    assert_two_references(rounded, composition, exact, roundings)
 
 
 @pytest.mark.parametrize("backend", COMPILED_BACKENDS)

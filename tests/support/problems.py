@@ -340,3 +340,31 @@ def assert_same_names(
                 f"{name}: expected {'None' if expected[name] is None else 'a tensor'}, "
                 f"got {'None' if actual[name] is None else 'a tensor'}"
             )
+
+
+# Gradients of a step's total: as autograd has it, as a loss scaler has it, and one that rounds.
+UPSTREAM = [1.0, 65536.0, 1 / 3]
+Results = Mapping[str, Tensor]
+
+
+def assert_no_less_exact(
+    actual: Results,
+    composition: Results,
+    truth: Results,
+    dtype: torch.dtype,
+    roundings: float = 1.0,
+) -> None:
+    """The two-reference rule for the results of a step whose features are of this dtype."""
+    # A gradient past the dtype's range is infinite in both; compared is what both can hold.
+    # How far a single number is off is luck: losses are compared at the features' precision.
+    there = torch.finfo(dtype).max
+    overflows = {name: value.abs() > there for name, value in truth.items()}
+    rounded, composition, exact = (
+        {name: value.detach().masked_fill(overflows[name], 0.0) for name, value in result.items()}
+        for result in (actual, composition, truth)
+    )
+    rounded, composition = (
+        {name: value.to(dtype) for name, value in result.items()}
+        for result in (rounded, composition)
+    )
+    assert_two_references(rounded, composition, exact, roundings)

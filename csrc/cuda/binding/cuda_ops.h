@@ -21,11 +21,11 @@
 #include <sstream>
 
 #include "common/checks.h"
+#include "common/row_stride.h"
+#include "common/torch_errors.h"
 #include "cuda/kernels/launch.h"
 #include "cuda/plan/plan.h"
 #include "cuda/plan/plan_text.h"
-#include "common/row_stride.h"
-#include "common/torch_errors.h"
 
 namespace dgl_ext {
 

@@ -2,9 +2,9 @@
 // module, so that the package loads where torch has no CUDA. The training steps are in
 // cuda_step_ops.cpp.
 
-#include "cuda/binding/cuda_ops.h"
-
 #include <Python.h>
+
+#include "cuda/binding/cuda_ops.h"
 
 namespace dgl_ext {
 namespace {

@@ -6,8 +6,8 @@
 #pragma once
 
 #include "cuda/kernels/intrinsics.cuh"
-#include "cuda/plan/plan.h"
 #include "cuda/kernels/tile_loader.cuh"
+#include "cuda/plan/plan.h"
 
 namespace dgl_ext {
 

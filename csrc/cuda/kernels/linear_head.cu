@@ -1,8 +1,8 @@
 #include "cuda/kernels/instances.cuh"
 #include "cuda/kernels/launch.h"
-#include "cuda/library/library.h"
 #include "cuda/kernels/linear_backward.cuh"
 #include "cuda/kernels/linear_forward.cuh"
+#include "cuda/library/library.h"
 
 namespace dgl_ext {
 

@@ -2,8 +2,8 @@
 
 #include "cuda/kernels/instances.cuh"
 #include "cuda/kernels/launch.h"
-#include "cuda/library/library.h"
 #include "cuda/kernels/linear_step.cuh"
+#include "cuda/library/library.h"
 
 namespace dgl_ext {
 

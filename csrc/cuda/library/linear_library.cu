@@ -1,10 +1,10 @@
 // The library executor of concat and sum. Forward: products, one kernel that writes all logits.
 // Step, by chunks of rows: products, the rows kernel, products; in the end one kernel for biases,
 // losses and absent rows.
-#include "cuda/library/library.cuh"
-#include "cuda/library/library.h"
 #include "cuda/kernels/linear_backward.cuh"
 #include "cuda/kernels/linear_step.cuh"
+#include "cuda/library/library.cuh"
+#include "cuda/library/library.h"
 
 namespace dgl_ext::library {
 namespace {

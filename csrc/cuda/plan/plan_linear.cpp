@@ -1,8 +1,7 @@
 // The plans of the linear head (concat, sum).
-#include "cuda/plan/plan.h"
-
 #include <algorithm>
 
+#include "cuda/plan/plan.h"
 #include "cuda/plan/planning.h"
 
 namespace dgl_ext {
