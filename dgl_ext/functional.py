@@ -109,7 +109,7 @@ def fused_decouple(
     """
     head = get_head(fusion)
     leaks = check_share("encoder_leak", encoder_leak), check_share("head_leak", head_leak)
-    plain = _arrange(backend, head, features, weight, bias, present)
+    plain = _unpack_if_plain(backend, head, features, weight, bias, present)
     refusal = None
     if plain is not None:
         tensors, masks = plain
@@ -202,15 +202,16 @@ def fused_decouple_cross_entropy(
         (torch.Size([8, 32]), torch.Size([5, 96]), torch.Size([3]))
     """
     head = get_head(fusion)
-    plain = _arrange(backend, head, features, weight, bias, present)
+    plain = _unpack_if_plain(backend, head, features, weight, bias, present)
     refusal = None
     if plain is not None and plain_tuple((target,)):
         tensors, masks = plain
         # To the cache 1 and True in a sequence are the same, and so is a tensor that has changed.
         numbers = (alpha, ignore_index, label_smoothing, encoder_leak, head_leak)
         cached = all(isinstance(number, (int, float)) for number in numbers)
-        plan = _plan_step if cached and isinstance(reduction, str) else _plan_step.__wrapped__
-        options = plan(
+        cached = cached and isinstance(reduction, str)
+        check = _checked_options if cached else _checked_options.__wrapped__
+        options = check(
             fusion,
             len(tensors[0]),
             len(tensors[1]),
@@ -240,7 +241,7 @@ def fused_decouple_cross_entropy(
 
 
 @functools.lru_cache(typed=True)  # a loop asks for the same step again and again
-def _plan_step(
+def _checked_options(
     fusion: str,
     modalities: int,
     parameters: int,
@@ -280,7 +281,7 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-def _arrange(
+def _unpack_if_plain(
     backend: str, head: Head, features: object, weight: object, bias: object, present: object
 ) -> tuple[tuple[Features, Weights, Biases], tuple[Tensor | None, ...]] | None:
     """Returns what `head.check` and `check_present` do if this is a plain call that fits, or None.
@@ -291,7 +292,7 @@ def _arrange(
     """
     if backend != "auto" or torch.compiler.is_compiling():
         return None
-    tensors = head.arrange(features, weight, bias)
+    tensors = head.unpack_if_plain(features, weight, bias)
     masks = () if present is None else plain_tuple(present, or_none=True)
     if tensors is None or masks is None:
         return None

@@ -129,7 +129,7 @@ struct CrossEntropy {
   double label_smoothing = 0;
   void* total = nullptr;       ///< one number of the loss dtype: float64 for float64, else float32
   void* losses = nullptr;      ///< fused, then every branch, of the loss dtype
-  int64_t* correct = nullptr;  ///< the same for top-1 hits
+  int64_t* correct = nullptr;  ///< the same for the rows that are right
 };
 
 /// Gradients have the dtype of the problem, but float32 where that is float16: 1 / rows times a

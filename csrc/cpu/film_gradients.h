@@ -16,9 +16,9 @@ class FilmGradients {
  public:
   // d, d_x and d_y, row-major; null where nothing arrives from that branch. `planes` has room for
   // two gradients of [gamma | beta].
-  FilmGradients(const FilmHead& head, MatrixView x, MatrixView y, const T* film, const T* film_bias,
-                const std::array<T*, kBranches>& d, double encoder_leak, double head_leak,
-                T* planes)
+  FilmGradients(const FilmArguments& head, MatrixView x, MatrixView y, const T* film,
+                const T* film_bias, const std::array<T*, kBranches>& d, double encoder_leak,
+                double head_leak, T* planes)
       : head_(head),
         x_(std::move(x)),
         y_(std::move(y)),
@@ -32,10 +32,10 @@ class FilmGradients {
   // d_x W_beta, and encoder_leak of what the fused branch sends to x
   void grad_x(const MatrixView& out) const {
     if (d_[kFused] != nullptr && encoder_leak_ != 0) {
-      multiply(plane(0, d_[kFused], encoder_leak_, d_[kOfX], 1), head_.film_weight, out);
+      matmul(plane(0, d_[kFused], encoder_leak_, d_[kOfX], 1), head_.film_weight, out);
     } else if (d_[kOfX] != nullptr) {
-      multiply(MatrixView::from_memory(d_[kOfX], x_.rows, head_.hidden, head_.compute),
-               head_.film_weight.row_block(head_.hidden, head_.hidden), out);
+      matmul(MatrixView::from_memory(d_[kOfX], x_.rows, head_.hidden, head_.compute),
+             head_.film_weight.row_block(head_.hidden, head_.hidden), out);
     } else {
       mix_into({}, out);  // nothing reaches x: zeros
     }
@@ -56,7 +56,7 @@ class FilmGradients {
                       std::vector<double>& bias) const {
     const bool leaks = head_leak_ != 0;
     const MatrixView grad = plane(0, d_[kFused], 1, leaks ? d_[kOfX] : nullptr, head_leak_);
-    if (weight) multiply(grad.transposed(), x_, *weight, add);
+    if (weight) matmul(grad.transposed(), x_, *weight, add);
     if (bias.empty()) return;
     std::vector<Term<T>> terms{{grad.strided<T>(), T(1)}};
     if (leaks && d_[kOfY] != nullptr) {
@@ -77,7 +77,7 @@ class FilmGradients {
     return MatrixView::from_memory(out, y_.rows, 2 * head_.hidden, head_.compute);
   }
 
-  const FilmHead& head_;
+  const FilmArguments& head_;
   const MatrixView x_;
   const MatrixView y_;
   const T* film_;

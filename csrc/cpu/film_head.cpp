@@ -13,8 +13,8 @@
 namespace dgl_ext::cpu {
 namespace {
 
-Masks select_present_features(const Checks& checks, const OptionalTensors& present, FilmHead& head,
-                              const Tensor& like) {
+Masks select_present_features(const Checks& checks, const OptionalTensors& present,
+                              FilmArguments& head, const Tensor& like) {
   checks.masks(present, 2, head.leading, like);
   Masks masks(present, 2, head.rows);
   head.x = select_present(head.x, masks[0]);
@@ -27,7 +27,7 @@ std::vector<Tensor> forward(std::vector<Tensor> features, std::vector<Tensor> we
                             int64_t executor) {
   const Checks checks("film_head_forward");
   checks.executor(executor);
-  FilmHead head = parse_film_head(checks, features, weights);
+  FilmArguments head = parse_film_head(checks, features, weights);
   checks.biases(biases, weights, features[0]);
   select_present_features(checks, present, head, features[0]);
   const Tensor film_bias = bias_or_zeros(biases[0], 2 * head.hidden, head.compute);
@@ -35,7 +35,7 @@ std::vector<Tensor> forward(std::vector<Tensor> features, std::vector<Tensor> we
 
   const Tensor film = empty_cpu(head.with(2 * head.hidden), head.compute);
   const MatrixView film_rows = MatrixView::from_rows(film);
-  multiply(head.x, head.film_weight.transposed(), film_rows);
+  matmul(head.x, head.film_weight.transposed(), film_rows);
 
   const MatrixView stacked = empty_matrix(kBranches * head.rows, head.hidden, head.compute);
   dispatch_dtype(head.compute, [&](auto type) {
@@ -51,7 +51,7 @@ std::vector<Tensor> forward(std::vector<Tensor> features, std::vector<Tensor> we
     });
   });
 
-  const MatrixView partial = multiply_weight(
+  const MatrixView partial = linear(
       stacked, head.out_weight, empty_matrix(kBranches * head.rows, head.classes, head.compute));
   std::vector<Tensor> results;
   for (int64_t branch = 0; branch < kBranches; ++branch) {
@@ -79,7 +79,7 @@ class OutGradients {
  public:
   using Grads = std::array<std::optional<MatrixView>, kBranches>;
 
-  OutGradients(const FilmHead& head, const Grads& grads, const MatrixView& film,
+  OutGradients(const FilmArguments& head, const Grads& grads, const MatrixView& film,
                const Tensor& film_bias, double head_leak)
       : head_(head),
         grads_(grads),
@@ -96,7 +96,7 @@ class OutGradients {
       if (!grads_[branch] || shares_[branch] == 0) continue;
       const bool alone = branch == kFused && shares_[kOfX] == 0;  // closed leak: straight to out
       products.push_back(alone ? out : empty_matrix(out.rows, out.cols, head_.compute));
-      multiply(grads_[branch]->transposed(), hidden_rows(branch), *products.back());
+      matmul(grads_[branch]->transposed(), hidden_rows(branch), *products.back());
       terms.push_back({products.back(), shares_[branch]});
       if (alone) return;
     }
@@ -127,7 +127,7 @@ class OutGradients {
     return out;
   }
 
-  const FilmHead& head_;
+  const FilmArguments& head_;
   const Grads& grads_;
   const MatrixView& film_;
   const Tensor& film_bias_;
@@ -142,7 +142,7 @@ std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> f
                              int64_t executor) {
   const Checks checks("film_head_backward");
   checks.executor(executor);
-  FilmHead head = parse_film_head(checks, features, weights);
+  FilmArguments head = parse_film_head(checks, features, weights);
   checks.biases(biases, weights, features[0]);
   const Needs needs{needs_features, needs_weights, needs_biases};
   checks.grad_outputs(grad_outputs, kBranches, head, features[0]);
@@ -182,8 +182,8 @@ std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> f
     for (int64_t branch = 0; branch < kBranches; ++branch) {
       if (!needed[branch] || !grads[branch]) continue;
       d[branch] = allocate<T>(head.rows * head.hidden);
-      multiply(*grads[branch], head.out_weight,
-               MatrixView::from_memory(d[branch].get(), head.rows, head.hidden, head.compute));
+      matmul(*grads[branch], head.out_weight,
+             MatrixView::from_memory(d[branch].get(), head.rows, head.hidden, head.compute));
     }
     const auto planes = allocate<T>(4 * head.rows * head.hidden);
     const FilmGradients<T> film_grads(head, head.x, head.y, modulation.data<T>(),

@@ -11,7 +11,7 @@ namespace dgl_ext::cpu {
 enum Branch : int64_t { kFused, kOfX, kOfY };
 constexpr int64_t kBranches = 3;
 
-struct FilmHead : FilmSizes {
+struct FilmArguments : FilmSizes {
   ScalarType storage;  // of the arguments
   ScalarType compute;
   MatrixView x;
@@ -20,8 +20,8 @@ struct FilmHead : FilmSizes {
   MatrixView out_weight;   // (C, H)
 };
 
-inline FilmHead parse_film_head(const Checks& checks, const std::vector<Tensor>& features,
-                                const std::vector<Tensor>& weights) {
+inline FilmArguments parse_film_head(const Checks& checks, const std::vector<Tensor>& features,
+                                     const std::vector<Tensor>& weights) {
   const auto matrix = [](const Tensor& of) { return MatrixView::from_rows(to_compute(of)); };
   const FilmSizes sizes = checks.film(features, weights);
   const ScalarType storage = features[0].scalar_type();

@@ -17,8 +17,8 @@ namespace {
 template <typename T>
 class FilmStep {
  public:
-  FilmStep(const FilmHead& head, const OptionalTensors& biases, const Needs& needs,
-           StepLosses& losses, double encoder_leak, double head_leak, int64_t workspace_limit)
+  FilmStep(const FilmArguments& head, const OptionalTensors& biases, const Needs& needs,
+           BranchLosses& losses, double encoder_leak, double head_leak, int64_t workspace_limit)
       : head_(head),
         needs_(needs),
         losses_(losses),
@@ -98,7 +98,7 @@ class FilmStep {
   void make_hidden(const Strided<T>& y) {
     const int64_t hidden = head_.hidden;
     const MatrixView film = matrix(film_.get(), rows_, 2 * hidden);
-    multiply(x_.row_block(first_row_, rows_), head_.film_weight.transposed(), film);
+    matmul(x_.row_block(first_row_, rows_), head_.film_weight.transposed(), film);
     const FilmHidden<T> out{part(hidden_, kFused, hidden), part(hidden_, kOfX, hidden),
                             part(hidden_, kOfY, hidden)};
     parallel_ranges(rows_, 6 * hidden, [&](int64_t begin, int64_t end) {
@@ -111,8 +111,8 @@ class FilmStep {
   void make_residuals() {
     const int64_t classes = head_.classes;
     const MatrixView partial =
-        multiply_weight(matrix(hidden_.get(), kBranches * rows_, head_.hidden), head_.out_weight,
-                        matrix(logits_.get(), kBranches * rows_, classes));
+        linear(matrix(hidden_.get(), kBranches * rows_, head_.hidden), head_.out_weight,
+               matrix(logits_.get(), kBranches * rows_, classes));
     const T* bias = static_cast<const T*>(out_bias_.const_data_ptr());
     parallel_ranges(rows_, 4 * kBranches * classes, [&](int64_t begin, int64_t end) {
       for (int64_t branch = 0; branch < kBranches; ++branch) {
@@ -132,7 +132,7 @@ class FilmStep {
       int64_t last = first;
       while (last < kBranches && residual_[last]) ++last;
       if (last > first) {
-        multiply(
+        matmul(
             matrix(part(logits_, first, head_.classes), (last - first) * rows_, head_.classes),
             head_.out_weight,
             matrix(part(hidden_grads_, first, head_.hidden), (last - first) * rows_, head_.hidden));
@@ -182,17 +182,17 @@ class FilmStep {
     }
     const MatrixView residual = matrix(logits_.get(), rows, classes);
     if (grad_out_weight_) {
-      multiply(residual.transposed(), matrix(hidden_.get(), rows, head_.hidden), *grad_out_weight_,
-               /*add=*/first_row_ > 0);
+      matmul(residual.transposed(), matrix(hidden_.get(), rows, head_.hidden), *grad_out_weight_,
+             /*add=*/first_row_ > 0);
     }
     if (needs_.biases[1]) {
       add_sums<T>({{residual.template strided<T>(), T(1)}}, rows, out_bias_totals_);
     }
   }
 
-  const FilmHead& head_;
+  const FilmArguments& head_;
   const Needs& needs_;
-  StepLosses& losses_;
+  BranchLosses& losses_;
   double encoder_leak_;
   double head_leak_;
   Tensor film_bias_;

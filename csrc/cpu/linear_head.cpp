@@ -15,7 +15,7 @@ namespace dgl_ext::cpu {
 namespace {
 
 Masks select_present_features(const Checks& checks, const OptionalTensors& present,
-                              LinearHead& head, const Tensor& like) {
+                              LinearArguments& head, const Tensor& like) {
   checks.masks(present, head.features.size(), head.leading, like);
   Masks masks(present, head.modalities(), head.rows);
   for (int64_t i = 0; i < head.modalities(); ++i) {
@@ -29,7 +29,7 @@ std::vector<Tensor> forward(std::vector<Tensor> features, std::vector<Tensor> we
                             int64_t executor) {
   const Checks checks("linear_head_forward");
   checks.executor(executor);
-  LinearHead head = parse_linear_head(checks, features, weights);
+  LinearArguments head = parse_linear_head(checks, features, weights);
   checks.biases(biases, weights, features[0]);
   select_present_features(checks, present, head, features[0]);
 
@@ -39,7 +39,7 @@ std::vector<Tensor> forward(std::vector<Tensor> features, std::vector<Tensor> we
   for (int64_t i = 0; i < head.modalities(); ++i) {
     logits.push_back(empty_cpu(head.with(head.classes), head.compute));
     partials.push_back(
-        multiply_weight(head.features[i], head.weights[i], MatrixView::from_rows(logits.back())));
+        linear(head.features[i], head.weights[i], MatrixView::from_rows(logits.back())));
   }
 
   std::vector<Tensor> bias_rows;
@@ -75,7 +75,7 @@ std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> f
                              bool /* allow_tf32 */, int64_t executor) {
   const Checks checks("linear_head_backward");
   checks.executor(executor);
-  LinearHead head = parse_linear_head(checks, features, weights);
+  LinearArguments head = parse_linear_head(checks, features, weights);
   const Needs needs{needs_features, needs_weights, needs_biases};
   checks.grad_outputs(grad_outputs, features.size() + 1, head, features[0]);
   checks.needs(needs, encoder_leak, head_leak, features.size(), weights.size());
@@ -95,7 +95,7 @@ std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> f
     const MatrixView residual = mixed({{grads[i + 1], 1}, {grad_fused, encoder_leak}}, head.rows,
                                       head.classes, head.compute);
     const MatrixView grad = MatrixView::from_rows(results.back());
-    multiply(residual, head.weights[i], grad);
+    matmul(residual, head.weights[i], grad);
     clear_absent(0, head.rows, masks[i], grad);
   }
 
@@ -103,7 +103,7 @@ std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> f
   const auto weight_grad = [&](int64_t i, const MatrixView& out) {
     const MatrixView residual =
         mixed({{grad_fused, 1}, {grads[i + 1], head_leak}}, head.rows, head.classes, head.compute);
-    multiply(residual.transposed(), head.features[i], out);
+    matmul(residual.transposed(), head.features[i], out);
   };
   for (size_t w = 0; w < weights.size(); ++w) {
     if (!needs.weights[w]) continue;

@@ -8,7 +8,7 @@
 
 namespace dgl_ext::cpu {
 
-struct LinearHead : LinearSizes {
+struct LinearArguments : LinearSizes {
   ScalarType storage;  // of the arguments
   ScalarType compute;
   std::vector<MatrixView> features;
@@ -17,12 +17,12 @@ struct LinearHead : LinearSizes {
   int64_t modalities() const { return static_cast<int64_t>(features.size()); }
 };
 
-inline LinearHead parse_linear_head(const Checks& checks, const std::vector<Tensor>& features,
-                                    const std::vector<Tensor>& weights) {
+inline LinearArguments parse_linear_head(const Checks& checks, const std::vector<Tensor>& features,
+                                         const std::vector<Tensor>& weights) {
   const auto matrix = [](const Tensor& of) { return MatrixView::from_rows(to_compute(of)); };
   const LinearSizes sizes = checks.linear(features, weights);
   const ScalarType storage = features[0].scalar_type();
-  LinearHead head{sizes, storage, compute_dtype(storage), {}, {}};
+  LinearArguments head{sizes, storage, compute_dtype(storage), {}, {}};
   for (const Tensor& feature : features) head.features.push_back(matrix(feature));
   for (const Tensor& weight : weights) head.weights.push_back(matrix(weight));
   if (head.shared) {

@@ -19,8 +19,8 @@ namespace {
 template <typename T>
 class LinearStep {
  public:
-  LinearStep(const LinearHead& head, const OptionalTensors& biases, const Needs& needs,
-             StepLosses& losses, double encoder_leak, double head_leak, int64_t workspace_limit)
+  LinearStep(const LinearArguments& head, const OptionalTensors& biases, const Needs& needs,
+             BranchLosses& losses, double encoder_leak, double head_leak, int64_t workspace_limit)
       : head_(head),
         needs_(needs),
         losses_(losses),
@@ -81,7 +81,7 @@ class LinearStep {
     return static_cast<const T*>(bias_rows_[b].const_data_ptr());
   }
 
-  // multiply_weight may put the logits of few classes, or of few rows, into a matrix of its own.
+  // linear may put the logits of few classes, or of few rows, into a matrix of its own.
   int64_t choose_chunk(int64_t planes, int64_t workspace_limit) const {
     const int64_t bytes = head_.classes * static_cast<int64_t>(sizeof(T));
     const int64_t rows =
@@ -113,7 +113,8 @@ class LinearStep {
     }
   }
 
-  // Whether the logits are taken by `dots`, which copy nothing, rather than by `product`.
+  // Whether the logits are taken by `matmul_dots`, which copy nothing, rather than by
+  // `matmul_packed`.
   bool prefers_dots() const {
     constexpr int64_t kFewClasses = 128;  // with more, packing the features pays ...
     constexpr int64_t kPanel = 32;        // ... if a thread has so many rows
@@ -154,19 +155,20 @@ class LinearStep {
         const MatrixView& feature = features_[i];
         const Strided<T> weight = head_.weights[i].template strided<T>();
         if (dots_) {
-          dots<T>(begin, end, classes, feature.cols, feature.template strided<T>(), weight,
-                  plane(i + 1));
+          matmul_dots<T>(begin, end, classes, feature.cols, feature.template strided<T>(), weight,
+                         plane(i + 1));
         } else {  // the logits' transpose, so that the features are packed: the weight is larger
-          product<T>(0, classes, begin, end, feature.cols, weight,
-                     feature.transposed().template strided<T>(), {plane(i + 1), 1, classes});
+          matmul_packed<T>(0, classes, begin, end, feature.cols, weight,
+                           feature.transposed().template strided<T>(), {plane(i + 1), 1, classes});
         }
       }
       residual_rows(begin, end, branches);
       for (int64_t i = 0; i < head_.modalities(); ++i) {
         if (!grad_features_[i]) continue;
         const MatrixView& grad = *grad_features_[i];
-        product<T>(begin, end, 0, grad.cols, classes, row_major(feature_plane(i)),
-                   head_.weights[i].template strided<T>(), {grad.data<T>(), grad.row_stride()});
+        matmul_packed<T>(begin, end, 0, grad.cols, classes, row_major(feature_plane(i)),
+                         head_.weights[i].template strided<T>(),
+                         {grad.data<T>(), grad.row_stride()});
         clear_absent(begin, end, losses_.present(i), grad);
       }
     });
@@ -181,9 +183,9 @@ class LinearStep {
       for (int64_t i = 0; i < head_.modalities(); ++i) {
         const int64_t cols = features_[i].cols;
         if (grad_weights_[i] && first < cols && last > 0) {
-          product<T>(0, classes, std::max<int64_t>(0, first), std::min(cols, last), rows_,
-                     {weight_plane(i), 1, classes}, features_[i].template strided<T>(),
-                     {grad_weights_[i]->template data<T>(), grad_weights_[i]->row_stride()});
+          matmul_packed<T>(0, classes, std::max<int64_t>(0, first), std::min(cols, last), rows_,
+                           {weight_plane(i), 1, classes}, features_[i].template strided<T>(),
+                           {grad_weights_[i]->template data<T>(), grad_weights_[i]->row_stride()});
         }
         first -= cols;
         last -= cols;
@@ -205,8 +207,8 @@ class LinearStep {
     std::vector<LogitsBranch<T>> branches;
     std::vector<MatrixView> partials;
     for (int64_t i = 0; i < head_.modalities(); ++i) {
-      partials.push_back(multiply_weight(features_[i].row_block(first_row, rows), head_.weights[i],
-                                         matrix(plane(i + 1))));
+      partials.push_back(
+          linear(features_[i].row_block(first_row, rows), head_.weights[i], matrix(plane(i + 1))));
       branches.push_back({partials[i].strided<T>(), bias_data(head_.shared ? 0 : i), plane(i + 1)});
     }
     parallel_ranges(rows, 4 * head_.classes * losses_.branches(),
@@ -216,7 +218,7 @@ class LinearStep {
     for (int64_t i = 0; i < head_.modalities(); ++i) {
       if (!grad_features_[i]) continue;
       const MatrixView grad = grad_features_[i]->row_block(first_row, rows);
-      multiply(matrix(feature_plane(i)), head_.weights[i], grad);
+      matmul(matrix(feature_plane(i)), head_.weights[i], grad);
       const bool* present = losses_.present(i);
       clear_absent(0, rows, present != nullptr ? present + first_row : nullptr, grad);
     }
@@ -224,7 +226,7 @@ class LinearStep {
       if (!grad_weights_[i]) continue;
       const MatrixView residual = matrix(weight_plane(i)).transposed();
       const MatrixView feature = features_[i].row_block(first_row, rows);
-      multiply(residual, feature, *grad_weights_[i], /*add=*/first_row > 0);
+      matmul(residual, feature, *grad_weights_[i], /*add=*/first_row > 0);
     }
     if (!Needs::any(needs_.biases)) return;
     parallel_ranges(head_.classes, rows,
@@ -266,9 +268,9 @@ class LinearStep {
 
   Strided<T> row_major(const T* data) const { return {data, head_.classes, 1}; }
 
-  const LinearHead& head_;
+  const LinearArguments& head_;
   const Needs& needs_;
-  StepLosses& losses_;
+  BranchLosses& losses_;
   double encoder_leak_;
   double head_leak_;
   std::vector<T> fused_bias_;

@@ -1,4 +1,4 @@
-// Tensors as matrices, and products of views of them: our own (gemm.h), or the library's through
+// Tensors as matrices, and products of views of them: our own (matmul.h), or the library's through
 // torch's C shims, which call it without the dispatcher (quicker) and take the scalars of addmm
 // (the stable ABI's dispatcher call does not).
 //
@@ -27,7 +27,7 @@
 #include "common/checks.h"
 #include "common/row_stride.h"
 #include "common/torch_errors.h"
-#include "cpu/gemm.h"
+#include "cpu/matmul.h"
 #include "cpu/row_passes.h"
 
 namespace dgl_ext {
@@ -181,8 +181,8 @@ inline MatrixView empty_matrix(int64_t rows, int64_t cols, ScalarType dtype) {
 constexpr int64_t kFewOutputs = 64;
 
 // out = a b, or out += a b, by the library
-inline void gemm(const MatrixView& a, const MatrixView& b, const MatrixView& out,
-                 bool add = false) {
+inline void blas_matmul(const MatrixView& a, const MatrixView& b, const MatrixView& out,
+                        bool add = false) {
   if (out.rows == 0 || out.cols == 0) return;
   const Tensor to = out.view();
   if (add) {
@@ -226,7 +226,7 @@ inline bool may_run_own() {
 
 // Whether our own blocked product replaces the library's: where it was timed (on two cores) and was
 // faster. Every thread packs for itself, which must be little beside what it then computes.
-inline bool prefers_product(int64_t m, int64_t n, int64_t k) {
+inline bool prefers_packed(int64_t m, int64_t n, int64_t k) {
   constexpr int64_t kMostMultiplyAdds = int64_t{1} << 32;
   constexpr int64_t kOutputsEach = 64;
   if (!may_run_own() || is_vector_product(m, n, k)) return false;
@@ -236,16 +236,16 @@ inline bool prefers_product(int64_t m, int64_t n, int64_t k) {
 }
 
 // out = a b, or out += a b
-inline void multiply(const MatrixView& a, const MatrixView& b, const MatrixView& out,
-                     bool add = false) {
-  if (!prefers_product(a.rows, b.cols, a.cols)) {
-    gemm(a, b, out, add);
+inline void matmul(const MatrixView& a, const MatrixView& b, const MatrixView& out,
+                   bool add = false) {
+  if (!prefers_packed(a.rows, b.cols, a.cols)) {
+    blas_matmul(a, b, out, add);
     return;
   }
   dispatch_dtype(out.dtype(), [&](auto type) {
     using T = decltype(type);
     const Strided<T> strides = out.strided<T>();
-    const Output<T> to{out.data<T>(), strides.row_stride, strides.col_stride, add};
+    const MatmulOutput<T> to{out.data<T>(), strides.row_stride, strides.col_stride, add};
     // Cut along the longer side, columns in whole vectors.
     constexpr int64_t kVectors = 64;
     const bool by_rows = out.rows >= out.cols;
@@ -256,15 +256,15 @@ inline void multiply(const MatrixView& a, const MatrixView& b, const MatrixView&
         (longer + unit - 1) / unit, unit * shorter * a.cols / 8, [&](int64_t first, int64_t last) {
           const int64_t begin = first * unit;
           const int64_t end = std::min(longer, last * unit);
-          product<T>(by_rows ? begin : 0, by_rows ? end : out.rows, by_rows ? 0 : begin,
-                     by_rows ? out.cols : end, a.cols, a.strided<T>(), b.strided<T>(), to);
+          matmul_packed<T>(by_rows ? begin : 0, by_rows ? end : out.rows, by_rows ? 0 : begin,
+                           by_rows ? out.cols : end, a.cols, a.strided<T>(), b.strided<T>(), to);
         });
   });
 }
 
 constexpr int64_t kFewLogits = 32768;
 
-// Whether multiply_weight may use a scratch matrix of the size of its result.
+// Whether linear may use a scratch matrix of the size of its result.
 inline bool may_flip(int64_t rows, int64_t outputs) {
   return outputs <= kFewOutputs || rows * outputs <= kFewLogits;
 }
@@ -272,27 +272,27 @@ inline bool may_flip(int64_t rows, int64_t outputs) {
 // x w^T for a weight of `w.rows` outputs. `out`, which is row-major, may be returned, or a scratch
 // matrix with the rows along the other axis: with few outputs, or few logits, the library is 1.1 to
 // 1.5 times faster that way round, and the pass over the logits that follows reads either.
-inline MatrixView multiply_weight(const MatrixView& x, const MatrixView& w, const MatrixView& out) {
+inline MatrixView linear(const MatrixView& x, const MatrixView& w, const MatrixView& out) {
   if (may_run_own() && w.rows <= kFewOutputs && x.cols <= kLongestDots && x.has_contiguous_rows() &&
       w.has_contiguous_rows() && x.rows * w.rows * x.cols <= kFewMultiplyAdds) {
     dispatch_dtype(out.dtype(), [&](auto type) {
       using T = decltype(type);
       parallel_ranges(x.rows, w.rows * x.cols, [&](int64_t begin, int64_t end) {
-        dots<T>(begin, end, w.rows, x.cols, x.strided<T>(), w.strided<T>(), out.data<T>());
+        matmul_dots<T>(begin, end, w.rows, x.cols, x.strided<T>(), w.strided<T>(), out.data<T>());
       });
     });
     return out;
   }
-  if (prefers_product(w.rows, x.rows, x.cols)) {
-    multiply(w, x.transposed(), out.transposed());
+  if (prefers_packed(w.rows, x.rows, x.cols)) {
+    matmul(w, x.transposed(), out.transposed());
     return out;
   }
   if (!may_flip(x.rows, w.rows)) {
-    gemm(x, w.transposed(), out);
+    blas_matmul(x, w.transposed(), out);
     return out;
   }
   const MatrixView flipped = empty_matrix(w.rows, x.rows, x.dtype());
-  gemm(w, x.transposed(), flipped);
+  blas_matmul(w, x.transposed(), flipped);
   return flipped.transposed();
 }
 

@@ -64,10 +64,10 @@ struct LossOptions {
 
 // The losses of one step: the fused branch first, then one per modality. Everything that a residual
 // is scaled with is known before the first logit: the constructor reads the whole target.
-class StepLosses {
+class BranchLosses {
  public:
-  StepLosses(const Checks& checks, int64_t rows, int64_t classes, const Tensor& target,
-             const OptionalTensors& present, const LossOptions& options)
+  BranchLosses(const Checks& checks, int64_t rows, int64_t classes, const Tensor& target,
+               const OptionalTensors& present, const LossOptions& options)
       : options_(options),
         modalities_(static_cast<int64_t>(options.alpha.size())),
         target_(flat_data<int64_t>(target, held_)),
@@ -209,8 +209,8 @@ std::vector<Tensor> step(std::vector<Tensor> features, std::vector<Tensor> weigh
   const Needs needs{needs_features, needs_weights, needs_biases};
   checks.needs(needs, encoder_leak, head_leak, features.size(), weights.size());
   if (workspace_limit == 0) workspace_limit = kDefaultWorkspace;
-  StepLosses losses(checks, head.rows, head.classes, target, present,
-                    {alpha, mean, ignore_index, label_smoothing});
+  BranchLosses losses(checks, head.rows, head.classes, target, present,
+                      {alpha, mean, ignore_index, label_smoothing});
   std::vector<Tensor> grads;
   dispatch_dtype(head.compute, [&](auto type) {
     typename Op::template Step<decltype(type)> step(head, biases, needs, losses, encoder_leak,

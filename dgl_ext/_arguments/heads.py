@@ -39,7 +39,7 @@ class Head:
         name: the value of `fusion`.
         op: what its dispatcher ops are called, before `_forward`, `_backward` and `_step`.
         modalities: the numbers of modalities that it takes.
-        bare: whether `weight` and `bias` are tensors rather than sequences of tensors.
+        single_weight: whether `weight` and `bias` are tensors rather than sequences of tensors.
         weight_shapes: from the features' widths, the shape of each weight; `None` stands for C,
             the number of outputs. The bias of a weight `(out, in)` has shape `(out,)`.
     """
@@ -47,7 +47,7 @@ class Head:
     name: str
     op: str
     modalities: range
-    bare: bool
+    single_weight: bool
     weight_shapes: Callable[[list[int]], WeightShapes]
 
     def check(
@@ -75,7 +75,7 @@ class Head:
         checked_weights = []
         checked_biases: list[Tensor | None] = []
         for i, (rows, columns) in enumerate(shapes):
-            index = None if self.bare else i
+            index = None if self.single_weight else i
             expected = classes if rows is None else rows
             value = check_parameter("weight", index, weights[i], dtype, like)
             check_shape("weight", index, value, (expected, columns))
@@ -90,7 +90,7 @@ class Head:
             checked_biases.append(value)
         return tensors, tuple(checked_weights), tuple(checked_biases)
 
-    def arrange(
+    def unpack_if_plain(
         self, features: object, weight: object, bias: object
     ) -> tuple[Features, Weights, Biases] | None:
         """Returns what `check` does where all fits, without a look into the tensors, or None.
@@ -98,13 +98,13 @@ class Head:
         None says that only `check` can tell: it knows more kinds of sequences and of tensors.
         """
         tensors = plain_tuple(features)
-        weights = plain_tuple((weight,) if self.bare else weight)
+        weights = plain_tuple((weight,) if self.single_weight else weight)
         if not tensors or weights is None:
             return None
         # One for each modality: a linear op takes a single weight for that of concat.
-        if not self.bare and len(weights) != len(tensors):
+        if not self.single_weight and len(weights) != len(tensors):
             return None
-        given = (None,) * len(weights) if bias is None else (bias,) if self.bare else bias
+        given = (None,) * len(weights) if bias is None else (bias,) if self.single_weight else bias
         biases = plain_tuple(given, or_none=True)
         if biases is None:
             return None
@@ -120,7 +120,7 @@ class Head:
             )
 
     def _sequence(self, argument: str, value: object, length: int) -> tuple[object, ...]:
-        if self.bare:
+        if self.single_weight:
             return (value,)
         values = check_sequence(
             argument, value, f'a sequence of {length} tensors for fusion="{self.name}"'

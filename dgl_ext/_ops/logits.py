@@ -23,16 +23,16 @@ Outputs = tuple[Tensor, ...]
 Grads = Sequence[Tensor | None]
 
 
-class Routing(NamedTuple):
+class BranchParameters(NamedTuple):
     """Which parameters take part in each unimodal branch: tuples of their indices, per branch."""
 
     weights: tuple[tuple[int, ...], ...]
     biases: tuple[tuple[int, ...], ...]
 
 
-def _linear_routing(modalities: int, weights: int) -> Routing:
+def _linear_parameters(modalities: int, weights: int) -> BranchParameters:
     own = tuple((0 if weights == 1 else i,) for i in range(modalities))
-    return Routing(own, own)
+    return BranchParameters(own, own)
 
 
 # forward's arguments before the tensors: options, which have no gradient.
@@ -40,7 +40,7 @@ _OPTIONS = 6
 _NO_GRADS = (None,) * _OPTIONS
 
 # y alone meets the film layer's bias, but not its weight.
-_FILM_ROUTING = Routing(((0, 1), (1,)), ((0, 1), (0, 1)))
+_FILM_PARAMETERS = BranchParameters(((0, 1), (1,)), ((0, 1), (0, 1)))
 
 
 def _split(flat: Sequence[Any], modalities: int) -> tuple[Any, Any, Any]:
@@ -55,7 +55,7 @@ def _split_masks(flat: Sequence[Any], masks: int) -> tuple[Any, Any]:
     return flat[:end], flat[end:]
 
 
-def _heard(branches: tuple[tuple[int, ...], ...], there: Sequence[bool]) -> set[int]:
+def _reached_parameters(branches: tuple[tuple[int, ...], ...], there: Sequence[bool]) -> set[int]:
     """The parameters that take part in a unimodal branch that is there."""
     return {i for own, present in zip(branches, there, strict=True) if present for i in own}
 
@@ -63,7 +63,7 @@ def _heard(branches: tuple[tuple[int, ...], ...], there: Sequence[bool]) -> set[
 def _reached(
     needs: Sequence[bool],
     grads: Grads,
-    routing: Routing,
+    taking_part: BranchParameters,
     leaks: tuple[float, float],
 ) -> Sequence[bool]:
     """Narrows the needs to what the gradient of some branch reaches."""
@@ -74,9 +74,9 @@ def _reached(
     features, weights, biases = _split(needs, len(unimodal))
     to_encoders = fused and encoder_leak != 0
     reached = [need and (own or to_encoders) for need, own in zip(features, unimodal, strict=True)]
-    for parameters, branches in ((weights, routing.weights), (biases, routing.biases)):
-        heard = _heard(branches, unimodal) if head_leak != 0 else set()
-        reached += [need and (fused or i in heard) for i, need in enumerate(parameters)]
+    for parameters, branches in ((weights, taking_part.weights), (biases, taking_part.biases)):
+        reached_by = _reached_parameters(branches, unimodal) if head_leak != 0 else set()
+        reached += [need and (fused or i in reached_by) for i, need in enumerate(parameters)]
     return reached
 
 
@@ -103,8 +103,8 @@ def _prepare(
     live = [any(weights) or any(biases) or (encoder_leak != 0 and any(features))]
     for i, need in enumerate(features):
         leaked = head_leak != 0 and (
-            any(weights[w] for w in ctx.routing.weights[i])
-            or any(biases[b] for b in ctx.routing.biases[i])
+            any(weights[w] for w in ctx.taking_part.weights[i])
+            or any(biases[b] for b in ctx.taking_part.biases[i])
         )
         live.append(need or leaked)
     constant = [output for output, alive in zip(outputs, live, strict=True) if not alive]
@@ -138,7 +138,7 @@ def _call_backward(
 
     `saved` are the context's tensors, a feature first.
     """
-    needs = _reached(ctx.needs, grad_outputs, ctx.routing, ctx.leaks)
+    needs = _reached(ctx.needs, grad_outputs, ctx.taking_part, ctx.leaks)
     rest = (None,) * ctx.masks
     if not any(needs):
         return (*_NO_GRADS, *(None for _ in needs), *rest)
@@ -183,7 +183,7 @@ class FusionHead(torch.autograd.Function):
         kept = (*biases, *film) if film else ()
         ctx.save_for_backward(*features, *weights, *kept, *present)
         ctx.op, ctx.weights = op, len(weights)
-        ctx.routing = _FILM_ROUTING if film else _linear_routing(modalities, len(weights))
+        ctx.taking_part = _FILM_PARAMETERS if film else _linear_parameters(modalities, len(weights))
         _prepare(ctx, outputs, (encoder_leak, head_leak), executor, masks)
         return outputs
 

@@ -105,7 +105,7 @@ class _Fusion(nn.Module, abc.ABC):
         weight: Any
         bias: Any
         weight, bias = parameters
-        if get_head(self.fusion).bare:
+        if get_head(self.fusion).single_weight:
             (weight,), (bias,) = weight, bias
         options: dict[str, Any] = {
             "fusion": self.fusion,

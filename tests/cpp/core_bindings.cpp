@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "cpu/cross_entropy.h"
-#include "cpu/gemm.h"
+#include "cpu/matmul.h"
 #include "cpu/row_passes.h"
 
 namespace py = pybind11;
@@ -96,14 +96,15 @@ void bind(py::module_& m) {
 // Every compilation of the products; the package takes the best that the processor has.
 template <typename T>
 void bind_gemm(py::module_& m) {
-  m.def("dots", [](const Array<T>& x, const Array<T>& w, Array<T>& out, Range rows, Isa isa) {
-    dgl_ext::gemm_bodies::dots_for<T>(isa)(rows.first, rows.second, w.shape(0), x.shape(1),
-                                           strided(x), strided(w), out.mutable_data());
-  });
-  m.def("product", [](const Array<T>& a, const Array<T>& b, Array<T>& out, Range rows,
-                      Range columns, Isa isa, bool add) {
+  m.def("matmul_dots",
+        [](const Array<T>& x, const Array<T>& w, Array<T>& out, Range rows, Isa isa) {
+          dgl_ext::matmul_bodies::dots_for<T>(isa)(rows.first, rows.second, w.shape(0), x.shape(1),
+                                                   strided(x), strided(w), out.mutable_data());
+        });
+  m.def("matmul_packed", [](const Array<T>& a, const Array<T>& b, Array<T>& out, Range rows,
+                            Range columns, Isa isa, bool add) {
     const dgl_ext::Strided<T> to = strided(out);
-    dgl_ext::gemm_bodies::product_for<T>(isa)(
+    dgl_ext::matmul_bodies::product_for<T>(isa)(
         rows.first, rows.second, columns.first, columns.second, a.shape(1), strided(a), strided(b),
         {out.mutable_data(), to.row_stride, to.col_stride, add});
   });

@@ -177,7 +177,7 @@ def test_dots(core, draw, isa):
         x = draw(rows, width + 3)[:, :width]  # rows that lie further apart than they are long
         w = draw(classes, width + 1)[:, 1:]
         out = poisoned(x, rows, classes)
-        core.dots(x, w, out, (0, rows), isa)
+        core.matmul_dots(x, w, out, (0, rows), isa)
         check(out, x @ w.T)
 
 
@@ -189,16 +189,16 @@ def test_product(core, draw, isa, flipped):
         b = draw(count, columns + 2, flipped=flipped == "b")[:, :columns]
         out = poisoned(a, rows, columns + 5)
         out = (np.asfortranarray(out) if flipped == "out" else out)[:, :columns]
-        core.product(a, b, out, (0, rows), (0, columns), isa, False)
+        core.matmul_packed(a, b, out, (0, rows), (0, columns), isa, False)
         check(out, a @ b)
-        core.product(a, b, out, (0, rows), (0, columns), isa, True)
+        core.matmul_packed(a, b, out, (0, rows), (0, columns), isa, True)
         check(out, 2 * (a @ b))
 
 
 def test_products_write_their_ranges_only(core, draw, isa):
     a, b = draw(9, 4), draw(4, 40)
     out = poisoned(a, 9, 40)
-    core.product(a, b, out, (2, 7), (3, 30), isa, False)
+    core.matmul_packed(a, b, out, (2, 7), (3, 30), isa, False)
     check(out[2:7, 3:30], (a @ b)[2:7, 3:30])
     out[2:7, 3:30] = np.nan
     assert np.isnan(out).all()
@@ -207,15 +207,15 @@ def test_products_write_their_ranges_only(core, draw, isa):
 def test_bits_do_not_depend_on_ranges(core, draw, isa):
     a, b, w = draw(40, 300), draw(300, 70), draw(9, 300)
     whole, cut = poisoned(a, 40, 70), poisoned(a, 40, 70)
-    core.product(a, b, whole, (0, 40), (0, 70), isa, False)
+    core.matmul_packed(a, b, whole, (0, 40), (0, 70), isa, False)
     for rows in ((0, 7), (7, 40)):
         for columns in ((0, 64), (64, 67), (67, 70)):
-            core.product(a, b, cut, rows, columns, isa, False)
+            core.matmul_packed(a, b, cut, rows, columns, isa, False)
     np.testing.assert_array_equal(cut, whole)
     whole, cut = poisoned(a, 40, 9), poisoned(a, 40, 9)
-    core.dots(a, w, whole, (0, 40), isa)
+    core.matmul_dots(a, w, whole, (0, 40), isa)
     for rows in ((0, 13), (13, 40)):
-        core.dots(a, w, cut, rows, isa)
+        core.matmul_dots(a, w, cut, rows, isa)
     np.testing.assert_array_equal(cut, whole)
 
 

@@ -207,8 +207,8 @@ BUGS = [
     ),
     Bug(
         "no barrier before threads' losses are added", LOSSES,
-        "of_thread[threadIdx.x] = {sums.loss, sums.hits};\n    __syncthreads();",
-        "of_thread[threadIdx.x] = {sums.loss, sums.hits};", RACE + "|" + WRONG,
+        "of_thread[threadIdx.x] = {sums.loss, sums.correct};\n    __syncthreads();",
+        "of_thread[threadIdx.x] = {sums.loss, sums.correct};", RACE + "|" + WRONG,
     ),
     Bug(
         "no grid sync before the rows of a step", LINEAR_STEP,

@@ -27,8 +27,8 @@ def head_on(like):
 
 
 def arrange(like):
-    head = SimpleNamespace(arrange=lambda *_: head_on(like))
-    return functional._arrange("auto", head, None, None, None, None)
+    head = SimpleNamespace(unpack_if_plain=lambda *_: head_on(like))
+    return functional._unpack_if_plain("auto", head, None, None, None, None)
 
 
 @pytest.fixture

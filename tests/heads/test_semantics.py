@@ -154,7 +154,7 @@ def test_every_subset_of_requires_grad_agrees_with_the_reference(fusion, encoder
 
 
 @pytest.mark.parametrize("bias", [(True, False), (False, True)])
-@pytest.mark.parametrize("head", [name for name, head in HEADS.items() if not head.bare])
+@pytest.mark.parametrize("head", [name for name, head in HEADS.items() if not head.single_weight])
 def test_one_bias_of_two(head, bias):
     problem = small(head, bias=bias)
     results = []

@@ -66,12 +66,12 @@ class Problem:
     @property
     def weight(self) -> Any:
         """The `weight` argument."""
-        return self.weights[0] if get_head(self.fusion).bare else self.weights
+        return self.weights[0] if get_head(self.fusion).single_weight else self.weights
 
     @property
     def bias(self) -> Any:
         """The `bias` argument."""
-        return self.biases[0] if get_head(self.fusion).bare else self.biases
+        return self.biases[0] if get_head(self.fusion).single_weight else self.biases
 
     def call(self, function: Any, **options: Any) -> DecoupledLogits:
         """Calls `function`, which has the signature of `fused_decouple`."""
@@ -163,7 +163,7 @@ def head_arguments(module: Any) -> tuple[Any, Any]:
     """The `weight` and `bias` of the function that a head of `dgl_ext.nn` calls."""
     layers = module._layers()
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
-    return (weights[0], biases[0]) if get_head(module.fusion).bare else (weights, biases)
+    return (weights[0], biases[0]) if get_head(module.fusion).single_weight else (weights, biases)
 
 
 def flat(logits: DecoupledLogits) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ struct StepLosses {
   /// What a thread adds up over its rows: of branch k, in a thread that is the k-th of its group.
   struct Sums {
     double loss = 0;
-    int64_t hits = 0;
+    int64_t correct = 0;
   };
   using Peak = dgl_ext::Peak<Accumulator>;
   static constexpr int kMaxBranches = kMaxModalities + 1;
@@ -72,8 +72,8 @@ struct StepLosses {
     __syncthreads();  // shared memory is free again
   }
 
-  /// Losses, hits and residual planes of a chunk of rows; `source` has their logits. A grid sync
-  /// must follow.
+  /// Losses, correct rows and residual planes of a chunk of rows; `source` has their logits. A grid
+  /// sync must follow.
   template <class Source>
   static __device__ __forceinline__ void run_rows(const StepContext& step, T* shared, RowRange rows,
                                                   const Source& source) {
@@ -95,7 +95,7 @@ struct StepLosses {
     add_to_sums(step, shared, rows, sums);
   }
 
-  /// One CTA sums what all have found; total, losses and hits are written.
+  /// One CTA sums what all have found; total, losses and correct rows are written.
   static __device__ __forceinline__ void finish(const StepContext& step, T* shared) {
     const StepPlan& plan = step.plan;
     auto* losses = reinterpret_cast<double*>(shared);
@@ -353,7 +353,7 @@ struct StepLosses {
       loss = (1 - smoothing) * loss + smoothing * uniform;
     }
     sums.loss += loss;
-    sums.hits += peak.best == target;
+    sums.correct += peak.best == target;
   }
 
   static __device__ __forceinline__ T* plane_row(const StepContext& step, int plane, RowRange rows,
@@ -463,20 +463,20 @@ struct StepLosses {
   static __device__ __forceinline__ void add_to_sums(const StepContext& step, T* shared,
                                                      RowRange rows, Sums sums) {
     auto* of_thread = reinterpret_cast<StepSums*>(shared);
-    of_thread[threadIdx.x] = {sums.loss, sums.hits};
+    of_thread[threadIdx.x] = {sums.loss, sums.correct};
     __syncthreads();
     if (int(threadIdx.x) < step.plan.branches) {
       StepSums& kept = step_sums(step)[blockIdx.x * step.plan.branches + threadIdx.x];
 #pragma unroll 1
       for (int w = 1; w < C::kWarps; ++w) {
         sums.loss += of_thread[w * 32 + threadIdx.x].loss;
-        sums.hits += of_thread[w * 32 + threadIdx.x].correct;
+        sums.correct += of_thread[w * 32 + threadIdx.x].correct;
       }
       if (rows.begin > 0) {
         sums.loss += kept.loss;
-        sums.hits += kept.correct;
+        sums.correct += kept.correct;
       }
-      kept = {sums.loss, sums.hits};
+      kept = {sums.loss, sums.correct};
     }
     __syncthreads();  // shared memory is free again
   }

@@ -2,7 +2,7 @@
 //   film       partial sums of the modulation; beside the first, the rows that count
 //   modulate   hidden features of the three branches
 //   head       partial logits
-//   rows       logits, losses, hits, residual planes
+//   rows       logits, losses, correct rows, residual planes
 // and the phases of film_gradients.cuh; weights and biases add up over the chunks.
 #pragma once
 

@@ -29,7 +29,7 @@ struct Config {
   using Accumulator = accumulator_t<T>;
   static constexpr Tile kTile = kTile_;
   static constexpr bool kAligned = kAligned_;
-  static constexpr TileShape kShape = shape_of(kTile_);
+  static constexpr TileShape kShape = tile_shape(kTile_);
   static constexpr int kRows = kShape.rows, kColumns = kShape.columns, kDepth = kShape.depth;
   static constexpr int kStages = kShape.stages, kThreads = kShape.threads();
   static constexpr int kWarps = kThreads / 32;

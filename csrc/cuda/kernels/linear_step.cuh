@@ -1,6 +1,6 @@
 // Training step of the linear head (concat, sum) in one launch. For every chunk of rows:
 //   multiply   partial logits; beside the first, the rows that count
-//   rows       logits, losses, hits, residual planes
+//   rows       logits, losses, correct rows, residual planes
 //   gradients  tiles of all gradients; weights and biases add up over the chunks
 // and in the end the losses, and the split sums of the weights where there are any.
 #pragma once

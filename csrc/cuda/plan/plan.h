@@ -42,7 +42,7 @@ constexpr TileShape kTileShapes[kTileCount] = {
     {32, 32, 64, 3, 2, 2, 3, true},   // kHalfSmall
     {64, 64, 64, 3, 2, 2, 2, true},   // kHalfMedium
 };
-constexpr const TileShape& shape_of(Tile tile) { return kTileShapes[static_cast<int>(tile)]; }
+constexpr const TileShape& tile_shape(Tile tile) { return kTileShapes[static_cast<int>(tile)]; }
 
 /// What the plan needs to know of a GPU; launch.h has the query.
 struct Device {

@@ -28,8 +28,8 @@ bool aligned(const FilmHead& head, Dtype dtype) {
 int64_t size_film_forward(const FilmHead& head, Dtype dtype, const LaunchShape& launch,
                           bool in_step, const Device& device, const PlanRequest& request,
                           Layout& layout, FilmForwardPlan& plan) {
-  const int64_t depth = shape_of(launch.tile).depth;
-  const Output film{head.rows, head.hidden}, logits{head.rows, head.classes};
+  const int64_t depth = tile_shape(launch.tile).depth;
+  const OutputSize film{head.rows, head.hidden}, logits{head.rows, head.classes};
   const int64_t film_tiles = 2 * count_tiles(launch.tile, &film, 1);
   const int64_t head_tiles = 3 * count_tiles(launch.tile, &logits, 1);
   const bool library = launch.executor == Executor::kLibrary;
@@ -74,7 +74,7 @@ FilmForwardPlan plan_film_forward(const FilmHeadForward& p, Precision precision,
                                   const Device& device, const PlanRequest& request) {
   const FilmHead& head = p.head;
   FilmForwardPlan plan;
-  const Output outputs[] = {{head.rows, 2 * head.hidden}, {3 * head.rows, head.classes}};
+  const OutputSize outputs[] = {{head.rows, 2 * head.hidden}, {3 * head.rows, head.classes}};
   plan.launch = choose_launch(precision, aligned(head, precision.dtype), work(head), outputs, 2,
                               device, request);
   Layout layout;
@@ -96,7 +96,7 @@ namespace {
 
 /// What the backward phases compute.
 struct FilmOutputs {
-  Output branch, out_weight, film_weight, condition;
+  OutputSize branch, out_weight, film_weight, condition;
 };
 
 /// Which branches are needed for what, and in which order their planes stand. Returns whether the
@@ -160,12 +160,12 @@ int64_t size_film_backward(const FilmHeadBackward& p, Dtype dtype, const LaunchS
   if (pitch > 0) plan.masked = {layout.add(head.rows * pitch * size), pitch};
 
   const Tile tile = launch.tile;
-  const int64_t depth = shape_of(tile).depth, steps = ceil_div(head.rows, depth);
+  const int64_t depth = tile_shape(tile).depth, steps = ceil_div(head.rows, depth);
   const int64_t out_rows = plan.out_branches * head.rows, out_steps = ceil_div(out_rows, depth);
   const int64_t branch_tiles = count_tiles(tile, &outputs.branch, 1);
   const int64_t out_tiles = count_tiles(tile, &outputs.out_weight, 1);
   // each half of the film weight has tiles of its own
-  const Output half{outputs.film_weight.rows / 2, outputs.film_weight.columns};
+  const OutputSize half{outputs.film_weight.rows / 2, outputs.film_weight.columns};
   const int64_t film_tiles = 2 * count_tiles(tile, &half, 1);
   const int64_t condition_tiles = count_tiles(tile, &outputs.condition, 1);
   const int64_t condition_steps = ceil_div((plan.condition_leak ? 2 : 1) * head.hidden, depth);
@@ -213,7 +213,8 @@ FilmBackwardPlan plan_film_backward(const FilmHeadBackward& p, Precision precisi
   FilmBackwardPlan plan;
   FilmOutputs outputs;
   const bool gradients_aligned = choose_film_branches(p, precision.dtype, plan, outputs);
-  const Output all[] = {outputs.branch, outputs.out_weight, outputs.film_weight, outputs.condition};
+  const OutputSize all[] = {outputs.branch, outputs.out_weight, outputs.film_weight,
+                            outputs.condition};
   plan.launch = choose_launch(precision, aligned(p.head, precision.dtype), work(p.head), all, 4,
                               device, request);
   plan.copy_gradients = plan.out_branches > 1 || (plan.launch.aligned && !gradients_aligned);
@@ -275,7 +276,7 @@ FilmStepPlan plan_film_step(const FilmHeadStep& p, Precision precision, const De
   step.mixed = (features && p.leaks.encoder != 0) || (parameters && p.leaks.head != 0);
   FilmOutputs outputs;
   choose_film_branches(b, dtype, plan.backward, outputs);
-  const Output all[] = {{head.rows, 2 * head.hidden}, {3 * head.rows, head.classes}};
+  const OutputSize all[] = {{head.rows, 2 * head.hidden}, {3 * head.rows, head.classes}};
   plan.launch = choose_launch(precision, aligned(head, dtype), work(head), all, 2, device, request);
   const bool library = plan.launch.executor == Executor::kLibrary;
   plan.launch.cooperative = !library;
@@ -285,7 +286,7 @@ FilmStepPlan plan_film_step(const FilmHeadStep& p, Precision precision, const De
   }
 
   // all rows, with splits, without, or as many tiles of rows as fit
-  const int64_t tile_rows = shape_of(plan.launch.tile).rows;
+  const int64_t tile_rows = tile_shape(plan.launch.tile).rows;
   PlanRequest unsplit = request;
   if (unsplit.splits == 0) unsplit.splits = 1;
   const auto bytes = [&](int64_t rows, const PlanRequest& with) {

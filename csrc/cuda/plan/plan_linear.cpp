@@ -119,11 +119,11 @@ LinearForwardPlan plan_linear_forward(const LinearHeadForward& p, Precision prec
                                       const Device& device, const PlanRequest& request) {
   const LinearHead& head = p.head;
   LinearForwardPlan plan;
-  const Output output{head.rows, head.classes * head.modalities};
+  const OutputSize output{head.rows, head.classes * head.modalities};
   plan.launch = choose_launch(precision, aligned(head, precision.dtype), work(head), &output, 1,
                               device, request);
-  const TileShape& shape = shape_of(plan.launch.tile);
-  const Output logits{head.rows, head.classes};
+  const TileShape& shape = tile_shape(plan.launch.tile);
+  const OutputSize logits{head.rows, head.classes};
   const int64_t tiles = count_tiles(plan.launch.tile, &logits, 1);
   const int64_t steps = width_steps(head, shape.depth);
   plan.plane_rows = head.rows;
@@ -160,7 +160,7 @@ LinearBackwardPlan plan_linear_backward(const LinearHeadBackward& p, Precision p
                                         const Device& device, const PlanRequest& request) {
   const LinearHead& head = p.head;
   LinearBackwardPlan plan;
-  Output outputs[2 * kMaxModalities];
+  OutputSize outputs[2 * kMaxModalities];
   int weights = 0, count = 0;
   for (int i = 0; i < head.modalities; ++i) {
     if (p.grad_weight[i].data) outputs[count++] = {head.classes, head.width[i]};
@@ -174,7 +174,7 @@ LinearBackwardPlan plan_linear_backward(const LinearHeadBackward& p, Precision p
   SourceChooser(p, precision.dtype, plan).choose();
 
   const Tile tile = plan.launch.tile;
-  const int64_t depth = shape_of(tile).depth, steps = ceil_div(head.rows, depth);
+  const int64_t depth = tile_shape(tile).depth, steps = ceil_div(head.rows, depth);
   const int64_t weight_tiles = count_tiles(tile, outputs, weights);
   const int64_t feature_tiles = count_tiles(tile, outputs + weights, count - weights);
   const bool library = plan.launch.executor == Executor::kLibrary;
@@ -275,7 +275,7 @@ LinearStepPlan plan_linear_step(const LinearHeadStep& p, Precision precision, co
       padded(head.classes);
   StepPlanes(p, plan).choose();
 
-  Output weights[kMaxModalities];
+  OutputSize weights[kMaxModalities];
   int64_t masked = 0;
   int weight_count = 0, biases = p.grad_fused_bias != nullptr;
   for (int i = 0; i < head.modalities; ++i) {
@@ -283,12 +283,12 @@ LinearStepPlan plan_linear_step(const LinearHeadStep& p, Precision precision, co
     biases += p.grad_branch_bias[i] != nullptr;
     masked += masked_columns(head.present[i], p.grad_weight[i], head.width[i]);
   }
-  const Output all_logits{head.rows, head.classes * head.modalities};
+  const OutputSize all_logits{head.rows, head.classes * head.modalities};
   plan.launch =
       choose_launch(precision, aligned(head, dtype), work(head), &all_logits, 1, device, request);
   const bool library = plan.launch.executor == Executor::kLibrary;
   plan.launch.cooperative = !library;
-  const TileShape& shape = shape_of(plan.launch.tile);
+  const TileShape& shape = tile_shape(plan.launch.tile);
 
   // a quarter of the workspace is for split sums of weights, the rest for what there is per row
   const int64_t row_limit = library ? limit.bytes : limit.bytes - limit.bytes / 4;
@@ -303,7 +303,7 @@ LinearStepPlan plan_linear_step(const LinearHeadStep& p, Precision precision, co
   step.chunk_rows = plan.forward.plane_rows = backward.plane_rows = rows;
   step.chunks = count_chunks(head.rows, rows);
 
-  const Output logits{rows, head.classes};
+  const OutputSize logits{rows, head.classes};
   const int64_t tiles = count_tiles(plan.launch.tile, &logits, 1);
   const int64_t steps = width_steps(head, shape.depth);
   int64_t wanted = library              ? 1
@@ -320,7 +320,7 @@ LinearStepPlan plan_linear_step(const LinearHeadStep& p, Precision precision, co
   const int64_t weight_tiles = count_tiles(plan.launch.tile, weights, weight_count);
   int64_t feature_tiles = 0;
   for (int i = 0; i < head.modalities; ++i) {
-    const Output feature{p.grad_feature[i].data ? rows : 0, head.width[i]};
+    const OutputSize feature{p.grad_feature[i].data ? rows : 0, head.width[i]};
     feature_tiles += count_tiles(plan.launch.tile, &feature, 1);
   }
   int64_t row_splits = library ? 1 : request.splits;

@@ -34,21 +34,21 @@ inline TileFamily family_of(Precision precision) {
   }
 }
 
-struct Output {
+struct OutputSize {
   int64_t rows = 0, columns = 0;
 };
-inline int64_t count_tiles(Tile tile, const Output* outputs, int count) {
+inline int64_t count_tiles(Tile tile, const OutputSize* outputs, int count) {
   int64_t tiles = 0;
   for (int i = 0; i < count; ++i) {
-    tiles += ceil_div(outputs[i].rows, shape_of(tile).rows) *
-             ceil_div(outputs[i].columns, shape_of(tile).columns);
+    tiles += ceil_div(outputs[i].rows, tile_shape(tile).rows) *
+             ceil_div(outputs[i].columns, tile_shape(tile).columns);
   }
   return tiles;
 }
 
 /// Executor, tile and alignment for a head that computes `outputs` by products.
 inline LaunchShape choose_launch(Precision precision, bool operands_aligned, double flop,
-                                 const Output* outputs, int count, const Device& device,
+                                 const OutputSize* outputs, int count, const Device& device,
                                  const PlanRequest& request) {
   LaunchShape launch;
   launch.executor = flop < kFusedBelow ? Executor::kFused : Executor::kLibrary;

@@ -1,11 +1,10 @@
-// The products of a head on the CPU, for the sizes at which a library's were measured to be slower.
-// Small ones a library spends on its call, on packing and on waking threads; larger ones can be cut
-// by rows here, so that logits, losses and gradients of a row follow one another while they are in
-// cache. Free of torch.
+// CPU matmuls, used where we measured them faster than torch's BLAS. Small ones: BLAS loses to call
+// overhead, packing and thread wake-up. Large ones: we split by rows, so that a row's logits, loss
+// and gradient are computed while it is in cache. Free of torch.
 //
-// Two bodies. `dots` reads both operands along their contiguous rows and copies nothing: the logits
-// of few classes. `product` is the blocked kind: a panel of b is packed once and every row of a
-// passes by it. An output's bits depend on neither the ranges nor the tiles that it falls into.
+// `matmul_dots`: both operands have contiguous rows and nothing is packed (few classes).
+// `matmul_packed`: a panel of b is packed once, and every row of a passes it. Results do not depend
+// on how rows and columns are split.
 
 #pragma once
 
@@ -19,14 +18,14 @@ namespace dgl_ext {
 
 // Where a product goes: its values are set, or added to what is there.
 template <typename T>
-struct Output {
+struct MatmulOutput {
   T* data;
   int64_t row_stride;
   int64_t col_stride = 1;
   bool add = false;
 };
 
-namespace gemm_bodies {
+namespace matmul_bodies {
 
 // The sum over a vector's lanes, halves onto halves.
 DGL_EXT_INLINE float lane_sum(const Lanes<float>::Vector& v) {
@@ -46,7 +45,7 @@ constexpr int64_t kThinInputs = 16;
 // The same sums by scalars: many rows side by side, or many inputs in several chains, in blocks.
 template <typename T>
 DGL_EXT_INLINE void thin(int64_t rows, int64_t cols, int64_t count, const Strided<T>& a,
-                         const Strided<T>& b, const Output<T>& out) {
+                         const Strided<T>& b, const MatmulOutput<T>& out) {
   constexpr int64_t kBlock = 256;
   constexpr int64_t kChains = 8;
   for (int64_t k = 0; k < cols; ++k) {
@@ -89,7 +88,7 @@ DGL_EXT_INLINE void thin(int64_t rows, int64_t cols, int64_t count, const Stride
   }
 }
 
-// kRows x kClasses outputs of `dots`, in registers.
+// kRows x kClasses outputs of `matmul_dots`, in registers.
 template <typename T, int64_t kRows, int64_t kClasses>
 DGL_EXT_INLINE void dot_tile(int64_t width, const T* const* x, const T* const* w, T* const* out) {
   using Vector = typename Lanes<T>::Vector;
@@ -164,7 +163,7 @@ DGL_EXT_INLINE void dots_body(int64_t row_begin, int64_t row_end, int64_t classe
 // kRows rows of a times a packed panel of kVectors vectors of columns, in registers.
 template <typename T, int kBytes, int64_t kRows, int64_t kVectors>
 DGL_EXT_INLINE void tile(int64_t count, const Strided<T>& a, const T* b, int64_t b_stride,
-                         int64_t cols, const Output<T>& out) {
+                         int64_t cols, const MatmulOutput<T>& out) {
   using Vector = typename Lanes<T, kBytes>::Vector;
   constexpr int64_t kLanes = Lanes<T, kBytes>::kCount;
   if (out.col_stride == 1) {  // the outputs' lines are on their way while the sums are computed
@@ -220,13 +219,13 @@ DGL_EXT_INLINE void tile(int64_t count, const Strided<T>& a, const T* b, int64_t
 // blocks evenly, since a block of one or two waits for its own sums.
 template <typename T, int kBytes, int64_t kVectors>
 DGL_EXT_INLINE void panel(int64_t rows, int64_t count, const Strided<T>& a, const T* b,
-                          int64_t b_stride, int64_t cols, const Output<T>& out) {
+                          int64_t b_stride, int64_t cols, const MatmulOutput<T>& out) {
   constexpr int64_t kMostRows = 6;
   const int64_t blocks = (rows + kMostRows - 1) / kMostRows;
   for (int64_t block = 0, row = 0; block < blocks; ++block) {
     const int64_t end = rows * (block + 1) / blocks;
     const Strided<T> part{a.row(row), a.row_stride, a.col_stride};
-    Output<T> at = out;
+    MatmulOutput<T> at = out;
     at.data += row * out.row_stride;
     switch (end - row) {
       case 6:
@@ -277,7 +276,7 @@ DGL_EXT_INLINE void pack(int64_t count, int64_t cols, const Strided<T>& b, T* pa
 template <typename T, int kBytes>
 DGL_EXT_INLINE void product_body(int64_t row_begin, int64_t row_end, int64_t col_begin,
                                  int64_t col_end, int64_t count, const Strided<T>& a,
-                                 const Strided<T>& b, const Output<T>& out) {
+                                 const Strided<T>& b, const MatmulOutput<T>& out) {
   constexpr int64_t kLanes = Lanes<T, kBytes>::kCount;
   constexpr int64_t kWidth = 2 * kLanes;
   constexpr int64_t kBlock = 256;  // inputs: a panel of them stays in cache
@@ -287,7 +286,7 @@ DGL_EXT_INLINE void product_body(int64_t row_begin, int64_t row_end, int64_t col
   constexpr int64_t kFewInputs = 8;
   const int64_t rows = row_end - row_begin;
   if (col_end - col_begin <= kThin && (count <= kThinInputs || rows <= kThin)) {
-    Output<T> at = out;
+    MatmulOutput<T> at = out;
     at.data += row_begin * out.row_stride + col_begin * out.col_stride;
     const Strided<T> from{b.data + col_begin * b.col_stride, b.row_stride, b.col_stride};
     thin<T>(rows, col_end - col_begin, count, {a.row(row_begin), a.row_stride, a.col_stride}, from,
@@ -307,8 +306,8 @@ DGL_EXT_INLINE void product_body(int64_t row_begin, int64_t row_end, int64_t col
         pack<T, kWidth>(inputs, cols, from, packed);
         from = {packed, kWidth, 1};
       }
-      const Output<T> to{out.data + row_begin * out.row_stride + begin * out.col_stride,
-                         out.row_stride, out.col_stride, out.add || j > 0};
+      const MatmulOutput<T> to{out.data + row_begin * out.row_stride + begin * out.col_stride,
+                               out.row_stride, out.col_stride, out.add || j > 0};
       if (cols > kLanes) {
         panel<T, kBytes, 2>(rows, inputs, part, from.data, from.row_stride, cols, to);
       } else {
@@ -323,7 +322,7 @@ template <typename T>
 using Dots = void (*)(int64_t, int64_t, int64_t, int64_t, const Strided<T>&, const Strided<T>&, T*);
 template <typename T>
 using Product = void (*)(int64_t, int64_t, int64_t, int64_t, int64_t, const Strided<T>&,
-                         const Strided<T>&, const Output<T>&);
+                         const Strided<T>&, const MatmulOutput<T>&);
 
 template <typename T>
 DGL_EXT_TARGET_AVX2 void dots_avx2(int64_t row_begin, int64_t row_end, int64_t classes,
@@ -335,18 +334,18 @@ DGL_EXT_TARGET_AVX2 void dots_avx2(int64_t row_begin, int64_t row_end, int64_t c
 template <typename T>
 DGL_EXT_TARGET_AVX2 void product_avx2(int64_t row_begin, int64_t row_end, int64_t col_begin,
                                       int64_t col_end, int64_t count, const Strided<T>& a,
-                                      const Strided<T>& b, const Output<T>& out) {
+                                      const Strided<T>& b, const MatmulOutput<T>& out) {
   product_body<T, 32>(row_begin, row_end, col_begin, col_end, count, a, b, out);
 }
 
 template <typename T>
 DGL_EXT_TARGET_AVX512 void product_avx512(int64_t row_begin, int64_t row_end, int64_t col_begin,
                                           int64_t col_end, int64_t count, const Strided<T>& a,
-                                          const Strided<T>& b, const Output<T>& out) {
+                                          const Strided<T>& b, const MatmulOutput<T>& out) {
   product_body<T, 64>(row_begin, row_end, col_begin, col_end, count, a, b, out);
 }
 
-// Wider vectors gain nothing in `dots`, where the sums over lanes cost more.
+// Wider vectors gain nothing in `matmul_dots`, where the sums over lanes cost more.
 template <typename T>
 Dots<T> dots_for(Isa isa) {
   return isa == Isa::kPortable ? dots_body<T> : dots_avx2<T>;
@@ -358,24 +357,25 @@ Product<T> product_for(Isa isa) {
   return isa == Isa::kAvx2 ? product_avx2<T> : product_body<T, 32>;
 }
 
-}  // namespace gemm_bodies
+}  // namespace matmul_bodies
 
 // out[i, k] = sum_j a[i, j] b[j, k] for ranges of rows and columns; any strides.
 template <typename T>
-void product(int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end, int64_t count,
-             const Strided<T>& a, const Strided<T>& b, const Output<T>& out) {
-  gemm_bodies::product_for<T>(isa())(row_begin, row_end, col_begin, col_end, count, a, b, out);
+void matmul_packed(int64_t row_begin, int64_t row_end, int64_t col_begin, int64_t col_end,
+                   int64_t count, const Strided<T>& a, const Strided<T>& b,
+                   const MatmulOutput<T>& out) {
+  matmul_bodies::product_for<T>(isa())(row_begin, row_end, col_begin, col_end, count, a, b, out);
 }
 
-// The widest rows for `dots`, which have one running total per lane.
+// The widest rows for `matmul_dots`, which have one running total per lane.
 constexpr int64_t kLongestDots = 1024;
 
 // out[r, c] = sum_k x[r, k] w[c, k] for a range of rows. The rows of x and w are contiguous, out is
-// row-major with `classes` columns. Faster than `product` for few classes or few rows.
+// row-major with `classes` columns. Faster than `matmul_packed` for few classes or few rows.
 template <typename T>
-void dots(int64_t row_begin, int64_t row_end, int64_t classes, int64_t width, const Strided<T>& x,
-          const Strided<T>& w, T* out) {
-  gemm_bodies::dots_for<T>(isa())(row_begin, row_end, classes, width, x, w, out);
+void matmul_dots(int64_t row_begin, int64_t row_end, int64_t classes, int64_t width,
+                 const Strided<T>& x, const Strided<T>& w, T* out) {
+  matmul_bodies::dots_for<T>(isa())(row_begin, row_end, classes, width, x, w, out);
 }
 
 }  // namespace dgl_ext
