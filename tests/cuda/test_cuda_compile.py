@@ -62,7 +62,7 @@ def compile_unit(unit: str, architecture: str, folder: str) -> tuple[str, Path]:
     command = [
         "nvcc", "-std=c++17", "-O3", "-lineinfo", f"-arch={architecture}", "-cubin",
         "-Xptxas", "-v", "-Xcompiler", "-Wall,-Wextra,-Wno-unknown-pragmas",
-        "-I", "csrc", f"csrc/cuda/kernels/{unit}.cu", "-o", str(cubin),
+        "-I", "csrc", str(next((ROOT / "csrc").glob(f"cuda/*/{unit}.cu"))), "-o", str(cubin),
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]

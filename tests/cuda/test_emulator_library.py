@@ -30,34 +30,43 @@ def counted(kernels, problem, direction):
     return tuple(after[name] - before[name] for name in ("launches", "matmuls"))
 
 
-def ascending(problem):
-    """Features in one buffer, so that those of the second modality lie behind the first's."""
+def in_one_buffer(problem, turned=False):
+    """Features in one buffer: those of the second modality lie behind the first's, or before."""
     case = problem.case
     layout = harness.Layout()
     both = problem.memory.input("both", (2 * case.rows, case.widths[0]), layout=layout)
     item = both.elements.itemsize
     for i in range(2):
-        rows = slice(i * case.rows, (i + 1) * case.rows)
+        at = 1 - i if turned else i
+        rows = slice(at * case.rows, (at + 1) * case.rows)
         problem.features[i].elements[...] = both.elements[rows]
         problem.common["feature"][i] = (
-            both.pair[0] + i * case.rows * both.pair[1] * item,
+            both.pair[0] + at * case.rows * both.pair[1] * item,
             both.pair[1],
         )
     return problem
 
 
+EVEN = LossCase(alpha=(1.5, 1.5))  # the gradients of both features then have one scale
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["in order", "turned"])
 @pytest.mark.parametrize("concat", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_launches_of_a_step(kernels, concat, dtype):
+def test_launches_of_a_step(kernels, dtype, concat, turned):
     tile = "half_small" if dtype == "bfloat16" else "float32_small"
     shared = {"dtype": dtype, "tile": tile, "concat": concat}
     fused = LinearStepProblem(kernels, LinearStepCase(37, (72, 72), 11, **shared))
     assert counted(kernels, fused, "step") == (1, 0)
-    case = LinearStepCase(37, (72, 72), 11, executor="library", **shared)
-    launches, matmuls = counted(kernels, ascending(LinearStepProblem(kernels, case)), "step")
-    # where the gradients happen to lie the other way round, their products are two calls
-    assert 5 <= launches <= 8
-    assert launches - matmuls == 2  # the rows, and what is left at the end
+    for leak in (0.0, 0.5):
+        case = LinearStepCase(
+            37, (72, 72), 11, executor="library", head_leak=leak, loss=EVEN, **shared
+        )
+        problem = in_one_buffer(LinearStepProblem(kernels, case), turned)
+        launches, matmuls = counted(kernels, problem, "step")
+        assert launches - matmuls == 2  # the rows, and what is left at the end
+        # concat's weights lie in order; if the features do not, logits take a product each
+        assert (launches == 5 + turned) if concat else (launches <= 6)
     unequal = LinearStepCase(37, (72, 48), 11, executor="library", **shared)
     assert counted(kernels, LinearStepProblem(kernels, unequal), "step") == (8, 6)
 
@@ -65,7 +74,7 @@ def test_launches_of_a_step(kernels, concat, dtype):
 def test_products_of_equal_widths_are_one_call(kernels):
     """Whatever the addresses: weights of concat ascend, and so do these features."""
     case = LinearCase(37, (72, 72), 11, executor="library")
-    problem = ascending(LinearProblem(kernels, case))
+    problem = in_one_buffer(LinearProblem(kernels, case))
     assert counted(kernels, problem, "forward") == (2, 1)
 
 

@@ -39,6 +39,11 @@ class LinearStepProblem(LinearProblem):
             for i, shape in enumerate(shapes)
         ]
         grad_weights = self._matrices("grad_weight", dtype=self.output)
+        if count == 2 and shapes[0] == shapes[1]:  # as the binding does
+            first, second = (pair[0] for pair in self.common["weight"])
+            grad_features.sort(key=lambda t: t.pair[0], reverse=second < first)
+            if not case.concat:
+                grad_weights.sort(key=lambda t: t.pair[0])
         grad_biases = [
             memory.place(f"grad_bias {i}", (1, case.classes), dtype=self.output)
             for i in range(1 if case.concat else count)

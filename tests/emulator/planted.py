@@ -437,7 +437,7 @@ class Workshop:
     def __init__(self, folder: Path):
         self.sources, self.build = folder / "csrc", folder / "build"
         shutil.copytree(ROOT / "csrc", self.sources)
-        instances = self.sources / "cuda" / "instances.cuh"
+        instances = self.sources / "cuda" / "kernels" / "instances.cuh"
         text = instances.read_text()
         for name, few in (("Configs", FEW_CONFIGS), ("ElementConfigs", FEW_ELEMENT_CONFIGS)):
             text, count = re.subn(rf"(?<=using {name} =).*?;", few, text, count=1, flags=re.S)

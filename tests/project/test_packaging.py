@@ -64,7 +64,7 @@ class Environment:
 
     def smoke_test(self) -> None:
         """One step of each head through the installed package."""
-        shutil.copy(ROOT / "tests" / "smoke.py", self.folder)
+        shutil.copy(ROOT / "tests" / "project" / "smoke.py", self.folder)
         assert "smoke test passed" in run(self.python, "smoke.py", cwd=self.folder)
 
 

@@ -222,6 +222,13 @@ class Results {
     return result_rows(result);
   }
   Dtype dtype() const { return dtype_of(gradients_); }
+  // Has two results of one shape, the last ones, lie in memory as `ascending` says, so that the
+  // library writes both in one call. Both are fresh: either can be either.
+  void order_pair(Matrix& first, Matrix& second, bool ascending) {
+    if (!first.data || !second.data || (first.data < second.data) == ascending) return;
+    std::swap(first, second);
+    std::swap(tensors[tensors.size() - 2], tensors.back());
+  }
 
   std::vector<Tensor> tensors;
 
@@ -276,6 +283,11 @@ inline void make_gradients(Results& results, const LinearSizes& sizes,
     p.grad_feature[i] =
         results.gradient(needs.features[i], shape_of(features[i]), in_step || feature_flows(p, i));
   }
+  const bool pair = features.size() == 2 && shape_of(features[0]) == shape_of(features[1]);
+  if (pair && in_step) {
+    results.order_pair(p.grad_feature[0], p.grad_feature[1],
+                       p.head.weight[0].data < p.head.weight[1].data);
+  }
   for (size_t w = 0; w < weights.size(); ++w) {
     const int first = sizes.shared ? 0 : static_cast<int>(w);
     const int last = sizes.shared ? p.head.modalities : first + 1;
@@ -287,6 +299,8 @@ inline void make_gradients(Results& results, const LinearSizes& sizes,
       p.grad_weight[i] = {at_column(grad.data, sizes.begin[i], results.dtype()), grad.stride};
     }
   }
+  if (pair && in_step && !sizes.shared)
+    results.order_pair(p.grad_weight[0], p.grad_weight[1], true);
   for (size_t b = 0; b < weights.size(); ++b) {
     const bool flows =
         in_step || (sizes.shared ? fused_bias_flows(p) : weight_flows(p, static_cast<int>(b)));

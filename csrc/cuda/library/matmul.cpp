@@ -3,6 +3,7 @@
 #include <cublas_v2.h>
 
 #include <algorithm>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -144,12 +145,19 @@ cudaError_t matmul(const Queue& queue, Precision precision, const StepTotals* co
            step.a >= 0 && step.b >= 0 && step.c > 0) {
       ++together;
     }
-    if (p.scale) {
-      const DevicePointers scope(handle);
-      multiply(handle, precision, constants, p, together, step);
-    } else {
-      multiply(handle, precision, constants, p, together, step);
+    const Matmul* first = &p;
+    if (together == 1 && i + 1 < count && same_shape(p, products[i + 1])) {
+      // two whose operands all lie the other way round run from the other end
+      const Steps back = steps(products[i + 1], p, precision.dtype);
+      if (back.a >= 0 && back.b >= 0 && back.c > 0) {
+        first = &products[i + 1];
+        step = back;
+        together = 2;
+      }
     }
+    std::optional<DevicePointers> scope;
+    if (p.scale) scope.emplace(handle);
+    multiply(handle, precision, constants, *first, together, step);
     i += together;
   }
   return cudaSuccess;

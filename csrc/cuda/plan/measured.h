@@ -28,6 +28,9 @@ constexpr int64_t kLeastStepsPerRowSplit = 16;
 /// Up to this many rows one CTA of the rows kernel counts those with a target; beyond, a launch of
 /// its own does, with all CTAs.
 constexpr int64_t kCountedByOneCta = 32768;
+/// Up to so many bytes of two features of one width are copied beside each other where that makes
+/// one call of two products: a launch takes about as long.
+constexpr int64_t kCopiedFeatures = int64_t(4) << 20;
 /// CTAs per multiprocessor of the library executor's kernels.
 constexpr int kElementCtas = 2;
 

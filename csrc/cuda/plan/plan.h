@@ -104,7 +104,8 @@ struct GradientPlane {
 };
 
 /// Features whose rows may be absent are copied to the workspace, with zeros for those rows, before
-/// rows are summed over: a mask in the tile loader would cost registers in the hottest loop.
+/// rows are summed over: a mask in the tile loader would cost registers in the hottest loop. For
+/// the library, two features that do not lie in order may be copied for that alone.
 struct MaskedCopy {
   int64_t offset = 0, pitch = 0;  ///< bytes into the workspace; pitch 0: no copy, no mask
 };

@@ -156,7 +156,7 @@ int64_t size_film_backward(const FilmHeadBackward& p, Dtype dtype, const LaunchS
   plan.parameters_offset = layout.add(2 * hidden_plane * size);
   plan.encoder_pitch = padded(plan.condition_leak ? 2 * head.hidden : head.hidden);
   plan.encoder_offset = layout.add(head.rows * plan.encoder_pitch * size);
-  const int64_t pitch = masked_columns(head.present[0], p.grad_film_weight, head.condition_width);
+  const int64_t pitch = copied_columns(head.present[0], p.grad_film_weight, head.condition_width);
   if (pitch > 0) plan.masked = {layout.add(head.rows * pitch * size), pitch};
 
   const Tile tile = launch.tile;

@@ -45,10 +45,22 @@ int64_t split_widths(const LinearHead& head, int64_t steps, int64_t wanted, int6
   return splits;
 }
 
-void mask_features(const LinearHead& head, const Matrix* grad_weight, Dtype dtype, Layout& layout,
-                   LinearBackwardPlan& plan) {
+/// Two modalities of one width, whose products run as one call if their operands lie in order.
+bool is_pair(const LinearHead& head) {
+  return head.modalities == 2 && head.width[0] == head.width[1];
+}
+/// Whether features are copied where no row lacks them: their gradients' products then are one
+/// call.
+bool copies_to_pair(const LinearHead& head, const Matrix* grad_weight, Dtype dtype) {
+  return is_pair(head) && grad_weight[0].data && grad_weight[1].data &&
+         head.feature[1].data < head.feature[0].data &&
+         2 * head.rows * head.width[0] * element_size(dtype) <= kCopiedFeatures;
+}
+
+void copy_features(const LinearHead& head, const Matrix* grad_weight, bool all, Dtype dtype,
+                   Layout& layout, LinearBackwardPlan& plan) {
   for (int i = 0; i < head.modalities; ++i) {
-    const int64_t pitch = masked_columns(head.present[i], grad_weight[i], head.width[i]);
+    const int64_t pitch = copied_columns(all || head.present[i], grad_weight[i], head.width[i]);
     if (pitch == 0) continue;
     plan.masked[i] = {layout.add(plan.plane_rows * pitch * element_size(dtype)), pitch};
     plan.has_masked = true;
@@ -195,7 +207,7 @@ LinearBackwardPlan plan_linear_backward(const LinearHeadBackward& p, Precision p
   Layout layout;
   plan.plane_offset = layout.add(plan.plane_count * head.rows * plan.padded_classes *
                                  element_size(precision.dtype));
-  mask_features(head, p.grad_weight, precision.dtype, layout, plan);
+  copy_features(head, p.grad_weight, false, precision.dtype, layout, plan);
   if (plan.partials || library) place_partials(head, precision.dtype, layout, plan);
   plan.launch.workspace_bytes = layout.bytes();
   if (library) {
@@ -228,11 +240,17 @@ class StepPlanes {
     }
     plan_.step.gradients |= p_.grad_fused_bias != nullptr;
     plan_.step.mixed |= p_.grad_fused_bias && p_.leaks.head != 0;
-    for (int i = 0; i < count; ++i) {
+    // planes in the order of the weights that they are multiplied with, which may make one call
+    const LinearHead& head = p_.head;
+    const bool turned = is_pair(head) && head.weight[1].data < head.weight[0].data;
+    for (int k = 0; k < count; ++k) {
+      const int i = turned ? 1 - k : k;
       if (p_.grad_feature[i].data) {
         const int branch = plan_.step.mixed ? 0 : i + 1;
         plan_.backward.to_feature[i] = {branch, plane(i + 1, 0, 1, p_.leaks.encoder), 1};
       }
+    }
+    for (int i = 0; i < count; ++i) {
       if (weights_wanted(i)) {
         const int index = plane(0, i + 1, i + 2, p_.leaks.head);
         plan_.backward.to_weight[i] = {0, index, 1};
@@ -276,12 +294,10 @@ LinearStepPlan plan_linear_step(const LinearHeadStep& p, Precision precision, co
   StepPlanes(p, plan).choose();
 
   OutputSize weights[kMaxModalities];
-  int64_t masked = 0;
   int weight_count = 0, biases = p.grad_fused_bias != nullptr;
   for (int i = 0; i < head.modalities; ++i) {
     if (p.grad_weight[i].data) weights[weight_count++] = {head.classes, head.width[i]};
     biases += p.grad_branch_bias[i] != nullptr;
-    masked += masked_columns(head.present[i], p.grad_weight[i], head.width[i]);
   }
   const OutputSize all_logits{head.rows, head.classes * head.modalities};
   plan.launch =
@@ -290,13 +306,18 @@ LinearStepPlan plan_linear_step(const LinearHeadStep& p, Precision precision, co
   plan.launch.cooperative = !library;
   const TileShape& shape = tile_shape(plan.launch.tile);
 
+  const bool copies = library && copies_to_pair(head, p.grad_weight, dtype);
+  int64_t copied = 0;
+  for (int i = 0; i < head.modalities; ++i) {
+    copied += copied_columns(copies || head.present[i], p.grad_weight[i], head.width[i]);
+  }
   // a quarter of the workspace is for split sums of weights, the rest for what there is per row
   const int64_t row_limit = library ? limit.bytes : limit.bytes - limit.bytes / 4;
   const int64_t least_rows = library ? limit.least_rows : 0;
   const auto row_bytes = [&](int64_t splits) {
     return step.padded_classes *
                (splits * accumulator_size(dtype) + step.plane_count * element_size(dtype)) +
-           masked * element_size(dtype);
+           copied * element_size(dtype);
   };
   const int64_t rows =
       choose_chunk(head.rows, row_bytes(head.modalities), row_limit, least_rows, shape.rows);
@@ -343,7 +364,7 @@ LinearStepPlan plan_linear_step(const LinearHeadStep& p, Precision precision, co
   layout.add(splits * rows * step.padded_classes * accumulator_size(dtype));
   step.plane_offset = backward.plane_offset =
       layout.add(step.plane_count * rows * step.padded_classes * element_size(dtype));
-  mask_features(head, p.grad_weight, dtype, layout, backward);
+  copy_features(head, p.grad_weight, copies, dtype, layout, backward);
   if (backward.partials || library) place_partials(head, dtype, layout, backward);
   const int64_t items = std::max(
       {splits * tiles, row_items(rows, device),

@@ -123,9 +123,9 @@ class Layout {
   int64_t bytes_ = 0;
 };
 
-/// Columns of a masked copy, 0 where none is needed.
-inline int64_t masked_columns(const uint8_t* present, const Matrix& grad_weight, int64_t width) {
-  return present && grad_weight.data ? padded(width) : 0;
+/// Columns of a copy of features for the weight's gradient, 0 where none is needed.
+inline int64_t copied_columns(bool copied, const Matrix& grad_weight, int64_t width) {
+  return copied && grad_weight.data ? padded(width) : 0;
 }
 /// Rows that a step works on at a time: all, or as many tiles of rows as fit, evenly.
 inline int64_t choose_chunk(int64_t rows, int64_t row_bytes, int64_t bytes, int64_t least_rows,
