@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 pytest.importorskip("PIL")
+pytest.importorskip("soundfile")
 pytest.importorskip("rich")
 
 ROOT = Path(__file__).parents[2]

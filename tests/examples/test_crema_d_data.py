@@ -11,6 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("PIL")
+pytest.importorskip("soundfile")
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
