@@ -33,6 +33,11 @@ inline Shape shape_of(const Tensor& tensor) {
   return Shape(sizes.begin(), sizes.end());
 }
 
+// How many rows a (..., D) shape has.
+inline int64_t leading_count(const Shape& shape) {
+  return std::accumulate(shape.begin(), shape.end() - 1, int64_t{1}, std::multiplies<int64_t>());
+}
+
 inline std::string to_string(const Shape& shape) {
   std::ostringstream text;
   text << "(";
@@ -214,9 +219,7 @@ class Checks {
         fail(name, "leading shape " + to_string(leading) + " as features[0]", to_string(shape));
       }
     }
-    return {leading,
-            std::accumulate(leading.begin(), leading.end(), int64_t{1}, std::multiplies<int64_t>()),
-            0};
+    return {leading, leading_count(shape_of(features[0])), 0};
   }
 
   // Each bias there is has one entry per row of its weight.

@@ -5,17 +5,11 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
-#include <numeric>
 #include <optional>
 
 #include "common/checks.h"
 
 namespace dgl_ext {
-
-// How many rows a (..., D) shape has.
-inline int64_t leading_count(const Shape& shape) {
-  return std::accumulate(shape.begin(), shape.end() - 1, int64_t{1}, std::multiplies<int64_t>());
-}
 
 // The one stride that reaches every row of a tensor that is not empty, if there is one.
 inline std::optional<int64_t> single_row_stride(const Tensor& tensor) {

@@ -185,7 +185,8 @@ std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> f
       matmul(*grads[branch], head.out_weight,
              MatrixView::from_memory(d[branch].get(), head.rows, head.hidden, head.compute));
     }
-    const auto planes = allocate<T>(4 * head.rows * head.hidden);
+    const int64_t planes_needed = leaks ? 2 : trains_film || encoder_leak != 0;
+    const auto planes = allocate<T>(planes_needed * head.rows * 2 * head.hidden);
     const FilmGradients<T> film_grads(head, head.x, head.y, modulation.data<T>(),
                                       static_cast<const T*>(film_bias.const_data_ptr()),
                                       {d[kFused].get(), d[kOfX].get(), d[kOfY].get()}, encoder_leak,

@@ -1,6 +1,6 @@
 """The dispatcher ops: their names in Python, their fake kernels, and what stands in for autograd.
 
-The ops themselves have no derivative: `autograd.py` pairs a forward with its backward op. An op
+The ops themselves have no derivative: `logits.py` pairs a forward with its backward op. An op
 that is called on its own with something that requires grad raises here, since the dispatcher's
 default is to return, with a warning at most, a result whose gradient is silently missing.
 """

@@ -93,6 +93,19 @@ def test_numbers_of_modalities(fusion, backend, modalities, bias):
     check_against_two_pass(backend, fusion=fusion, widths=WIDTHS[modalities], bias=bias)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("turned", [False, True], ids=["in order", "turned"])
+@pytest.mark.parametrize("leaks", [(0.0, 0.0), (0.5, 0.25)], ids=str)
+def test_two_modalities_of_one_width(fusion, backend, turned, leaks):
+    """On CUDA the library may take both in one call, whichever lies first in memory."""
+    problem = make_problem(fusion, leading=(9,), widths=(6, 6), classes=4)
+    in_one_buffer = torch.stack([h.detach() for h in problem.features]).unbind()
+    order = reversed(in_one_buffer) if turned else in_one_buffer
+    problem.features = tuple(h.requires_grad_() for h in order)
+    options = {"alpha": (1.5, 1.5), "encoder_leak": leaks[0], "head_leak": leaks[1]}
+    check_against_reference(problem, make_target(problem), backend, **options)
+
+
 @pytest.fixture(params=[1, 5], ids=["one thread", "five threads"])
 def threads(request):
     """How rows and columns are cut, and which of the CPU's products run, depends on it."""

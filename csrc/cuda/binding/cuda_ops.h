@@ -265,10 +265,12 @@ inline LinearHead make_head(Call& call, const LinearSizes& sizes,
   return head;
 }
 
-// The biases of LinearHeadForward and of LinearHeadStep.
+// The head and the biases of LinearHeadForward or of LinearHeadStep.
 template <class Problem>
-void set_biases(Call& call, const LinearSizes& sizes, const OptionalTensors& biases,
-                Problem& problem) {
+void set_head(Call& call, const LinearSizes& sizes, const std::vector<Tensor>& features,
+              const std::vector<Tensor>& weights, const OptionalTensors& biases,
+              const OptionalTensors& present, Problem& problem) {
+  problem.head = make_head(call, sizes, features, weights, present);
   for (int i = 0; i < problem.head.modalities; ++i) {
     problem.branch_bias[i] = call.vector(biases[sizes.shared ? 0 : i]);
   }
@@ -311,10 +313,11 @@ inline void make_gradients(Results& results, const LinearSizes& sizes,
 
 // ---- FiLM ----
 
-inline FilmHead make_head(Call& call, const FilmSizes& sizes, const std::vector<Tensor>& features,
-                          const std::vector<Tensor>& weights, const OptionalTensors& biases,
-                          const OptionalTensors& present) {
-  FilmHead head;
+template <class Problem>
+void set_head(Call& call, const FilmSizes& sizes, const std::vector<Tensor>& features,
+              const std::vector<Tensor>& weights, const OptionalTensors& biases,
+              const OptionalTensors& present, Problem& problem) {
+  FilmHead& head = problem.head;
   head.rows = sizes.rows;
   head.condition_width = features[0].size(features[0].dim() - 1);
   head.hidden = sizes.hidden;
@@ -326,7 +329,6 @@ inline FilmHead make_head(Call& call, const FilmSizes& sizes, const std::vector<
   head.film_bias = call.vector(biases[0]);
   head.out_bias = call.vector(biases[1]);
   set_masks(call, present, head);
-  return head;
 }
 
 // As for the linear head.

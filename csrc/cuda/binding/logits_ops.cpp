@@ -1,6 +1,6 @@
 // The logits ops on CUDA: tensors become structs, the plan chooses, a launcher runs. Their own
 // module, so that the package loads where torch has no CUDA. The training steps are in
-// cuda_step_ops.cpp.
+// step_ops.cpp.
 
 #include <Python.h>
 
@@ -20,8 +20,7 @@ std::vector<Tensor> linear_forward(std::vector<Tensor> features, std::vector<Ten
 
   Call call("linear_head_forward", features[0]);
   LinearHeadForward problem;
-  problem.head = make_head(call, sizes, features, weights, present);
-  set_biases(call, sizes, biases, problem);
+  set_head(call, sizes, features, weights, biases, present, problem);
   const ScalarType dtype = features[0].scalar_type();
   Results logits(call, dtype);
   problem.fused = result_rows(logits.add(sizes.with(sizes.classes), dtype));
@@ -73,7 +72,7 @@ std::vector<Tensor> film_forward(std::vector<Tensor> features, std::vector<Tenso
 
   Call call("film_head_forward", features[0]);
   FilmHeadForward problem;
-  problem.head = make_head(call, sizes, features, weights, biases, present);
+  set_head(call, sizes, features, weights, biases, present, problem);
   const ScalarType dtype = features[0].scalar_type();
   Results results(call, dtype);
   problem.fused = result_rows(results.add(sizes.with(sizes.classes), dtype));
@@ -106,7 +105,7 @@ std::vector<Tensor> film_backward(OptionalTensors grad_outputs, std::vector<Tens
 
   Call call("film_head_backward", features[0]);
   FilmHeadBackward problem;
-  problem.head = make_head(call, sizes, features, weights, biases, present);
+  set_head(call, sizes, features, weights, biases, present, problem);
   problem.leaks = {encoder_leak, head_leak};
   problem.modulation = call.matrix(film);
   problem.grad_fused = call.matrix(grad_outputs[0]);

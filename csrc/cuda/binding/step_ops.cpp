@@ -7,37 +7,18 @@ namespace {
 
 struct LinearStepOp {
   static constexpr const char* kName = "linear_head_step";
+  static constexpr auto kCheck = &Checks::linear;
   static constexpr auto kPlan = plan_linear_step;
   static constexpr auto kLaunch = linear_head_step;
   using Problem = LinearHeadStep;
-
-  static LinearSizes check(const Checks& checks, const std::vector<Tensor>& features,
-                           const std::vector<Tensor>& weights) {
-    return checks.linear(features, weights);
-  }
-  static void read(Call& call, const LinearSizes& sizes, const std::vector<Tensor>& features,
-                   const std::vector<Tensor>& weights, const OptionalTensors& biases,
-                   const OptionalTensors& present, Problem& problem) {
-    problem.head = make_head(call, sizes, features, weights, present);
-    set_biases(call, sizes, biases, problem);
-  }
 };
 
 struct FilmStepOp {
   static constexpr const char* kName = "film_head_step";
+  static constexpr auto kCheck = &Checks::film;
   static constexpr auto kPlan = plan_film_step;
   static constexpr auto kLaunch = film_head_step;
   using Problem = FilmHeadStep;
-
-  static FilmSizes check(const Checks& checks, const std::vector<Tensor>& features,
-                         const std::vector<Tensor>& weights) {
-    return checks.film(features, weights);
-  }
-  static void read(Call& call, const FilmSizes& sizes, const std::vector<Tensor>& features,
-                   const std::vector<Tensor>& weights, const OptionalTensors& biases,
-                   const OptionalTensors& present, Problem& problem) {
-    problem.head = make_head(call, sizes, features, weights, biases, present);
-  }
 };
 
 template <class Op>
@@ -50,7 +31,7 @@ std::vector<Tensor> step(std::vector<Tensor> features, std::vector<Tensor> weigh
                          int64_t executor) {
   const Checks checks(Op::kName, kOnCuda, true);
   checks.executor(executor);
-  const auto sizes = Op::check(checks, features, weights);
+  const auto sizes = (checks.*Op::kCheck)(features, weights);
   const Needs needs{needs_features, needs_weights, needs_biases};
   checks.biases(biases, weights, features[0]);
   checks.step(target, present, alpha, label_smoothing, limit, features.size(), sizes.leading,
@@ -59,7 +40,7 @@ std::vector<Tensor> step(std::vector<Tensor> features, std::vector<Tensor> weigh
 
   Call call(Op::kName, features[0]);
   typename Op::Problem problem;
-  Op::read(call, sizes, features, weights, biases, present, problem);
+  set_head(call, sizes, features, weights, biases, present, problem);
   problem.leaks = {encoder_leak, head_leak};
   const ScalarType dtype = features[0].scalar_type();
   const auto branches = static_cast<int64_t>(features.size()) + 1;

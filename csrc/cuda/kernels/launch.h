@@ -1,6 +1,6 @@
 // The CUDA launchers: plain functions of a problem, its plan, a workspace and a stream.
 //
-// A plan says who computes the products: this project's tiles or cuBLAS (library_*.cu). They return
+// A plan says who computes the products: this project's tiles or cuBLAS (library/). They return
 // without waiting and are safe under CUDA graph capture. `workspace` holds
 // plan.launch.workspace_bytes bytes, 16-byte aligned, that nobody else uses until the launch is
 // done; null where that is 0. The plan must have been made for this very problem, precision and
