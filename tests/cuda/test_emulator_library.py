@@ -6,9 +6,9 @@ import pytest
 from emulator import harness
 from emulator.film import FilmCase, FilmProblem
 from emulator.film_step import FilmStepCase, FilmStepProblem
-from emulator.harness import Schedule
+from emulator.harness import Schedule, counted
 from emulator.linear import LinearCase, LinearProblem
-from emulator.linear_step import LinearStepCase, LinearStepProblem
+from emulator.linear_step import EVEN, LinearStepCase, LinearStepProblem
 from emulator.losses import LossCase
 
 pytestmark = pytest.mark.emulator
@@ -20,34 +20,6 @@ def kernels():
     if module is None:
         pytest.skip("the emulator is not built (cmake -S tests/emulator -B build/cpp)")
     return module
-
-
-def counted(kernels, problem, direction):
-    """Launches and library products of one call."""
-    before = kernels.statistics()
-    getattr(problem, "run_" + direction)()
-    after = kernels.statistics()
-    return tuple(after[name] - before[name] for name in ("launches", "matmuls"))
-
-
-def in_one_buffer(problem, turned=False):
-    """Features in one buffer: those of the second modality lie behind the first's, or before."""
-    case = problem.case
-    layout = harness.Layout()
-    both = problem.memory.input("both", (2 * case.rows, case.widths[0]), layout=layout)
-    item = both.elements.itemsize
-    for i in range(2):
-        at = 1 - i if turned else i
-        rows = slice(at * case.rows, (at + 1) * case.rows)
-        problem.features[i].elements[...] = both.elements[rows]
-        problem.common["feature"][i] = (
-            both.pair[0] + at * case.rows * both.pair[1] * item,
-            both.pair[1],
-        )
-    return problem
-
-
-EVEN = LossCase(alpha=(1.5, 1.5))  # the gradients of both features then have one scale
 
 
 @pytest.mark.parametrize("turned", [False, True], ids=["in order", "turned"])
@@ -62,7 +34,8 @@ def test_launches_of_a_step(kernels, dtype, concat, turned):
         case = LinearStepCase(
             37, (72, 72), 11, executor="library", head_leak=leak, loss=EVEN, **shared
         )
-        problem = in_one_buffer(LinearStepProblem(kernels, case), turned)
+        problem = LinearStepProblem(kernels, case)
+        problem.join_features(turned)
         launches, matmuls = counted(kernels, problem, "step")
         assert launches - matmuls == 2  # the rows, and what is left at the end
         # concat's weights lie in order; if the features do not, logits take a product each
@@ -74,7 +47,8 @@ def test_launches_of_a_step(kernels, dtype, concat, turned):
 def test_products_of_equal_widths_are_one_call(kernels):
     """Whatever the addresses: weights of concat ascend, and so do these features."""
     case = LinearCase(37, (72, 72), 11, executor="library")
-    problem = in_one_buffer(LinearProblem(kernels, case))
+    problem = LinearProblem(kernels, case)
+    problem.join_features()
     assert counted(kernels, problem, "forward") == (2, 1)
 
 

@@ -171,6 +171,14 @@ class Schedule:
     multiprocessors: int = 3
 
 
+def counted(module, problem, direction: str) -> tuple[int, int]:
+    """Launches, and products of the library among them, of one call."""
+    before = module.statistics()
+    getattr(problem, "run_" + direction)()
+    after = module.statistics()
+    return tuple(after[name] - before[name] for name in ("launches", "matmuls"))
+
+
 def launch(
     module, name, problem, precision, schedule: Schedule, request=None, races=False, watched=None
 ):

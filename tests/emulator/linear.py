@@ -85,6 +85,16 @@ class LinearProblem:
             "present": [None if m is None else m.buffer.address for m in self.masks],
         }
 
+    def join_features(self, turned: bool = False) -> None:
+        """Puts two features of one width into one buffer; turned: the second before the first."""
+        case = self.case
+        both = self.memory.input("both", (2 * case.rows, case.widths[0]), layout=Layout())
+        for i in range(2):
+            begin = (1 - i if turned else i) * case.rows
+            self.features[i].elements[...] = both.elements[begin : begin + case.rows]
+            address = both.pair[0] + begin * both.pair[1] * both.elements.itemsize
+            self.common["feature"][i] = address, both.pair[1]
+
     def _feature(self, i: int) -> Bounded:
         """As it counts: zero where it is absent."""
         return self.memory.bounded(self.features[i]).without_rows(self.absent[i])

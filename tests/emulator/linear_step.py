@@ -18,6 +18,9 @@ class LinearStepCase(LinearCase):
         return f"step-{super().__str__()}-{self.loss}"
 
 
+EVEN = LossCase(alpha=(1.5, 1.5))  # the gradients of both features then have one scale
+
+
 class LinearStepProblem(LinearProblem):
     """A case in memory."""
 

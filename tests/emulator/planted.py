@@ -37,6 +37,7 @@ LINEAR_STEP, FILM_STEP = "cuda/kernels/linear_step.cuh", "cuda/kernels/film_step
 LOSSES, ROWS = "cuda/kernels/cross_entropy.cuh", "cuda/kernels/rows.cuh"
 LINEAR_LIBRARY, FILM_LIBRARY = "cuda/library/linear_library.cu", "cuda/library/film_library.cu"
 LIBRARY, MATMUL = "cuda/library/library.cuh", "cuda/library/matmul.cpp"
+PLAN_LINEAR = "cuda/plan/plan_linear.cpp"
 REFUSED = r"invalid value|not supported|memory fault|out of bounds"
 FILM_FORWARD, FILM_BACKWARD = "cuda/kernels/film_forward.cuh", "cuda/kernels/film_backward.cuh"
 RACE = r"race on shared memory of block \d+|read of uninitialised shared memory"
@@ -363,7 +364,7 @@ BUGS = [
     Bug(
         "library: a branch of FiLM lies elsewhere", FILM_LIBRARY,
         "k * plan_.plane_rows * plan_.padded_hidden, product.result",
-        "k * count * plan_.padded_hidden, product.result", WRONG + "|uninitialised",
+        "k * rows.count * plan_.padded_hidden, product.result", WRONG + "|uninitialised",
     ),
     Bug(
         "operands are not swapped", MATMUL,
@@ -403,6 +404,19 @@ BUGS = [
         "products at unequal distances run together", MATMUL,
         "precision.dtype) == step &&", "precision.dtype).a >= 0 &&",
         WRONG + "|" + REFUSED + "|uninitialised",
+    ),
+    Bug(
+        "a pair that descends does not start at its other end", MATMUL,
+        "first = &products[i + 1];", "", WRONG + "|" + REFUSED + "|stray write",
+    ),
+    Bug(
+        "a pair that descends is two calls", MATMUL,
+        "back.b >= 0 && back.c > 0", "false", "launches for two equal widths",
+    ),
+    Bug(
+        "features that do not lie in order are not copied", PLAN_LINEAR,
+        "head.feature[1].data < head.feature[0].data &&", "false &&",
+        "launches for two equal widths",
     ),
     Bug(
         "an empty product is left as it was", MATMUL, "if (!p.accumulate) {", "if (false) {",

@@ -17,7 +17,7 @@ from emulator.film import FilmCase, FilmProblem
 from emulator.film_step import FilmStepCase, FilmStepProblem
 from emulator.harness import Layout, Poison, Schedule
 from emulator.linear import LinearCase, LinearProblem
-from emulator.linear_step import LinearStepCase, LinearStepProblem
+from emulator.linear_step import EVEN, LinearStepCase, LinearStepProblem
 from emulator.losses import LossCase
 
 
@@ -28,6 +28,18 @@ class Ties(LinearStepProblem):
         super().__init__(module, case)
         for feature in self.features:
             feature.elements[...] = 0
+
+
+class Pair(LinearStepProblem):
+    """Two modalities of one width, the second before the first in memory: few launches."""
+
+    def __init__(self, module, case):
+        super().__init__(module, case)
+        self.join_features(turned=True)
+
+    def run_step(self, races=False):
+        launches, _ = harness.counted(self.module, super(), "step")
+        assert launches <= 6, f"{launches} launches for two equal widths"
 
 
 def cases():
@@ -85,6 +97,9 @@ def library_step_cases():
         case = FilmStepCase(70, 72, 48, 11, loss=chunked, **library, **leaks, **absent, **half)
         yield FilmStepProblem, case, races
         yield FilmStepProblem, FilmStepCase(70, 72, 48, 11, loss=uneven, **library), races
+    for concat in (True, False):
+        pair = LinearStepCase(37, (72, 72), 11, concat=concat, loss=EVEN, **library)
+        yield Pair, pair, False
     # more classes than a row has room for, and more than one warp holds
     yield LinearStepProblem, LinearStepCase(3, (16, 8), 2500, **library), False
     yield LinearStepProblem, LinearStepCase(5, (16, 8), 300, **library), True
