@@ -27,7 +27,8 @@
 // chunks.
 #define DGL_EXT_STEP                                                                 \
   DGL_EXT_HEAD                                                                       \
-  ", Tensor target, Tensor?[] present, float[] alpha, bool mean, int ignore_index, " \
+  ", Tensor target, Tensor? class_weight, Tensor? sample_weight, Tensor?[] present, " \
+  "float[] alpha, bool mean, int ignore_index, "                                     \
   "float label_smoothing, " DGL_EXT_NEEDS ", int workspace_limit"
 
 // film_head_forward returns the logits (fused, of x, of y) and the modulation [gamma | beta], which
@@ -37,7 +38,8 @@ STABLE_TORCH_LIBRARY(dgl_ext, m) {
   m.def("linear_head_backward(" DGL_EXT_LINEAR_BACKWARD DGL_EXT_PATH ") -> Tensor[]");
   m.def("film_head_forward(" DGL_EXT_FORWARD DGL_EXT_PATH ") -> Tensor[]");
   m.def("film_head_backward(" DGL_EXT_FILM_BACKWARD DGL_EXT_PATH ") -> Tensor[]");
-  // -> [total, losses (M + 1), correct (M + 1), then the gradients that the `needs_*` ask for].
+  // -> [total, branch_losses (M + 1), correct (M + 1), counted (M + 1), losses (M + 1, ...),
+  // predictions (M + 1, ...), then the gradients that the `needs_*` ask for].
   // Float16 problems get float32 gradients, which do not underflow before they are scaled.
   m.def("linear_head_step(" DGL_EXT_STEP DGL_EXT_PATH ") -> Tensor[]");
   m.def("film_head_step(" DGL_EXT_STEP DGL_EXT_PATH ") -> Tensor[]");

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from . import _torch_private, reference
-from ._arguments.cross_entropy import CrossEntropy, check_numbers
+from ._arguments.cross_entropy import CrossEntropy, check_numbers, unpack_if_plain
 from ._arguments.heads import HEADS, Biases, Features, Head, Weights, get_head
-from ._arguments.validate import check_present, check_share, is_foreign, plain_tuple
+from ._arguments.modes import check_leaks, get_mode
+from ._arguments.validate import check_present, is_foreign, plain_tuple
 from ._ops import extension, logits
 from ._ops import step as step_op
 from ._ops.library import Executor
@@ -38,8 +39,9 @@ def fused_decouple(
     *,
     fusion: str = "concat",
     present: Sequence[Tensor | None] | None = None,
-    encoder_leak: float = 0.0,
-    head_leak: float = 0.0,
+    mode: str = "dgl",
+    encoder_leak: float | None = None,
+    head_leak: float | None = None,
     backend: str = "auto",
 ) -> DecoupledLogits:
     r"""Fuses modalities with disentangled gradients: one forward, one ordinary backward.
@@ -74,10 +76,13 @@ def fused_decouple(
         fusion: "concat", "sum" or "film".
         present: per modality a bool tensor of the leading shape, or None for "everywhere". Where it
             is False the feature counts as zero, is not read, and gets a gradient of exactly zero.
+        mode: "dgl", as said above; "joint": the gradient of `z` reaches the features, too, for
+            joint training by the fused loss alone; "joint+unimodal": plain autograd of all outputs.
+            It sets the leaks, 0 and 0, 1 and 0, 1 and 1, where they are None.
         encoder_leak: the share, 0 to 1, of the fused logits' gradient that the features receive on
-            top of their own.
+            top of their own. None: as the mode sets it.
         head_leak: the share, 0 to 1, of the unimodal logits' gradients that the head receives on
-            top of that of the fused ones. Both at 1 give plain autograd of all outputs.
+            top of that of the fused ones. None: as the mode sets it.
         backend: "fused" is this project's kernels, on CUDA in one launch. "library" (CUDA only) is
             cuBLAS on views of the weight, with a few kernels between. "reference" is plain PyTorch.
             "auto" takes the kernels where they can run; on CUDA it takes "fused" for small heads
@@ -108,7 +113,7 @@ def fused_decouple(
         (True, False)
     """
     head = get_head(fusion)
-    leaks = check_share("encoder_leak", encoder_leak), check_share("head_leak", head_leak)
+    leaks = check_leaks(mode, encoder_leak, head_leak)
     plain = _unpack_if_plain(backend, head, features, weight, bias, present)
     refusal = None
     if plain is not None:
@@ -137,18 +142,22 @@ def fused_decouple_cross_entropy(
     *,
     bias: Tensor | Sequence[Tensor | None] | None = None,
     fusion: str = "concat",
-    alpha: float | Sequence[float] = 1.0,
+    alpha: float | Sequence[float] | None = None,
     reduction: str = "mean",
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
     present: Sequence[Tensor | None] | None = None,
-    encoder_leak: float = 0.0,
-    head_leak: float = 0.0,
+    mode: str = "dgl",
+    encoder_leak: float | None = None,
+    head_leak: float | None = None,
     backend: str = "auto",
 ) -> DecoupledLoss:
     r"""The training step of a head: logits, cross-entropy of every branch, and all gradients.
 
-    With `z` and `z_i` as `fused_decouple` computes them:
+    With `z` and `z_i` as `fused_decouple` computes them, and `cross_entropy` exactly that of
+    `torch.nn.functional`:
 
         total = cross_entropy(z, target) + sum_i alpha_i * cross_entropy(z_i, target)
 
@@ -160,34 +169,48 @@ def fused_decouple_cross_entropy(
     Args:
         features: as in `fused_decouple`: M tensors `(..., D_i)`.
         weight: as in `fused_decouple`.
-        target: class indices, int64 of the leading shape, each in `[0, C)` or `ignore_index`.
+        target: class indices of the leading shape, of any integer dtype up to int64, each in
+            `[0, C)` or `ignore_index`; or soft targets, floating `(..., C)`, the probabilities of
+            the classes as mixup and distillation make them. Those are read once, in their own
+            dtype; `ignore_index` does not apply to them.
         bias: as in `fused_decouple`.
         fusion: "concat", "sum" or "film".
         alpha: what the unimodal losses are multiplied by, one number or one per modality; 0 sends
-            an encoder gradients of zero. It scales the encoders' gradients only, so that under SGD
-            it is their learning rate's multiplier, and under Adam it does next to nothing.
-        reduction: "mean" divides each loss by the number of rows that count, "sum" does not.
+            an encoder gradients of zero. None: as the mode sets it, 1, or 0 for "joint". It scales
+            the encoders' gradients only, so that under SGD it is their learning rate's multiplier,
+            and under Adam it does next to nothing.
+        reduction: "mean" divides each loss by the number of rows that count, or by the sum of their
+            weights, sample times target's class; soft targets have no one class, so that class
+            weights are no part of that sum. "sum" divides by nothing.
         ignore_index: rows with this target do not count in any loss.
         label_smoothing: share of the target, 0 to 1, that is spread evenly over the C classes.
+        class_weight: `(C,)`: each row's loss is multiplied by the weight of its class; with label
+            smoothing and soft targets, the term of each class by its own. Weights, like soft
+            targets, are constants: 0 or more, of any real dtype, without gradient.
+        sample_weight: of the leading shape: each row's loss is multiplied by its weight.
         present: as in `fused_decouple`. A row without a modality does not count in its unimodal
             loss; a modality that no counted row has adds 0 to the total.
+        mode: "dgl"; "joint": only the fused loss counts, and trains all; "joint+unimodal": all
+            losses train all. Sets alpha and the leaks where they are None.
         encoder_leak: as in `fused_decouple`.
         head_leak: as in `fused_decouple`.
         backend: as in `fused_decouple`.
 
     Returns:
-        `DecoupledLoss(total, fused, unimodal, correct)`: the differentiable total; its parts,
-        detached and without alpha, one scalar each; the number of top-1 hits of each branch among
-        the rows that count, `(M + 1,)` int64, fused first. Losses are float64 for float64 features
-        and float32 for all others. If all rows are ignored, a mean is NaN and all gradients are
-        zero, as in PyTorch. The backends other than "reference" can be differentiated once.
+        `DecoupledLoss`: the differentiable `total`; its parts `fused` and `unimodal`, detached and
+        without alpha, one scalar each; `correct` and `count`, `(M + 1,)` int64, the top-1 hits and
+        the rows that count; `losses` and `predictions`, `(M + 1, ...)`, of every row and branch.
+        Losses are float64 for float64 features and float32 for all others. If the rows that count
+        have no weight, or there are none, a mean is NaN and all gradients are zero. The backends
+        other than "reference" can be differentiated once.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
         ValueError: shapes, devices, counts or values do not fit, or an explicit `backend` cannot
             take these arguments.
         RuntimeError: a target is out of range (IndexError from the reference; on CUDA a
-            device-side assertion, as in PyTorch), or `backend` names a part of the extension that
+            device-side assertion, as in PyTorch), a weight is negative or NaN (seen on the CPU
+            only), or `backend` names a part of the extension that
             did not load.
 
     Source: Wei et al., "Boosting Multimodal Learning via Disentangled Gradient Learning",
@@ -203,18 +226,20 @@ def fused_decouple_cross_entropy(
     """
     head = get_head(fusion)
     plain = _unpack_if_plain(backend, head, features, weight, bias, present)
+    tensors_of_loss = plain and unpack_if_plain(target, class_weight, sample_weight, plain[0][0][0])
     refusal = None
-    if plain is not None and plain_tuple((target,)):
+    if plain is not None and tensors_of_loss is not None:
         tensors, masks = plain
         # To the cache 1 and True in a sequence are the same, and so is a tensor that has changed.
         numbers = (alpha, ignore_index, label_smoothing, encoder_leak, head_leak)
-        cached = all(isinstance(number, (int, float)) for number in numbers)
-        cached = cached and isinstance(reduction, str)
+        cached = all(number is None or isinstance(number, (int, float)) for number in numbers)
+        cached = cached and isinstance(reduction, str) and isinstance(mode, str)
         check = _checked_options if cached else _checked_options.__wrapped__
         options = check(
             fusion,
             len(tensors[0]),
             len(tensors[1]),
+            mode,
             alpha,
             reduction,
             ignore_index,
@@ -223,14 +248,23 @@ def fused_decouple_cross_entropy(
             head_leak,
         )
         try:
-            return step_op.run(options, *tensors, target, masks)
+            return step_op.run(options, *tensors, tensors_of_loss, masks)
         except RuntimeError as error:
             refusal = _refusal(error)
     tensors = head.check(features, weight, bias)
     loss = CrossEntropy.check(
-        tensors[0], target, present, alpha, reduction, ignore_index, label_smoothing
+        tensors[0],
+        tensors[1][-1].shape[0],
+        target,
+        present,
+        get_mode(mode).alpha if alpha is None else alpha,
+        reduction,
+        ignore_index,
+        label_smoothing,
+        class_weight,
+        sample_weight,
     )
-    leaks = check_share("encoder_leak", encoder_leak), check_share("head_leak", head_leak)
+    leaks = check_leaks(mode, encoder_leak, head_leak)
     if refusal:  # of what only an op can see, such as a target's values
         raise refusal
     executor = _choose_executor(backend, tensors)
@@ -245,6 +279,7 @@ def _checked_options(
     fusion: str,
     modalities: int,
     parameters: int,
+    mode: object,
     alpha: object,
     reduction: object,
     ignore_index: object,
@@ -253,14 +288,14 @@ def _checked_options(
     head_leak: object,
 ) -> StepOptions:
     """Checks a step's numbers."""
+    alpha = get_mode(mode).alpha if alpha is None else alpha
     return StepOptions(
         f"{HEADS[fusion].op}_step",
         Executor.AUTO,
         modalities,
         parameters,
         *check_numbers(modalities, alpha, reduction, ignore_index, label_smoothing),
-        check_share("encoder_leak", encoder_leak),
-        check_share("head_leak", head_leak),
+        *check_leaks(mode, encoder_leak, head_leak),
     )
 
 

@@ -7,7 +7,8 @@ against a two-pass training recipe. It runs wherever PyTorch runs and differenti
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial, reduce
+from functools import reduce
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -139,42 +140,71 @@ def compute_cross_entropy(
 def cross_entropy(logits: DecoupledLogits, loss: CrossEntropy) -> DecoupledLoss:
     """Puts cross-entropy on a head's logits."""
     masks = loss.present or (None,) * len(logits.unimodal)
-    branches = [_branch_loss(logits.fused, loss, None)]
-    branches += [
-        _branch_loss(z, loss, mask) for z, mask in zip(logits.unimodal, masks, strict=True)
+    branches = [
+        _Branch.of(z, loss, mask)
+        for z, mask in zip((logits.fused, *logits.unimodal), (None, *masks), strict=True)
     ]
-    losses, hits = zip(*branches, strict=True)
-    shares = zip(loss.alpha, losses[1:], strict=True)
-    total = losses[0] + sum(alpha * branch for alpha, branch in shares)
-    fused, *unimodal = (branch.detach() for branch in losses)
-    return DecoupledLoss(total, fused, tuple(unimodal), torch.stack(hits))
-
-
-def _branch_loss(logits: Tensor, loss: CrossEntropy, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns one branch's loss and its top-1 hits, among the rows that count."""
-    classes = logits.shape[-1]
-    if logits.dtype.itemsize == 2:
-        logits = logits.float()
-    rows = logits.reshape(loss.target.numel(), classes)
-    target = loss.target.reshape(-1)
-    if mask is not None:
-        # A row without the modality is left out as one whose target is to be ignored.
-        target = target.masked_fill(~mask.reshape(-1), loss.ignore_index)
-    counts = target != loss.ignore_index
-    loss_of = partial(
-        F.cross_entropy,
-        rows,
-        target,
-        ignore_index=loss.ignore_index,
-        label_smoothing=loss.label_smoothing,
+    values = [branch.sum for branch in branches]
+    if loss.mean:
+        # No row counts: a mean is NaN. No counted row has a modality: it costs nothing.
+        nothing = branches[0].divisor == 0
+        values = [
+            torch.where(nothing, torch.nan, b.sum / torch.where(b.divisor == 0, 1, b.divisor))
+            for b in branches
+        ]
+    total = values[0] + sum(
+        alpha * value for alpha, value in zip(loss.alpha, values[1:], strict=True)
     )
-    if mask is None or not loss.mean:
-        value = loss_of(reduction="mean" if loss.mean else "sum")
-    else:
-        # A modality that no counted row has adds nothing to the total, where a mean gives NaN.
-        number = counts.sum()
-        lacking = (number == 0) & (loss.target != loss.ignore_index).any()
-        value = loss_of(reduction="sum") / torch.where(lacking, 1, number)
-    if classes == 0:
-        return value, counts.new_zeros((), dtype=torch.int64)
-    return value, ((rows.argmax(dim=-1) == target) & counts).sum()
+    fused, *unimodal = (value.detach() for value in values)
+    per_branch = zip(*(b.results for b in branches), strict=True)
+    return DecoupledLoss(total, fused, tuple(unimodal), *map(torch.stack, per_branch))
+
+
+class _Branch(NamedTuple):
+    """One branch's loss: summed over the rows, what a mean divides by, and detached results."""
+
+    sum: Tensor
+    divisor: Tensor
+    results: tuple[Tensor, Tensor, Tensor, Tensor]  # correct, count, losses, predictions
+
+    @classmethod
+    def of(cls, logits: Tensor, loss: CrossEntropy, mask: Tensor | None) -> _Branch:
+        leading, classes = logits.shape[:-1], logits.shape[-1]
+        rows = logits.reshape(leading.numel(), classes)
+        if rows.dtype.itemsize == 2:
+            rows = rows.float()
+        soft = loss.target.is_floating_point()
+        if soft:
+            target = loss.target.reshape(rows.shape).to(rows.dtype)
+            counts = target.new_ones(len(rows), dtype=torch.bool)
+        else:
+            target = loss.target.reshape(-1)
+            counts = target != loss.ignore_index
+        if mask is not None:
+            counts = counts & mask.reshape(-1)
+        if not soft:  # a row without the modality is left out as one that is to be ignored
+            target = target.masked_fill(~counts, loss.ignore_index)
+        losses = F.cross_entropy(
+            rows,
+            target,
+            weight=loss.class_weight,
+            reduction="none",
+            ignore_index=loss.ignore_index,
+            label_smoothing=loss.label_smoothing,
+        )
+        losses = torch.where(counts, losses, 0.0)
+        weights = counts if loss.sample_weight is None else counts * loss.sample_weight.reshape(-1)
+        predictions = (
+            rows.argmax(dim=-1) if classes else torch.zeros_like(counts, dtype=torch.int64)
+        )
+        label = target.argmax(dim=-1) if soft and classes else target
+        divisor = weights.sum()
+        if loss.class_weight is not None and not soft:
+            divisor = (weights * loss.class_weight[target.masked_fill(~counts, 0)]).sum()
+        results = (
+            ((predictions == label) & counts).sum(),
+            counts.sum(),
+            losses.detach().reshape(leading),
+            predictions.reshape(leading),
+        )
+        return cls((weights * losses).sum(), divisor, results)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _torch_private
-from ._arguments.validate import check_alpha, check_loss, check_per_output
+from ._arguments.validate import check_alpha, check_loss, check_names, check_per_output
 
 # Gradients of one that `DecoupledLoss.backward` hands to autograd, by device and dtype. One that is
 # in use is not in here: a hook that writes to it must not be felt by another thread's backward.
@@ -104,13 +104,23 @@ class DecoupledLoss(NamedTuple):
             whole, which saves two small kernels on CUDA.
         fused: the fused logits' loss, detached.
         unimodal: one loss per modality, detached, alpha not applied.
-        correct: `(M + 1,)` int64, how many of the rows that count are top-1 hits, fused first.
+        correct: `(M + 1,)` int64, how many of the rows that count are top-1 hits, fused first;
+            with soft targets, of their likeliest class.
+        count: `(M + 1,)` int64, the rows that count: they have a target, and the modality.
+        losses: `(M + 1, ...)`, of every row, as `reduction="none"` gives them: class weights and
+            smoothing applied, sample weights not; 0 where a row does not count. With class indices
+            alone `exp(-losses)` is the probability that each branch gives the right class.
+        predictions: `(M + 1, ...)` int64, of every row, whether it counts or not: the class of the
+            largest logit that `dgl_ext.fused_decouple` would return.
     """
 
     total: Tensor
     fused: Tensor
     unimodal: tuple[Tensor, ...]
     correct: Tensor
+    count: Tensor  # type: ignore[assignment]  # nobody counts a tuple's entries here
+    losses: Tensor
+    predictions: Tensor
 
     def backward(
         self,
@@ -140,6 +150,44 @@ class DecoupledLoss(NamedTuple):
         self.total.backward(one, retain_graph, create_graph, inputs)
         if keep and one._version == 0:  # no hook wrote to it
             _idle[one.device, one.dtype] = one
+
+    def log(self, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Returns the losses and accuracies as a flat dict of detached scalars, for any logger.
+
+        Args:
+            names: of the modalities; by default `modality_0` and so on.
+
+        Returns:
+            `loss/total`, `loss/fused`, `loss/NAME` of each modality, `accuracy/fused` and
+            `accuracy/NAME`: tensors on their device, so that nothing waits for it. An accuracy is
+            `correct / count`, NaN where no row counts.
+
+        Raises:
+            TypeError: `names` is no sequence of strings.
+            ValueError: there is not one name per modality.
+
+        Example:
+            >>> h, weight = torch.randn(8, 32), torch.randn(5, 32)
+            >>> loss = dgl_ext.fused_decouple_cross_entropy((h,), weight, torch.randint(5, (8,)))
+            >>> sorted(loss.log(["audio"]))
+            ['accuracy/audio', 'accuracy/fused', 'loss/audio', 'loss/fused', 'loss/total']
+        """
+        branches = ("fused", *check_names(names, len(self.unimodal)))
+        log = {"loss/total": self.total.detach()}
+        for name, value in zip(branches, (self.fused, *self.unimodal), strict=True):
+            log[f"loss/{name}"] = value
+        accuracies = (self.correct / self.count).unbind()
+        log |= {f"accuracy/{name}": a for name, a in zip(branches, accuracies, strict=True)}
+        return log
+
+
+def _not_a_scalar(self: DecoupledLoss, *_: object) -> Any:
+    raise TypeError("DecoupledLoss: expected one scalar, got the whole result: use its `.total`")
+
+
+# A tuple would be joined or repeated in silence, or say nothing of the total.
+for _name in ("add", "radd", "mul", "rmul", "sub", "rsub", "truediv", "rtruediv", "neg", "float"):
+    setattr(DecoupledLoss, f"__{_name}__", _not_a_scalar)
 
 
 def _register(result: type[tuple[Any, ...]]) -> None:

@@ -74,6 +74,12 @@ inline ScalarType compute_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// Whether features can have this dtype.
+inline bool is_floating(ScalarType dtype) {
+  return dtype == ScalarType::Double || dtype == ScalarType::Float ||
+         dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
 // The sizes of a head whose features and weights fit together.
 struct HeadSizes {
   Shape leading;
@@ -102,6 +108,12 @@ struct Needs {
     return std::find(of.begin(), of.end(), true) != of.end();
   }
   bool head() const { return any(weights) || any(biases); }
+};
+
+// What a step's loss is made of besides logits and numbers.
+struct StepInputs {
+  Tensor target;  // class indices (...), or floating (..., C)
+  std::optional<Tensor> class_weight, sample_weight;
 };
 
 // The checks of one op: every message names the op, the argument, what it expects and what it got.
@@ -145,8 +157,7 @@ class Checks {
             const std::string& name = "features[0]") const {
     device(argument, tensor, like, name);
     const ScalarType dtype = tensor.scalar_type();
-    if (dtype != ScalarType::Double && dtype != ScalarType::Float &&
-        dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) {
+    if (!is_floating(dtype)) {
       fail(argument, "float64, float32, bfloat16 or float16", dtype_name(dtype));
     }
     if (dtype != like.scalar_type()) {
@@ -243,9 +254,9 @@ class Checks {
     }
   }
 
-  // Of one int64 or bool per row: `target` and the masks.
-  void per_row(const std::string& argument, const Tensor& tensor, ScalarType dtype,
-               const Shape& leading, const Tensor& like_tensor) const {
+  // Of one dtype and shape, such as one int64 or bool per row.
+  void of_dtype(const std::string& argument, const Tensor& tensor, ScalarType dtype,
+                const Shape& leading, const Tensor& like_tensor) const {
     device(argument, tensor, like_tensor);
     if (tensor.scalar_type() != dtype) {
       fail(argument, dtype_name(dtype), dtype_name(tensor.scalar_type()));
@@ -259,16 +270,28 @@ class Checks {
     if (!present.empty()) length("present", present.size(), modalities);
     for (size_t i = 0; i < present.size(); ++i) {
       if (!present[i]) continue;
-      per_row(indexed("present", i), *present[i], ScalarType::Bool, leading, like_tensor);
+      of_dtype(indexed("present", i), *present[i], ScalarType::Bool, leading, like_tensor);
     }
   }
 
-  // What a step takes besides a head: class indices, masks and the loss's numbers.
-  void step(const Tensor& target, const OptionalTensors& present, const std::vector<double>& alpha,
-            double label_smoothing, int64_t workspace_limit, size_t modalities,
-            const Shape& leading, const Tensor& like_tensor) const {
-    per_row("target", target, ScalarType::Long, leading, like_tensor);
-    masks(present, modalities, leading, like_tensor);
+  // What a step takes besides a head: the target, weights, masks and the loss's numbers.
+  void step(const StepInputs& inputs, const OptionalTensors& present,
+            const std::vector<double>& alpha, double label_smoothing, int64_t workspace_limit,
+            size_t modalities, const HeadSizes& sizes, const Tensor& like_tensor) const {
+    const ScalarType loss_dtype = compute_dtype(like_tensor.scalar_type());
+    if (is_floating(inputs.target.scalar_type())) {
+      device("target", inputs.target, like_tensor);
+      shape("target", inputs.target, sizes.with(sizes.classes));
+    } else {
+      of_dtype("target", inputs.target, ScalarType::Long, sizes.leading, like_tensor);
+    }
+    if (inputs.class_weight) {
+      of_dtype("class_weight", *inputs.class_weight, loss_dtype, {sizes.classes}, like_tensor);
+    }
+    if (inputs.sample_weight) {
+      of_dtype("sample_weight", *inputs.sample_weight, loss_dtype, sizes.leading, like_tensor);
+    }
+    masks(present, modalities, sizes.leading, like_tensor);
     length("alpha", alpha.size(), modalities);
     for (size_t i = 0; i < alpha.size(); ++i) {
       if (!std::isfinite(alpha[i])) {

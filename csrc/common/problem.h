@@ -119,17 +119,30 @@ struct FilmHeadBackward {
 /// The losses of a training step: cross-entropy of every branch with one target, and
 /// total = fused + sum_i alpha[i] unimodal_i. Meanings as in torch.nn.functional.cross_entropy. A
 /// row counts where its target is not `ignore_index`, and for branch i also only where it is
-/// present. Means divide by the rows that count; without any, the mean is NaN and every gradient 0,
-/// but a modality that no counted row has costs 0.
+/// present. With t_c = class_weight_c ((1 - smoothing) [c is the target] + smoothing / classes), or
+/// the soft target's share in place of [...], a row costs -sum_c t_c log softmax(z)_c. Means divide
+/// by the sum over the rows that count of sample weights times the target's class weight (soft
+/// targets: of sample weights); where that is 0, the mean is NaN and every gradient 0, but a
+/// modality that no counted row has costs 0.
+/// The loss dtype is float64 for float64, else float32.
 struct CrossEntropy {
-  const int64_t* target = nullptr;  ///< (rows), one after the other
+  const int64_t* target = nullptr;  ///< (rows), one after the other; null: `soft_target`
+  ConstMatrix soft_target;          ///< (rows, classes) of `soft_dtype`; every row counts
+  Dtype soft_dtype = Dtype::kFloat32;
+  const void* class_weight = nullptr;   ///< (classes) of the loss dtype; null: ones
+  const void* sample_weight = nullptr;  ///< (rows) of the loss dtype; null: ones
   double alpha[kMaxModalities] = {};
   bool mean = true;
   int64_t ignore_index = -100;
   double label_smoothing = 0;
-  void* total = nullptr;       ///< one number of the loss dtype: float64 for float64, else float32
-  void* losses = nullptr;      ///< fused, then every branch, of the loss dtype
-  int64_t* correct = nullptr;  ///< the same for the rows that are right
+  // Results, those of the fused branch first. A row that does not count has a loss of 0; every row
+  // has a prediction, the first class of the largest logit.
+  void* total = nullptr;           ///< one number of the loss dtype
+  void* branch_losses = nullptr;   ///< (branches) of the loss dtype
+  int64_t* correct = nullptr;      ///< (branches): counted rows whose prediction is right
+  int64_t* counted = nullptr;      ///< (branches): rows that count
+  void* losses = nullptr;          ///< (branches, rows) of the loss dtype, before sample weights
+  int64_t* predictions = nullptr;  ///< (branches, rows)
 };
 
 /// Gradients have the dtype of the problem, but float32 where that is float16: 1 / rows times a

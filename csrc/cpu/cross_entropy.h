@@ -12,21 +12,40 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 
 #include "cpu/vectors.h"
 
 namespace dgl_ext {
 
-// What the loss of a range of rows depends on besides the logits. Row pointers start at row 0.
+// Soft targets, of any floating dtype and strides.
+template <typename T>
+struct SoftTarget {
+  const void* data = nullptr;
+  int64_t row_stride = 0;
+  int64_t col_stride = 0;
+  // Reads `count` of them from element `first` on.
+  void (*read)(const void* data, int64_t first, int64_t stride, int64_t count, T* to) = nullptr;
+};
+
+// What the loss of a range of rows depends on besides the logits, and what is left of each row. Row
+// pointers start at row 0.
 template <typename T>
 struct LossRows {
-  const int64_t* target;
+  const int64_t* target;  // null: soft targets
+  SoftTarget<T> soft;
+  const T* class_weight;   // null: ones
+  const T* sample_weight;  // null: ones; of the residuals, not of the losses
   int64_t ignore_index;
   const bool* present;  // null: every row is there
   double label_smoothing;
   double scale;   // of the residuals
   bool residual;  // whether the logits become residuals
-  double* losses;
+  T* losses;
+  int64_t* predictions;
+
+  // Whether every class takes part in the target, each with a weight of its own.
+  bool is_dense() const { return target == nullptr || (class_weight && label_smoothing != 0); }
 };
 
 namespace cross_entropy {
@@ -119,19 +138,24 @@ DGL_EXT_INLINE T maximum(const T* row, int64_t classes, bool& has_nan) {
   return lane_maximum(most[0]);
 }
 
-// Whether the first of the largest values, as torch.argmax takes it, is the target's.
+// The first of the largest values, as torch.argmax takes it: a NaN is larger than all.
 template <typename T>
-DGL_EXT_INLINE bool is_top(const T* row, int64_t target, T most, bool has_nan) {
-  if (has_nan) {
-    for (int64_t c = 0; c < target; ++c) {
-      if (row[c] != row[c]) return false;
+DGL_EXT_INLINE int64_t first_largest(const T* row, int64_t classes, T most, bool has_nan) {
+  constexpr int64_t kBlock = 64;
+  for (int64_t begin = 0; begin < classes; begin += kBlock) {
+    const int64_t end = std::min(classes, begin + kBlock);
+    bool here = false;
+    if (has_nan) {
+      for (int64_t c = begin; c < end; ++c) here |= row[c] != row[c];
+    } else {
+      for (int64_t c = begin; c < end; ++c) here |= row[c] == most;
     }
-    return row[target] != row[target];
+    if (!here) continue;
+    int64_t c = begin;
+    while (has_nan ? row[c] == row[c] : row[c] != most) ++c;
+    return c;
   }
-  if (row[target] != most) return false;
-  bool earlier = false;
-  for (int64_t c = 0; c < target; ++c) earlier |= row[c] == most;
-  return !earlier;
+  return 0;
 }
 
 // sum_c exp(row[c] - most); the exponentials replace the row where `keep`.
@@ -184,9 +208,8 @@ DGL_EXT_INLINE double shifted_sum(const T* row, int64_t classes, T most) {
 // Whether a row counts; one that does not has no loss and no residuals.
 template <typename T>
 DGL_EXT_INLINE bool counts(const LossRows<T>& rows, int64_t r, int64_t classes, T* row) {
-  if (rows.target[r] != rows.ignore_index && (rows.present == nullptr || rows.present[r])) {
-    return true;
-  }
+  const bool labelled = rows.target == nullptr || rows.target[r] != rows.ignore_index;
+  if (labelled && (rows.present == nullptr || rows.present[r])) return true;
   rows.losses[r] = 0;
   if (rows.residual) std::fill(row, row + classes, T(0));
   return false;
@@ -203,6 +226,79 @@ DGL_EXT_INLINE double at_target(const LossRows<T>& rows, int64_t r, int64_t clas
   return (1 - rows.label_smoothing) * there + rows.label_smoothing * everywhere;
 }
 
+// What multiplies the residuals of a row, but for its target's class weight.
+template <typename T>
+DGL_EXT_INLINE double row_scale(const LossRows<T>& rows, int64_t r) {
+  return rows.sample_weight ? rows.scale * static_cast<double>(rows.sample_weight[r]) : rows.scale;
+}
+
+// The loss and the residuals of a row whose target is dense; `wanted` has room for it. Returns
+// whether the prediction is the target's first largest class.
+template <typename T>
+DGL_EXT_INLINE bool dense_row(const LossRows<T>& rows, int64_t r, int64_t classes, T* row, T most,
+                              T* wanted) {
+  int64_t label;
+  if (rows.target != nullptr) {
+    label = rows.target[r];
+    std::fill(wanted, wanted + classes, T(0));
+    wanted[label] = 1;
+  } else {
+    rows.soft.read(rows.soft.data, r * rows.soft.row_stride, rows.soft.col_stride, classes, wanted);
+    bool has_nan;
+    const T largest = maximum<T>(wanted, classes, has_nan);
+    label = first_largest<T>(wanted, classes, largest, has_nan);
+  }
+  const T share = static_cast<T>(1 - rows.label_smoothing);
+  const T rest = static_cast<T>(rows.label_smoothing / classes);
+  for (int64_t c = 0; c < classes; ++c) wanted[c] = share * wanted[c] + rest;
+  if (rows.class_weight != nullptr) {
+    for (int64_t c = 0; c < classes; ++c) wanted[c] *= rows.class_weight[c];
+  }
+  constexpr int64_t kChains = 8;
+  double masses[kChains] = {}, means[kChains] = {};
+  int64_t c = 0;
+  for (; c + kChains <= classes; c += kChains) {
+    for (int64_t k = 0; k < kChains; ++k) {
+      masses[k] += wanted[c + k];
+      means[k] += static_cast<double>(wanted[c + k]) * (row[c + k] - most);
+    }
+  }
+  double mass = 0, mean = 0;
+  for (; c < classes; ++c) {
+    mass += wanted[c];
+    mean += static_cast<double>(wanted[c]) * (row[c] - most);
+  }
+  for (int64_t k = 0; k < kChains; ++k) {
+    mass += masses[k];
+    mean += means[k];
+  }
+  const double sum = exponentials<T>(row, classes, most, rows.residual);
+  rows.losses[r] = static_cast<T>(mass * std::log(sum) - mean);
+  if (rows.residual) {
+    const double scale = row_scale<T>(rows, r);
+    const T factor = static_cast<T>(scale * mass / sum), less = static_cast<T>(scale);
+    for (c = 0; c < classes; ++c) row[c] = row[c] * factor - less * wanted[c];
+  }
+  return rows.predictions[r] == label;
+}
+
+// Of a class index: its weight.
+template <typename T>
+DGL_EXT_INLINE double target_weight(const LossRows<T>& rows, int64_t r) {
+  return rows.class_weight ? static_cast<double>(rows.class_weight[rows.target[r]]) : 1;
+}
+
+// The exponentials become residuals: times `factor`, less a part everywhere and one at the target.
+template <typename T>
+struct Residual {
+  T factor, less, at_target;
+
+  DGL_EXT_INLINE Residual(const LossRows<T>& rows, double scale, double sum, int64_t classes)
+      : factor(static_cast<T>(scale / sum)),
+        less(static_cast<T>(scale * rows.label_smoothing / classes)),
+        at_target(static_cast<T>(scale * (1 - rows.label_smoothing))) {}
+};
+
 // As many rows side by side as a vector has lanes, where a row would leave its lanes empty.
 constexpr int64_t kFewClasses = 8;
 template <typename T>
@@ -210,8 +306,6 @@ DGL_EXT_INLINE int64_t short_rows(int64_t row_begin, int64_t row_end, int64_t cl
                                   const LossRows<T>& rows, T* logits) {
   using Vector = typename Lanes<T>::Vector;
   constexpr int64_t kLanes = Lanes<T>::kCount;
-  const T less = static_cast<T>(rows.scale * rows.label_smoothing / classes);
-  const T at_top = static_cast<T>(rows.scale * (1 - rows.label_smoothing));
   int64_t correct = 0;
   for (int64_t first = row_begin; first < row_end; first += kLanes) {
     const int64_t count = std::min(kLanes, row_end - first);
@@ -233,13 +327,18 @@ DGL_EXT_INLINE int64_t short_rows(int64_t row_begin, int64_t row_end, int64_t cl
     for (int64_t i = 0; i < count; ++i) {
       T* row = group + i * classes;
       const int64_t r = first + i;
+      rows.predictions[r] = first_largest<T>(row, classes, most[i], unordered[i]);
       if (!counts<T>(rows, r, classes, row)) continue;
-      correct += is_top<T>(row, rows.target[r], most[i], unordered[i]);
-      rows.losses[r] = std::log(sums[i]) - at_target<T>(rows, r, classes, row, most[i]);
+      correct += rows.predictions[r] == rows.target[r];
+      const double weight = target_weight<T>(rows, r);
+      const double loss = std::log(sums[i]) - at_target<T>(rows, r, classes, row, most[i]);
+      rows.losses[r] = static_cast<T>(weight * loss);
       if (!rows.residual) continue;
-      const T factor = static_cast<T>(rows.scale / sums[i]);
-      for (int64_t c = 0; c < classes; ++c) row[c] = values[c][i] * factor - less;
-      row[rows.target[r]] -= at_top;
+      const Residual<T> residual(rows, weight * row_scale<T>(rows, r), sums[i], classes);
+      for (int64_t c = 0; c < classes; ++c) {
+        row[c] = values[c][i] * residual.factor - residual.less;
+      }
+      row[rows.target[r]] -= residual.at_target;
     }
   }
   return correct;
@@ -251,30 +350,38 @@ DGL_EXT_INLINE int64_t rows(int64_t row_begin, int64_t row_end, int64_t classes,
                             const LossRows<T>& rows, T* logits) {
   using Vector = typename Lanes<T>::Vector;
   constexpr int64_t kLanes = Lanes<T>::kCount;
-  if (classes <= kFewClasses) return short_rows<T>(row_begin, row_end, classes, rows, logits);
-  const T less = static_cast<T>(rows.scale * rows.label_smoothing / classes);
-  const T at_top = static_cast<T>(rows.scale * (1 - rows.label_smoothing));
+  const bool dense = rows.is_dense();
+  if (classes <= kFewClasses && !dense) {
+    return short_rows<T>(row_begin, row_end, classes, rows, logits);
+  }
+  const std::unique_ptr<T[]> wanted(dense ? new T[classes] : nullptr);
   int64_t correct = 0;
   for (int64_t r = row_begin; r < row_end; ++r) {
     T* row = logits + r * classes;
-    if (!counts<T>(rows, r, classes, row)) continue;
     bool has_nan;
     const T most = maximum<T>(row, classes, has_nan);
-    correct += is_top<T>(row, rows.target[r], most, has_nan);
+    rows.predictions[r] = first_largest<T>(row, classes, most, has_nan);
+    if (!counts<T>(rows, r, classes, row)) continue;
+    if (dense) {
+      correct += dense_row<T>(rows, r, classes, row, most, wanted.get());
+      continue;
+    }
+    correct += rows.predictions[r] == rows.target[r];
+    const double weight = target_weight<T>(rows, r);
     const double mean = at_target<T>(rows, r, classes, row, most);
     const double sum = exponentials<T>(row, classes, most, rows.residual);
-    rows.losses[r] = std::log(sum) - mean;
+    rows.losses[r] = static_cast<T>(weight * (std::log(sum) - mean));
     if (!rows.residual) continue;
-    const T factor = static_cast<T>(rows.scale / sum);
+    const Residual<T> residual(rows, weight * row_scale<T>(rows, r), sum, classes);
     int64_t c = 0;
     for (; c + kLanes <= classes; c += kLanes) {
       Vector values;
       load(values, row + c);
-      values = values * factor - less;
+      values = values * residual.factor - residual.less;
       std::memcpy(row + c, &values, sizeof(values));
     }
-    for (; c < classes; ++c) row[c] = row[c] * factor - less;
-    row[rows.target[r]] -= at_top;
+    for (; c < classes; ++c) row[c] = row[c] * residual.factor - residual.less;
+    row[rows.target[r]] -= residual.at_target;
   }
   return correct;
 }
@@ -297,8 +404,8 @@ Rows<T> rows_for(Isa isa) {
 }  // namespace cross_entropy
 
 // The losses of a range of rows of row-major logits, and the logits' residuals in their place:
-// scale * (softmax - smoothed target), zero in rows that do not count. Returns how many of the rows
-// that count have their target on top. Targets that count must be in [0, classes).
+// scale * weights * (softmax - smoothed target), zero in rows that do not count. Returns how many
+// of the rows that count have their target on top. Targets that count must be in [0, classes).
 template <typename T>
 int64_t cross_entropy_rows(int64_t row_begin, int64_t row_end, int64_t classes,
                            const LossRows<T>& loss, T* logits) {

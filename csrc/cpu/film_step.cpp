@@ -83,11 +83,10 @@ class FilmStep {
   void run_chunk(int64_t first_row, int64_t rows) {
     rows_ = rows;
     first_row_ = first_row;
-    losses_.start_chunk(first_row, rows);
+    losses_.start_chunk(first_row);
     const MatrixView y = y_.row_block(first_row, rows);
     make_hidden(y.strided<T>());
     make_residuals();
-    losses_.finish_chunk();
     if (hidden_grads_) {
       make_hidden_grads();
       make_film_grads(y);
@@ -120,7 +119,7 @@ class FilmStep {
         T* logits = part(logits_, branch, classes);
         for_cached_rows(begin, end, classes, [&](int64_t first, int64_t last) {
           add_bias<T>(first, last, classes, in, bias, logits);
-          losses_.add_rows<T>(first, last, classes, branch, residual_[branch], logits);
+          losses_.add_rows<T>(first, last, branch, residual_[branch], logits);
         });
       }
     });

@@ -105,7 +105,7 @@ class LinearStep {
 
   void run_chunk(int64_t first_row, int64_t rows) {
     rows_ = rows;
-    losses_.start_chunk(first_row, rows);
+    losses_.start_chunk(first_row);
     if (by_rows_) {
       run_by_rows();
     } else {
@@ -172,7 +172,6 @@ class LinearStep {
         clear_absent(begin, end, losses_.present(i), grad);
       }
     });
-    losses_.finish_chunk();
     if (!needs_.head()) return;
 
     constexpr int64_t kUnit = 64;  // columns: whole cache lines and vectors
@@ -213,7 +212,6 @@ class LinearStep {
     }
     parallel_ranges(rows, 4 * head_.classes * losses_.branches(),
                     [&](int64_t begin, int64_t end) { residual_rows(begin, end, branches); });
-    losses_.finish_chunk();
 
     for (int64_t i = 0; i < head_.modalities(); ++i) {
       if (!grad_features_[i]) continue;
@@ -239,10 +237,10 @@ class LinearStep {
     for_cached_rows(begin, end, classes, [&](int64_t first, int64_t last) {
       combine_logits<T>(first, last, classes, branches.data(), branches.size(), fused_bias_.data(),
                         plane(0));
-      losses_.add_rows<T>(first, last, classes, 0, fused_residual_, plane(0));
+      losses_.add_rows<T>(first, last, 0, fused_residual_, plane(0));
       for (int64_t i = 0; i < head_.modalities(); ++i) {
         const bool residual = needs_.features[i] || (head_leak_ != 0 && needs_.head());
-        losses_.add_rows<T>(first, last, classes, i + 1, residual, plane(i + 1));
+        losses_.add_rows<T>(first, last, i + 1, residual, plane(i + 1));
         if (mixes_features_) mix_planes(first, last, i + 1, 0, encoder_leak_, feature_plane(i));
         if (mixes_weights_) mix_planes(first, last, 0, i + 1, head_leak_, weight_plane(i));
       }

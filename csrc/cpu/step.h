@@ -3,6 +3,9 @@
 
 #pragma once
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -11,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "common/row_stride.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/matrix.h"
 #include "cpu/present.h"
@@ -62,125 +66,201 @@ struct LossOptions {
   double label_smoothing;
 };
 
+// Soft targets as the rows' pass reads them, in their own dtype.
+template <typename T, typename Stored>
+void read_shares(const void* data, int64_t first, int64_t stride, int64_t count, T* to) {
+  const Stored* from = static_cast<const Stored*>(data) + first;
+  for (int64_t c = 0; c < count; ++c) to[c] = static_cast<T>(from[c * stride]);
+}
+template <typename T>
+auto reader_of(ScalarType stored) {
+  switch (stored) {
+    case ScalarType::Double:
+      return read_shares<T, double>;
+    case ScalarType::Float:
+      return read_shares<T, float>;
+    case ScalarType::BFloat16:
+      return read_shares<T, torch::headeronly::BFloat16>;
+    default:
+      return read_shares<T, torch::headeronly::Half>;
+  }
+}
+
 // The losses of one step: the fused branch first, then one per modality. Everything that a residual
-// is scaled with is known before the first logit: the constructor reads the whole target.
+// is scaled with is known before the first logit: the constructor reads all targets and weights.
 class BranchLosses {
  public:
-  BranchLosses(const Checks& checks, int64_t rows, int64_t classes, const Tensor& target,
-               const OptionalTensors& present, const LossOptions& options)
+  BranchLosses(const Checks& checks, const HeadSizes& sizes, ScalarType dtype,
+               const StepInputs& inputs, const OptionalTensors& present, const LossOptions& options)
       : options_(options),
         modalities_(static_cast<int64_t>(options.alpha.size())),
-        target_(flat_data<int64_t>(target, held_)),
-        masks_(present, modalities_, rows),
-        counts_(modalities_ + 1, 0),
-        sums_(modalities_ + 1, 0.0),
-        correct_(modalities_ + 1) {
-    count(checks, rows, classes);
-    for (int64_t i = 0; i < modalities_; ++i) {
-      if (masks_[i] != nullptr) count_present(i, rows, masks_[i]);
+        rows_(sizes.rows),
+        classes_(sizes.classes),
+        dtype_(dtype),
+        masks_(present, modalities_, rows_),
+        counted_(branches(), 0),
+        divisors_(branches(), 0.0),
+        correct_(branches()) {
+    if (inputs.target.scalar_type() == ScalarType::Long) {
+      target_ = flat_data<int64_t>(inputs.target, held_);
+    } else {
+      soft_ = single_row_stride(inputs.target) ? inputs.target : to_contiguous(inputs.target);
     }
+    losses_ = empty_per_row(sizes, dtype);
+    predictions_ = empty_per_row(sizes, ScalarType::Long);
+    dispatch_dtype(dtype, [&](auto type) {
+      using T = decltype(type);
+      if (inputs.class_weight) class_weight_ = flat_data<T>(*inputs.class_weight, held_);
+      if (inputs.sample_weight) sample_weight_ = flat_data<T>(*inputs.sample_weight, held_);
+      count<T>(checks);
+    });
   }
 
   int64_t branches() const { return modalities_ + 1; }
   // Null where no row lacks the modality.
   const bool* present(int64_t modality) const { return masks_[modality]; }
 
-  // Room for the row losses of the largest chunk.
-  void start_chunk(int64_t first_row, int64_t rows) {
-    first_row_ = first_row;
-    row_losses_.resize(branches() * rows);
-  }
+  void start_chunk(int64_t first_row) { first_row_ = first_row; }
 
   // A range of rows of the chunk: the loss, and the residuals in place of the logits.
   template <typename T>
-  void add_rows(int64_t begin, int64_t end, int64_t classes, int64_t branch, bool residual,
-                T* logits) {
+  void add_rows(int64_t begin, int64_t end, int64_t branch, bool residual, T* logits) {
     const bool* mask = branch > 0 ? masks_[branch - 1] : nullptr;
-    const int64_t chunk = static_cast<int64_t>(row_losses_.size()) / branches();
-    const LossRows<T> rows{target_ + first_row_,
-                           options_.ignore_index,
-                           mask != nullptr ? mask + first_row_ : nullptr,
-                           options_.label_smoothing,
-                           scale(branch),
-                           residual,
-                           row_losses_.data() + branch * chunk};
-    correct_[branch].fetch_add(cross_entropy_rows<T>(begin, end, classes, rows, logits),
+    const int64_t first = branch * rows_ + first_row_;
+    LossRows<T> rows{target_ ? target_ + first_row_ : nullptr,
+                     {},
+                     static_cast<const T*>(class_weight_),
+                     sample_weight_ ? static_cast<const T*>(sample_weight_) + first_row_ : nullptr,
+                     options_.ignore_index,
+                     mask != nullptr ? mask + first_row_ : nullptr,
+                     options_.label_smoothing,
+                     scale(branch),
+                     residual,
+                     static_cast<T*>(losses_.data_ptr()) + first,
+                     static_cast<int64_t*>(predictions_.data_ptr()) + first};
+    if (soft_) {
+      const int64_t row_stride = *single_row_stride(*soft_);
+      const int64_t skipped = first_row_ * row_stride * soft_->element_size();
+      rows.soft = {static_cast<const char*>(soft_->const_data_ptr()) + skipped, row_stride,
+                   soft_->stride(soft_->dim() - 1), reader_of<T>(soft_->scalar_type())};
+    }
+    correct_[branch].fetch_add(cross_entropy_rows<T>(begin, end, classes_, rows, logits),
                                std::memory_order_relaxed);
   }
 
-  // Sums over rows are taken in row order, however rows were spread over threads and chunks.
-  void finish_chunk() {
-    const int64_t chunk = static_cast<int64_t>(row_losses_.size()) / branches();
-    for (int64_t branch = 0; branch < branches(); ++branch) {
-      const double* losses = row_losses_.data() + branch * chunk;
-      for (int64_t r = 0; r < chunk; ++r) sums_[branch] += losses[r];
-    }
-  }
-
-  // total, losses, correct
-  std::vector<Tensor> results(ScalarType dtype) const {
-    std::vector<Tensor> results{empty_cpu({}, dtype), empty_cpu({branches()}, dtype),
+  // total, branch losses, correct, counted, losses, predictions
+  std::vector<Tensor> results() const {
+    std::vector<Tensor> results{empty_cpu({}, dtype_), empty_cpu({branches()}, dtype_),
+                                empty_cpu({branches()}, ScalarType::Long),
                                 empty_cpu({branches()}, ScalarType::Long)};
     int64_t* correct = static_cast<int64_t*>(results[2].data_ptr());
-    dispatch_dtype(dtype, [&](auto type) {
+    std::copy(counted_.begin(), counted_.end(), static_cast<int64_t*>(results[3].data_ptr()));
+    dispatch_dtype(dtype_, [&](auto type) {
       using T = decltype(type);
       double total = 0;
       for (int64_t branch = 0; branch < branches(); ++branch) {
-        const double value = loss(branch);
+        const double value = loss<T>(branch);
         total += branch == 0 ? value : options_.alpha[branch - 1] * value;
         static_cast<T*>(results[1].data_ptr())[branch] = static_cast<T>(value);
         correct[branch] = correct_[branch].load(std::memory_order_relaxed);
       }
       *static_cast<T*>(results[0].data_ptr()) = static_cast<T>(total);
     });
+    results.push_back(losses_);
+    results.push_back(predictions_);
     return results;
   }
 
  private:
-  void count(const Checks& checks, int64_t rows, int64_t classes) {
-    int64_t counted = 0;
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t value = target_[r];
-      if (value == options_.ignore_index) continue;
-      if (value < 0 || value >= classes) {
-        checks.fail("target",
-                    "class indices in [0, " + std::to_string(classes) + ") or ignore_index " +
-                        std::to_string(options_.ignore_index),
-                    std::to_string(value));
-      }
-      ++counted;
-    }
-    std::fill(counts_.begin(), counts_.end(), counted);
+  Tensor empty_per_row(const HeadSizes& sizes, ScalarType dtype) const {
+    Shape shape = sizes.leading;
+    shape.insert(shape.begin(), branches());
+    return empty_cpu(shape, dtype);
   }
 
-  void count_present(int64_t modality, int64_t rows, const bool* present) {
+  // Which rows count, and what their weights sum up to; a bad target or weight is an error.
+  template <typename T>
+  void count(const Checks& checks) {
+    const T* class_weight = static_cast<const T*>(class_weight_);
+    const T* sample_weight = static_cast<const T*>(sample_weight_);
+    const auto check = [&](const char* name, const T* weights, int64_t size) {
+      for (int64_t k = 0; weights != nullptr && k < size; ++k) {
+        if (!(weights[k] >= 0))
+          checks.fail(name, "weights of 0 or more", std::to_string(weights[k]));
+      }
+    };
+    check("class_weight", class_weight, classes_);
+    check("sample_weight", sample_weight, rows_);
     int64_t counted = 0;
-    for (int64_t r = 0; r < rows; ++r) {
-      counted += present[r] && target_[r] != options_.ignore_index;
+    double divisor = 0;
+    const auto add = [&](int64_t r) {
+      if (!has_label(r)) return;
+      ++counted;
+      double weight = 1;
+      if (sample_weight != nullptr) weight = sample_weight[r];
+      if (class_weight != nullptr && target_ != nullptr) weight *= class_weight[target_[r]];
+      divisor += weight;
+    };
+    for (int64_t r = 0; target_ != nullptr && r < rows_; ++r) {
+      if (has_label(r) && (target_[r] < 0 || target_[r] >= classes_)) {
+        checks.fail("target",
+                    "class indices in [0, " + std::to_string(classes_) + ") or ignore_index " +
+                        std::to_string(options_.ignore_index),
+                    std::to_string(target_[r]));
+      }
     }
-    counts_[modality + 1] = counted;
+    for (int64_t r = 0; r < rows_; ++r) add(r);
+    std::fill(counted_.begin(), counted_.end(), counted);
+    std::fill(divisors_.begin(), divisors_.end(), divisor);
+    for (int64_t i = 0; i < modalities_; ++i) {
+      if (masks_[i] == nullptr) continue;
+      counted = 0;
+      divisor = 0;
+      for (int64_t r = 0; r < rows_; ++r) {
+        if (masks_[i][r]) add(r);
+      }
+      counted_[i + 1] = counted;
+      divisors_[i + 1] = divisor;
+    }
+  }
+  bool has_label(int64_t r) const {
+    return target_ == nullptr || target_[r] != options_.ignore_index;
   }
 
   double scale(int64_t branch) const {
-    const double weight = branch == 0 ? 1 : options_.alpha[branch - 1];
-    return options_.mean ? weight / counts_[branch] : weight;
+    const double alpha = branch == 0 ? 1 : options_.alpha[branch - 1];
+    if (!options_.mean) return alpha;
+    return divisors_[branch] > 0 ? alpha / divisors_[branch] : 0;
   }
 
+  // Summed in row order, however rows were spread over threads and chunks.
+  template <typename T>
   double loss(int64_t branch) const {
-    if (!options_.mean) return sums_[branch];
-    if (counts_[0] == 0) return std::numeric_limits<double>::quiet_NaN();  // as PyTorch has it
-    return counts_[branch] == 0 ? 0 : sums_[branch] / counts_[branch];
+    const T* losses = static_cast<const T*>(losses_.const_data_ptr()) + branch * rows_;
+    const T* weights = static_cast<const T*>(sample_weight_);
+    double sum = 0;
+    for (int64_t r = 0; r < rows_; ++r) {
+      sum += weights != nullptr ? static_cast<double>(weights[r]) * losses[r] : losses[r];
+    }
+    if (!options_.mean) return sum;
+    if (divisors_[0] == 0) return std::numeric_limits<double>::quiet_NaN();  // as PyTorch has it
+    return divisors_[branch] == 0 ? 0 : sum / divisors_[branch];
   }
 
   LossOptions options_;
-  int64_t modalities_;
+  int64_t modalities_, rows_, classes_;
+  ScalarType dtype_;  // of losses and weights
   std::vector<Tensor> held_;
-  const int64_t* target_;
+  const int64_t* target_ = nullptr;  // null: soft targets
+  std::optional<Tensor> soft_;
+  const void* class_weight_ = nullptr;
+  const void* sample_weight_ = nullptr;
   Masks masks_;
-  std::vector<int64_t> counts_;  // rows that count
-  std::vector<double> sums_;
+  std::vector<int64_t> counted_;
+  std::vector<double> divisors_;  // of the means
   std::vector<std::atomic<int64_t>> correct_;
-  std::vector<double> row_losses_;
+  Tensor losses_;       // (branches, ...)
+  Tensor predictions_;  // (branches, ...)
   int64_t first_row_ = 0;
 };
 
@@ -194,7 +274,8 @@ inline std::vector<Tensor> with_gradients(std::vector<Tensor> results, std::vect
 // The op of one head. `Op` has its name, what parses its arguments, and the class that does it.
 template <class Op>
 std::vector<Tensor> step(std::vector<Tensor> features, std::vector<Tensor> weights,
-                         OptionalTensors biases, Tensor target, OptionalTensors present,
+                         OptionalTensors biases, Tensor target, std::optional<Tensor> class_weight,
+                         std::optional<Tensor> sample_weight, OptionalTensors present,
                          std::vector<double> alpha, bool mean, int64_t ignore_index,
                          double label_smoothing, std::vector<bool> needs_features,
                          std::vector<bool> needs_weights, std::vector<bool> needs_biases,
@@ -204,12 +285,13 @@ std::vector<Tensor> step(std::vector<Tensor> features, std::vector<Tensor> weigh
   checks.executor(executor);
   const auto head = Op::kParse(checks, features, weights);
   checks.biases(biases, weights, features[0]);
-  checks.step(target, present, alpha, label_smoothing, workspace_limit, features.size(),
-              head.leading, features[0]);
+  const StepInputs inputs{target, class_weight, sample_weight};
+  checks.step(inputs, present, alpha, label_smoothing, workspace_limit, features.size(), head,
+              features[0]);
   const Needs needs{needs_features, needs_weights, needs_biases};
   checks.needs(needs, encoder_leak, head_leak, features.size(), weights.size());
   if (workspace_limit == 0) workspace_limit = kDefaultWorkspace;
-  BranchLosses losses(checks, head.rows, head.classes, target, present,
+  BranchLosses losses(checks, head, head.compute, inputs, present,
                       {alpha, mean, ignore_index, label_smoothing});
   std::vector<Tensor> grads;
   dispatch_dtype(head.compute, [&](auto type) {
@@ -217,7 +299,7 @@ std::vector<Tensor> step(std::vector<Tensor> features, std::vector<Tensor> weigh
                                                     head_leak, workspace_limit);
     grads = step.run(features, weights);
   });
-  return with_gradients(losses.results(head.compute), std::move(grads), head.storage);
+  return with_gradients(losses.results(), std::move(grads), head.storage);
 }
 
 }  // namespace dgl_ext::cpu

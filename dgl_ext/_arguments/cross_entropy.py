@@ -1,19 +1,24 @@
-"""The loss of a training step: what `F.cross_entropy` takes, alpha and masks, all checked."""
+"""The loss of a training step: what `F.cross_entropy` takes, weights, alpha and masks, checked."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .heads import Features
 from .validate import (
+    INDEX_DTYPES,
     check_alpha,
     check_ignore_index,
     check_present,
     check_reduction,
     check_share,
     check_target,
+    check_weight,
+    loss_dtype,
+    plain_tuple,
 )
 
 
@@ -21,7 +26,9 @@ class CrossEntropy(NamedTuple):
     """Cross-entropy of every branch with one target.
 
     Attributes:
-        target: class indices, int64, of the features' leading shape.
+        target: class indices, int64, of the features' leading shape, or soft targets `(..., C)`.
+        class_weight: `(C,)`, in the loss's dtype, or None.
+        sample_weight: of the leading shape, in the loss's dtype, or None.
         alpha: what each unimodal loss is multiplied by in the total.
         mean: whether losses are averaged over the rows that count, or summed.
         ignore_index: the target of rows that do not count.
@@ -30,6 +37,8 @@ class CrossEntropy(NamedTuple):
     """
 
     target: Tensor
+    class_weight: Tensor | None
+    sample_weight: Tensor | None
     alpha: tuple[float, ...]
     mean: bool
     ignore_index: int
@@ -40,19 +49,48 @@ class CrossEntropy(NamedTuple):
     def check(
         cls,
         features: Features,
+        classes: int,
         target: object,
         present: object,
         alpha: object = 1.0,
         reduction: object = "mean",
         ignore_index: object = -100,
         label_smoothing: object = 0.0,
+        class_weight: object = None,
+        sample_weight: object = None,
     ) -> CrossEntropy:
         """Checks a user's arguments; each error names its own."""
         return cls(
-            check_target(target, features[0]),
+            check_target(target, features[0], classes),
+            check_weight("class_weight", class_weight, features[0], (classes,)),
+            check_weight("sample_weight", sample_weight, features[0], features[0].shape[:-1]),
             *check_numbers(len(features), alpha, reduction, ignore_index, label_smoothing),
             check_present(present, features),
         )
+
+
+def unpack_if_plain(
+    target: object, class_weight: object, sample_weight: object, like: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+    """Returns target and weights as `CrossEntropy.check` does where they fit, or None.
+
+    Shapes and devices are checked by the op; None says that only `check` can tell.
+    """
+    tensors = plain_tuple((target, class_weight, sample_weight), or_none=True)
+    if tensors is None or target is None:
+        return None
+    first, *weights = tensors
+    if first.dtype is not torch.int64:
+        if first.dtype in INDEX_DTYPES:
+            first = first.long()
+        elif first.requires_grad:
+            return None
+    if class_weight is None and sample_weight is None:
+        return first, None, None
+    if any(weight is not None and weight.requires_grad for weight in weights):
+        return None
+    dtype = loss_dtype(like)
+    return (first, *(None if weight is None else weight.to(dtype) for weight in weights))
 
 
 def check_numbers(

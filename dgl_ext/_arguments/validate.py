@@ -19,6 +19,9 @@ from .. import _torch_private
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
+# Of class indices; the ops take the first.
+INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16)
+
 _LAZY = (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer)
 _LARGEST = sys.float_info.max
 
@@ -228,26 +231,56 @@ def check_present(present: object, features: Sequence[Tensor]) -> tuple[Tensor |
     return tuple(masks)
 
 
-def check_target(target: object, like: Tensor) -> Tensor:
-    """Returns `target` if it is an int64 tensor of the leading shape of `like`, a feature.
+def loss_dtype(like: Tensor) -> torch.dtype:
+    """Returns the dtype of losses and of their weights for features like `like`."""
+    return torch.float64 if like.dtype == torch.float64 else torch.float32
 
-    Its values are checked where they are read: by the kernels.
+
+def check_target(target: object, like: Tensor, classes: int) -> Tensor:
+    """Returns class indices as int64, of the leading shape of `like`, or soft targets.
+
+    Indices are checked where they are read: by the kernels.
     """
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected an int64 tensor, got {type(target).__name__}")
-    if target.dtype != torch.int64:
-        raise TypeError(f"target: expected torch.int64 class indices, got {target.dtype}")
-    check_dense("target", target)
-    if target.device != like.device:
-        raise ValueError(
-            f"target: expected device {like.device} as features[0], got {target.device}"
+    if target.dtype in DTYPES:
+        return _check_constant("target", target, like, (*like.shape[:-1], classes))
+    if target.dtype not in INDEX_DTYPES:
+        raise TypeError(
+            "target: expected integer class indices, torch.int64 at most, or floating "
+            f"probabilities, got {target.dtype}"
         )
-    if target.shape != like.shape[:-1]:
+    return _check_constant("target", target, like, like.shape[:-1]).long()
+
+
+def check_weight(name: str, weight: object, like: Tensor, shape: Sequence[int]) -> Tensor | None:
+    """Returns class or sample weights in the loss's dtype, or None."""
+    if weight is None:
+        return None
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name}: expected a tensor or None, got {type(weight).__name__}")
+    if weight.dtype.is_complex:
+        raise TypeError(f"{name}: expected real numbers, got {weight.dtype}")
+    return _check_constant(name, weight, like, shape).to(loss_dtype(like))
+
+
+def _check_constant(name: str, tensor: Tensor, like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Returns `tensor` if it is dense, on the features' device, of that shape, without gradient."""
+    check_dense(name, tensor)
+    if tensor.device != like.device:
         raise ValueError(
-            f"target: expected shape {tuple(like.shape[:-1])}, the features' leading shape, "
-            f"got {tuple(target.shape)}"
+            f"{name}: expected device {like.device} as features[0], got {tensor.device}"
         )
-    return target
+    if tensor.shape != tuple(shape):
+        # (..., C), or the classes alone
+        what = ", the features' leading shape" if tuple(shape) == like.shape[:-1] else ""
+        raise ValueError(f"{name}: expected shape {tuple(shape)}{what}, got {tuple(tensor.shape)}")
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: expected a tensor without gradient, since none is computed for it: "
+            "detach() it"
+        )
+    return tensor
 
 
 def check_alpha(alpha: object, modalities: int) -> tuple[float, ...]:
@@ -317,6 +350,18 @@ def check_per_output(name: str, value: object, modalities: int) -> tuple[Callabl
         if not callable(function):
             raise TypeError(f"{name}[{k}]: expected a function, got {type(function).__name__}")
     return functions  # type: ignore[return-value]
+
+
+def check_names(names: object, modalities: int) -> tuple[str, ...]:
+    """Returns one name per modality; made up ones where there are none."""
+    if names is None:
+        return tuple(f"modality_{i}" for i in range(modalities))
+    values = () if isinstance(names, str) else check_sequence("names", names, "a sequence of str")
+    if isinstance(names, str) or not all(isinstance(name, str) for name in values):
+        raise TypeError(f"names: expected a sequence of str, got {names!r}")
+    if len(values) != modalities:
+        raise ValueError(f"names: expected {modalities}, one per modality, got {len(values)}")
+    return values  # type: ignore[return-value]
 
 
 def check_loss(name: str, loss: object) -> Tensor:

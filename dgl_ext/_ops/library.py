@@ -212,8 +212,15 @@ def _head_step(call: SimpleNamespace) -> list[Tensor]:
     grads = _head_backward(call)
     if like.dtype == torch.float16:  # they wait for the upstream scale in float32
         grads = [grad.new_empty(grad.shape, dtype=dtype) for grad in grads]
-    losses = like.new_empty((), dtype=dtype), like.new_empty((branches,), dtype=dtype)
-    return [*losses, like.new_empty((branches,), dtype=torch.int64), *grads]
+    rows = (branches, *like.shape[:-1])
+    return [
+        like.new_empty((), dtype=dtype),
+        like.new_empty((branches,), dtype=dtype),
+        *(like.new_empty((branches,), dtype=torch.int64) for _ in ("correct", "count")),
+        like.new_empty(rows, dtype=dtype),
+        like.new_empty(rows, dtype=torch.int64),
+        *grads,
+    ]
 
 
 def _scale_gradients(call: SimpleNamespace) -> list[Tensor]:

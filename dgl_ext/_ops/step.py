@@ -37,9 +37,9 @@ class StepOptions(NamedTuple):
     head_leak: float
 
     def call(
-        self, limit: int, target: Tensor, tensors: Sequence[Any], needs: Sequence[bool]
+        self, limit: int, loss: Sequence[Any], tensors: Sequence[Any], needs: Sequence[bool]
     ) -> list[Tensor]:
-        """Calls the op; `tensors` are features, weights, biases and masks."""
+        """Calls the op; `loss` are the target and its weights, `tensors` the head's and masks."""
         weights = self.modalities
         biases = weights + self.parameters
         end = biases + self.parameters
@@ -50,7 +50,7 @@ class StepOptions(NamedTuple):
             tensors[:weights],
             tensors[weights:biases],
             tensors[biases:end],
-            target,
+            *loss,
             tensors[end:],
             self.alpha,
             self.mean,
@@ -65,9 +65,11 @@ class StepOptions(NamedTuple):
         )
 
 
-# forward's arguments before the tensors, and backward's results for them and the target.
-_OPTIONS = 3
-_NO_GRADS = (None,) * (_OPTIONS + 1)
+# forward's arguments before the tensors of the head, which have no gradient.
+_OPTIONS = 6
+_NO_GRADS = (None,) * _OPTIONS
+# The op's results before the gradients: the total, and what is detached of it.
+_RESULTS = 6
 
 
 class TrainingStep(torch.autograd.Function):
@@ -80,19 +82,24 @@ class TrainingStep(torch.autograd.Function):
         limit: int,
         grad_enabled: bool,  # here it no longer is
         target: Tensor,
+        class_weight: Tensor | None,
+        sample_weight: Tensor | None,
         *tensors: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Takes features, weights, biases and masks in one flat list; returns loss, parts, hits."""
-        needs = ctx.needs_input_grad[_OPTIONS + 1 :] if grad_enabled else (False,) * len(tensors)
-        total, losses, correct, *grads = options.call(limit, target, tensors, needs)
+    ) -> tuple[Tensor, ...]:
+        """Takes features, weights, biases and masks in one flat list; returns a `DecoupledLoss`."""
+        needs = ctx.needs_input_grad[_OPTIONS:] if grad_enabled else (False,) * len(tensors)
+        loss = target, class_weight, sample_weight
+        results = options.call(limit, loss, tensors, needs)
+        total, *parts = results[:_RESULTS]
+        grads = results[_RESULTS:]
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(losses, correct)
+        ctx.mark_non_differentiable(*parts)
         # save_for_backward frees these before AccumulateGrad runs, which can then move them into
         # `.grad` instead of copying.
         ctx.save_for_backward(*grads)
         ctx.needs = needs
         ctx.to_float16 = tensors[0].dtype == torch.float16
-        return total, losses, correct
+        return total, *parts
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
@@ -163,7 +170,8 @@ def apply(
         encoder_leak,
         head_leak,
     )
-    return run(options, features, weights, biases, loss.target, loss.present)
+    tensors = loss.target, loss.class_weight, loss.sample_weight
+    return run(options, features, weights, biases, tensors, loss.present)
 
 
 def run(
@@ -171,19 +179,19 @@ def run(
     features: Features,
     weights: Weights,
     biases: Biases,
-    target: Tensor,
+    loss: tuple[Tensor, Tensor | None, Tensor | None],
     present: Sequence[Tensor | None],
 ) -> DecoupledLoss:
-    """Takes a step that `options` describe."""
-    total, losses, correct = TrainingStep.apply(
+    """Takes a step that `options` describe; `loss` are the target and its weights."""
+    total, branch_losses, *per_branch = TrainingStep.apply(
         options,
         workspace_limit() or 0,  # the device's default
         torch.is_grad_enabled(),
-        target,
+        *loss,
         *features,
         *weights,
         *biases,
         *present,
     )
-    fused, *unimodal = losses.unbind()
-    return DecoupledLoss(total, fused, tuple(unimodal), correct)
+    fused, *unimodal = branch_losses.unbind()
+    return DecoupledLoss(total, fused, tuple(unimodal), *per_branch)

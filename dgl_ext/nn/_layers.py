@@ -95,7 +95,6 @@ def compute(
     """Computes a head's logits, or with a target its loss, through its layers."""
     tensors = check_features(features)
     masks = check_present(present, tensors)
-    loss = None if target is None else CrossEntropy.check(tensors, target, masks, **loss_options)
     encoder_leak, head_leak = leaks
 
     def whole(name: str, value: Tensor) -> Tensor:
@@ -115,7 +114,10 @@ def compute(
     with _cut.exclusive(head):
         fused, unimodal = formula(whole, cut, inputs, fed)
     logits = DecoupledLogits(fused, tuple(unimodal))
-    return logits if loss is None else reference.cross_entropy(logits, loss)
+    if target is None:
+        return logits
+    loss = CrossEntropy.check(tensors, fused.shape[-1], target, masks, **loss_options)
+    return reference.cross_entropy(logits, loss)
 
 
 def _checked(name: str, value: object) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .. import _torch_private
-from .._arguments.validate import check_sequence, check_share, check_tensor
+from .._arguments.modes import check_leaks, get_mode
+from .._arguments.validate import check_sequence, check_tensor
 from ..reference import _leak
 from ..types import DecoupledLogits
 from ._cut import Passes, check_not_sharded, exclusive
@@ -87,14 +88,16 @@ class Decoupled(nn.Module):
               same tensor it counts as "self"; everything else that it returns is detached, so that
               neither other features nor parameters of its own receive a gradient. A module becomes
               a submodule: freeze its parameters, or train them elsewhere.
+        mode: "dgl"; "joint", where the gradient of the fused output reaches the features, too; or
+            "joint+unimodal", plain autograd of all outputs. Sets the leaks where they are None.
         encoder_leak: the share, 0 to 1, of the fused output's gradient that the features receive
             on top of their own.
         head_leak: the share, 0 to 1, of the unimodal outputs' gradients that the parameters
-            receive on top of that of the fused one. Both at 1 give plain autograd of all outputs.
+            receive on top of that of the fused one.
 
     Raises:
         TypeError: `fusion` is no module, or a scripted one, or another argument's type is wrong.
-        ValueError: `substitute` or a leak is none of the values above, or `fusion` has lazy
+        ValueError: `substitute`, `mode` or a leak is none of the values above, or `fusion` has lazy
             parameters, which do not exist before its first call.
 
     Source: Wei et al., "Boosting Multimodal Learning via Disentangled Gradient Learning",
@@ -126,8 +129,9 @@ class Decoupled(nn.Module):
         fusion: nn.Module,
         substitute: Literal["zero", "self"] | Substitute = "zero",
         *,
-        encoder_leak: float = 0.0,
-        head_leak: float = 0.0,
+        mode: str = "dgl",
+        encoder_leak: float | None = None,
+        head_leak: float | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(fusion, nn.Module) or isinstance(fusion, torch.jit.ScriptModule):
@@ -146,8 +150,8 @@ class Decoupled(nn.Module):
             )
         self.fusion = fusion
         self.substitute = substitute
-        self.encoder_leak = check_share("encoder_leak", encoder_leak)
-        self.head_leak = check_share("head_leak", head_leak)
+        self.encoder_leak, self.head_leak = check_leaks(mode, encoder_leak, head_leak)
+        self.mode = mode
 
     def forward(
         self,
@@ -286,8 +290,8 @@ class Decoupled(nn.Module):
         text = f"substitute={self.substitute!r}"
         if isinstance(self.substitute, nn.Module):
             text = ""  # shown as a submodule
-        for name in ("encoder_leak", "head_leak"):
-            if getattr(self, name) != 0:
+        for name, default in (("mode", "dgl"), *get_mode(self.mode).leaks):
+            if getattr(self, name) != default:
                 text += f"{', ' if text else ''}{name}={getattr(self, name)!r}"
         return text
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments.heads import get_head
-from .._arguments.validate import check_sequence, check_share, check_width
+from .._arguments.modes import check_leaks, get_mode
+from .._arguments.validate import check_sequence, check_width
 from ..functional import check_backend, fused_decouple, fused_decouple_cross_entropy
 from ..types import DecoupledLogits, DecoupledLoss
 from . import _layers
@@ -38,8 +39,9 @@ class _Fusion(nn.Module, abc.ABC):
         out_features: int,
         bias: bool = True,
         *,
-        encoder_leak: float = 0.0,
-        head_leak: float = 0.0,
+        mode: str = "dgl",
+        encoder_leak: float | None = None,
+        head_leak: float | None = None,
         backend: str = "auto",
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -51,8 +53,8 @@ class _Fusion(nn.Module, abc.ABC):
             check_width(f"in_features[{i}]", width) for i, width in enumerate(widths)
         )
         self.out_features = check_width("out_features", out_features)
-        self.encoder_leak = check_share("encoder_leak", encoder_leak)
-        self.head_leak = check_share("head_leak", head_leak)
+        self.encoder_leak, self.head_leak = check_leaks(mode, encoder_leak, head_leak)
+        self.mode = mode
         self.backend = check_backend(backend)
         self._make_layers(bias, {"device": device, "dtype": dtype})
 
@@ -95,6 +97,8 @@ class _Fusion(nn.Module, abc.ABC):
     def _compute(
         self, encoder_leak: float, features: Any, target: Any, present: Any, **loss_options: Any
     ) -> DecoupledLogits | DecoupledLoss:
+        if target is not None and loss_options.get("alpha") is None:
+            loss_options["alpha"] = get_mode(self.mode).alpha
         layers = self._layers()
         parameters = _layers.plain_parameters(layers)
         if parameters is None:
@@ -138,25 +142,29 @@ class _Fusion(nn.Module, abc.ABC):
         self,
         *features: Tensor,
         target: Tensor,
-        alpha: float | Sequence[float] = 1.0,
+        alpha: float | Sequence[float] | None = None,
         reduction: str = "mean",
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
+        class_weight: Tensor | None = None,
+        sample_weight: Tensor | None = None,
         present: Sequence[Tensor | None] | None = None,
     ) -> DecoupledLoss:
         """Calls this module with a target, hooks included.
 
         Args:
             *features: one tensor `(..., in_features[i])` per modality.
-            target: class indices, int64 of the leading shape.
+            target: class indices of the leading shape, or soft targets `(..., out_features)`.
             alpha: as in `dgl_ext.fused_decouple_cross_entropy`, like all that follow.
             reduction: "mean" or "sum".
             ignore_index: the target of rows that do not count.
             label_smoothing: share of the target that is spread over all classes.
+            class_weight: `(out_features,)`, of the rows of each class.
+            sample_weight: of the leading shape, of each row.
             present: as in `dgl_ext.fused_decouple`.
 
         Returns:
-            `DecoupledLoss(total, fused, unimodal, correct)`: call `backward()` on it.
+            `DecoupledLoss`: call `backward()` on it.
         """
         if target is None:
             raise TypeError("target: expected an int64 tensor, got NoneType")
@@ -167,6 +175,8 @@ class _Fusion(nn.Module, abc.ABC):
             reduction=reduction,
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
+            class_weight=class_weight,
+            sample_weight=sample_weight,
             present=present,
         )
         return loss
@@ -188,7 +198,7 @@ class _Fusion(nn.Module, abc.ABC):
     def extra_repr(self) -> str:
         """Sizes, and the options that are not at their defaults."""
         text = f"in_features={self.in_features}, out_features={self.out_features}"
-        for name, default in (("encoder_leak", 0.0), ("head_leak", 0.0), ("backend", "auto")):
+        for name, default in (("mode", "dgl"), *get_mode(self.mode).leaks, ("backend", "auto")):
             value = getattr(self, name)
             if value != default:
                 text += f", {name}={value!r}"
@@ -202,6 +212,8 @@ class ConcatFusion(_Fusion):
         in_features: one width per modality.
         out_features: number of outputs C.
         bias: whether there is a bias, which all branches share.
+        mode: "dgl"; "joint", where the fused loss alone trains all; or "joint+unimodal", where all
+            losses train all. Sets the leaks, and alpha of the loss, where they are None.
         encoder_leak: see `dgl_ext.fused_decouple`.
         head_leak: see `dgl_ext.fused_decouple`.
         backend: see `dgl_ext.fused_decouple`.
@@ -269,6 +281,8 @@ class SumFusion(_Fusion):
         in_features: one width per modality.
         out_features: number of outputs C.
         bias: whether every modality has a bias.
+        mode: "dgl"; "joint", where the fused loss alone trains all; or "joint+unimodal", where all
+            losses train all. Sets the leaks, and alpha of the loss, where they are None.
         encoder_leak: see `dgl_ext.fused_decouple`.
         head_leak: see `dgl_ext.fused_decouple`.
         backend: see `dgl_ext.fused_decouple`.
@@ -313,6 +327,8 @@ class FiLMFusion(_Fusion):
         bias: whether `out` has a bias. `film` always has one: its first half, `b_gamma`, starts at
             1, so that y passes where x is absent; without it y alone would give no logits to
             learn from.
+        mode: "dgl"; "joint", where the fused loss alone trains all; or "joint+unimodal", where all
+            losses train all. Sets the leaks, and alpha of the loss, where they are None.
         encoder_leak: see `dgl_ext.fused_decouple`.
         head_leak: see `dgl_ext.fused_decouple`.
         backend: see `dgl_ext.fused_decouple`.
