@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _torch_private
 from ._arguments.cross_entropy import CrossEntropy
 from ._arguments.heads import Biases, Features, Weights
 from .types import DecoupledLogits, DecoupledLoss
@@ -139,6 +140,8 @@ def compute_cross_entropy(
 
 def cross_entropy(logits: DecoupledLogits, loss: CrossEntropy) -> DecoupledLoss:
     """Puts cross-entropy on a head's logits."""
+    _check_values("class_weight", loss.class_weight)
+    _check_values("sample_weight", loss.sample_weight)
     masks = loss.present or (None,) * len(logits.unimodal)
     branches = [
         _Branch.of(z, loss, mask)
@@ -158,6 +161,16 @@ def cross_entropy(logits: DecoupledLogits, loss: CrossEntropy) -> DecoupledLoss:
     fused, *unimodal = (value.detach() for value in values)
     per_branch = zip(*(b.results for b in branches), strict=True)
     return DecoupledLoss(total, fused, tuple(unimodal), *map(torch.stack, per_branch))
+
+
+def _check_values(name: str, weight: Tensor | None) -> None:
+    """Raises where a weight is negative or NaN, if that can be seen without waiting."""
+    if weight is None or torch.compiler.is_compiling() or type(weight) is not Tensor:
+        return
+    if not weight.is_cpu or _torch_private.under_transforms():
+        return
+    for value in weight[~(weight >= 0)][:1].tolist():
+        raise RuntimeError(f"{name}: expected weights of 0 or more, got {value}")
 
 
 class _Branch(NamedTuple):

@@ -87,8 +87,9 @@ def unpack_if_plain(
             return None
     if class_weight is None and sample_weight is None:
         return first, None, None
-    if any(weight is not None and weight.requires_grad for weight in weights):
-        return None
+    for weight in weights:
+        if weight is not None and (weight.requires_grad or weight.dtype.is_complex):
+            return None
     dtype = loss_dtype(like)
     return (first, *(None if weight is None else weight.to(dtype) for weight in weights))
 

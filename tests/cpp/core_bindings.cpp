@@ -110,17 +110,31 @@ void bind_gemm(py::module_& m) {
   });
 }
 
+template <typename T>
+void read_shares(const void* data, int64_t first, int64_t stride, int64_t count, T* to) {
+  const T* from = static_cast<const T*>(data) + first;
+  for (int64_t c = 0; c < count; ++c) to[c] = from[c * stride];
+}
+
 // One branch's losses and residuals, in every compilation; the residuals replace the logits.
 template <typename T>
 void bind_cross_entropy(py::module_& m) {
   m.def("cross_entropy_rows",
-        [](Array<T>& logits, const Array<int64_t>& target, int64_t ignore_index,
+        [](Array<T>& logits, const std::optional<Array<int64_t>>& target,
+           const std::optional<Array<T>>& shares, const std::optional<Array<T>>& class_weight,
+           const std::optional<Array<T>>& sample_weight, int64_t ignore_index,
            const std::optional<Array<bool>>& present, double label_smoothing, double scale,
-           bool residual, Array<double>& losses, Range rows, Isa isa) {
+           bool residual, Array<T>& losses, Array<int64_t>& predictions, Range rows, Isa isa) {
+          dgl_ext::SoftTarget<T> soft;
+          if (shares) {
+            const dgl_ext::Strided<T> from = strided(*shares);
+            soft = {from.data, from.row_stride, from.col_stride, read_shares<T>};
+          }
           return dgl_ext::cross_entropy::rows_for<T>(isa)(
               rows.first, rows.second, logits.shape(1),
-              {target.data(), ignore_index, data_or_null(present), label_smoothing, scale, residual,
-               losses.mutable_data()},
+              {data_or_null(target), soft, data_or_null(class_weight), data_or_null(sample_weight),
+               ignore_index, data_or_null(present), label_smoothing, scale, residual,
+               losses.mutable_data(), predictions.mutable_data()},
               logits.mutable_data());
         });
 }

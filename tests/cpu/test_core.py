@@ -232,18 +232,58 @@ def softmax_loss(logits, target, smoothing, scale):
 
 
 def cross_entropy(
-    core, logits, target, isa, *, ignore=-100, present=None, smoothing=0.0, scale=1.0
-):
+    core, logits, target, isa, *, ignore=-100, present=None, smoothing=0.0, scale=1.0,
+    shares=None, class_weight=None, sample_weight=None,
+):  # fmt: skip
     """Losses, residuals and hits; losses and untouched rows start as NaN."""
-    values, losses = logits.copy(), np.full(len(logits), np.nan)
-    arguments = (values, target, ignore, present, smoothing, scale, True, losses)
-    correct = core.cross_entropy_rows(*arguments, (0, len(logits)), isa)
-    kept, again = logits.copy(), np.full(len(logits), np.nan)
-    only = (kept, target, ignore, present, smoothing, scale, False, again)
-    assert core.cross_entropy_rows(*only, (0, len(logits)), isa) == correct
+
+    def run(values, residual):
+        losses = np.full(len(logits), np.nan, dtype=logits.dtype)
+        predictions = np.full(len(logits), -1)
+        correct = core.cross_entropy_rows(
+            values, target, shares, class_weight, sample_weight, ignore, present, smoothing, scale,
+            residual, losses, predictions, (0, len(logits)), isa,
+        )  # fmt: skip
+        np.testing.assert_array_equal(predictions, logits.argmax(axis=1))
+        return losses, correct
+
+    values, kept = logits.copy(), logits.copy()
+    losses, correct = run(values, True)
+    again, hits = run(kept, False)
     np.testing.assert_array_equal(kept, logits)  # without residuals the logits stay
     np.testing.assert_array_equal(again, losses)
+    assert hits == correct
     return losses, values, correct
+
+
+@pytest.mark.parametrize("classes", [1, 2, 8, 9, 33, 500])
+@pytest.mark.parametrize("smoothing", [0.0, 0.25])
+@pytest.mark.parametrize("weights", [(), ("class",), ("sample",), ("class", "sample")])
+@pytest.mark.parametrize("soft", [False, True])
+def test_weighted_and_soft_rows(core, draw, isa, classes, smoothing, weights, soft):
+    logits, random = draw(6, classes) * 3, np.random.default_rng(1)
+    dtype = logits.dtype
+    target = random.integers(0, classes, 6)
+    shares = random.random((6, classes)).astype(dtype) if soft else None
+    of_class = random.random(classes).astype(dtype) if "class" in weights else None
+    of_sample = random.random(6).astype(dtype) if "sample" in weights else None
+    losses, residuals, correct = cross_entropy(
+        core, logits, None if soft else target, isa, smoothing=smoothing, scale=0.375,
+        shares=shares, class_weight=of_class, sample_weight=of_sample,
+    )  # fmt: skip
+    values = logits.astype(np.float64)
+    values -= values.max(axis=1, keepdims=True)
+    log_p = values - np.log(np.exp(values).sum(axis=1, keepdims=True))
+    wanted = shares if soft else np.eye(classes)[target]
+    label = wanted.argmax(axis=1)
+    wanted = (1 - smoothing) * wanted.astype(np.float64) + smoothing / classes
+    wanted *= 1 if of_class is None else of_class
+    rows = 0.375 * (np.ones(6) if of_sample is None else of_sample)[:, None]
+    limit = 8 * np.finfo(dtype).eps * (1 + wanted.sum(axis=1))
+    assert (np.abs(losses + (wanted * log_p).sum(axis=1)) <= limit * (1 - log_p.min(axis=1))).all()
+    want = rows * (wanted.sum(axis=1, keepdims=True) * np.exp(log_p) - wanted)
+    assert (np.abs(residuals - want) <= limit[:, None]).all()
+    assert correct == (logits.argmax(axis=1) == label).sum()
 
 
 @pytest.mark.parametrize("classes", [1, 2, 7, 8, 9, 33, 64, 500, 5000])
@@ -328,8 +368,11 @@ def test_many_classes_lose_no_bits(modules, isa):
 def test_a_range_of_rows_depends_on_no_other(core, draw, isa):
     logits, target = draw(7, 37), np.arange(7)
     losses, residuals, _ = cross_entropy(core, logits, target, isa)
-    values, cut = logits.copy(), np.full(7, np.nan)
-    core.cross_entropy_rows(values, target, -100, None, 0.0, 1.0, True, cut, (2, 5), isa)
+    values, cut = logits.copy(), np.full(7, np.nan, dtype=logits.dtype)
+    core.cross_entropy_rows(
+        values, target, None, None, None, -100, None, 0.0, 1.0, True, cut, np.zeros(7, int), (2, 5),
+        isa,
+    )  # fmt: skip
     np.testing.assert_array_equal(values[2:5], residuals[2:5])
     np.testing.assert_array_equal(cut[2:5], losses[2:5])
     np.testing.assert_array_equal(values[[0, 1, 5, 6]], logits[[0, 1, 5, 6]])

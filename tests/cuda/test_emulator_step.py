@@ -181,12 +181,60 @@ def test_losses(kernels, classes, smoothing, ignored):
     for mean in (True, False):
         loss = LossCase(mean=mean, label_smoothing=smoothing, ignored=ignored)
         _, tensors = run(kernels, LinearStepCase(40, (16, 24), classes, loss=loss))
-        total, losses, correct, *grads = tensors
+        (total, losses, correct, *_), grads = tensors[:6], tensors[6:]
         if ignored == 1:
             assert np.isnan(losses.values).all() if mean else not losses.values.any()
             assert np.isnan(total.values).all() == mean
             assert not correct.elements.any()
             assert not any(g.values.any() for g in grads)
+
+
+@one_axis_at_a_time(
+    weights=[("class_weight", "sample_weight"), ("class_weight",), ("sample_weight",), ()],
+    soft=["", "float32", "bfloat16", "float16", "float64"],
+    smoothing=[0.1, 0.0],
+    mean=[True, False],
+    classes=[11, 1, 300, 2500],
+    leak=[0.0, 0.5],
+    executor=["fused", "library"],
+    kind=[("float32", "float32_small"), ("bfloat16", "half_small"), ("float64", "float64")],
+)
+def test_weights_and_soft_targets(
+    kernels, weights, soft, smoothing, mean, classes, leak, executor, kind
+):
+    dtype, tile = kind
+    loss = LossCase(
+        alpha=(0.5, -2.0), mean=mean, label_smoothing=smoothing, ignored=0.2, soft=soft, limit=1,
+        **dict.fromkeys(weights, True),
+    )  # fmt: skip
+    shared = {"dtype": dtype, "tile": tile, "executor": executor, "loss": loss}
+    shared |= {"encoder_leak": leak, "head_leak": leak / 2, "absent": (0.3, 0.4)}
+    rows = 70 if classes < 300 else 5
+    run(kernels, LinearStepCase(rows, (16, 24), classes, **shared))
+    run(kernels, FilmStepCase(rows, 16, 24, classes, **shared))
+
+
+@one_axis_at_a_time(
+    modalities=[8, 3],
+    kind=[("float64", "float64"), ("float32", "float32_small")],
+    soft=["float64", ""],
+    executor=["library", "fused"],
+)
+def test_many_branches_of_many_classes(kernels, modalities, kind, soft, executor):
+    """A thread's slots hold fewer columns of each."""
+    shared = dict(zip(("dtype", "tile"), kind, strict=True), executor=executor)
+    case = LinearStepCase(5, (8,) * modalities, 600, loss=LossCase(soft=soft), **shared)
+    run(kernels, case)
+
+
+def test_weights_of_zero(kernels):
+    """No weight at all: a mean is NaN, and every gradient 0."""
+    case = LinearStepCase(40, (16, 24), 11, loss=LossCase(sample_weight=True))
+    problem = LinearStepProblem(kernels, case)
+    problem.losses.sample_weight.elements[...] = 0
+    _, tensors = problem.run_step()
+    assert np.isnan(tensors[0].values).all()
+    assert not any(grad.values.any() for grad in tensors[6:])
 
 
 def test_a_modality_that_no_counted_row_has_costs_nothing(kernels):
@@ -234,9 +282,9 @@ def test_poison_stays_in_its_row(kernels, value):
         case = LinearStepCase(
             37, (72, 48), 11, poison=(Poison("feature 1", 36, 44, value),), absent=absent
         )
-        _, (total, _, _, *grads) = run(kernels, case)
+        _, (total, *others) = run(kernels, case)
         assert not np.isfinite(total.values).all()
-        for grad in grads[:2]:
+        for grad in others[5:7]:
             assert np.isfinite(grad.values[:36]).all()
 
 

@@ -94,13 +94,22 @@ void read(const py::dict& d, LinearHeadBackward& p) {
 }
 void read(const py::dict& d, CrossEntropy& loss) {
   loss.target = reinterpret_cast<int64_t*>(address_of(d, "target_class"));
+  if (d.contains("soft_target")) {
+    loss.soft_target = matrix_of<ConstMatrix>(d, "soft_target");
+    loss.soft_dtype = d["soft_dtype"].cast<Dtype>();
+  }
+  loss.class_weight = reinterpret_cast<void*>(address_of(d, "class_weight"));
+  loss.sample_weight = reinterpret_cast<void*>(address_of(d, "sample_weight"));
   const auto alpha = d["alpha"].cast<std::vector<double>>();
   std::copy(alpha.begin(), alpha.end(), loss.alpha);
   loss.mean = d["mean"].cast<bool>();
   loss.ignore_index = d["ignore_index"].cast<int64_t>();
   loss.label_smoothing = d["label_smoothing"].cast<double>();
   loss.total = reinterpret_cast<void*>(address_of(d, "total"));
+  loss.branch_losses = reinterpret_cast<void*>(address_of(d, "branch_losses"));
+  loss.counted = reinterpret_cast<int64_t*>(address_of(d, "counted"));
   loss.losses = reinterpret_cast<void*>(address_of(d, "losses"));
+  loss.predictions = reinterpret_cast<int64_t*>(address_of(d, "predictions"));
   loss.correct = reinterpret_cast<int64_t*>(address_of(d, "correct"));
 }
 void read(const py::dict& d, LinearHeadStep& p) {

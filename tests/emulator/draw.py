@@ -59,6 +59,9 @@ class Draw:
             label_smoothing=[0.0, 0.0, 0.1, 1.0][self.below(4)],
             ignored=[0.0, 0.2, 0.5, 1.0][self.below(4)],
             limit=[1 << 26, 1 << 26, 1, 1 << 14][self.below(4)],
+            class_weight=self.chance(25),
+            sample_weight=self.chance(25),
+            soft=["", "", "float64", "float32", "bfloat16", "float16"][self.below(6)],
         )
 
     def schedule(self) -> Schedule:

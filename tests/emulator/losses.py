@@ -19,11 +19,16 @@ class LossCase:
     label_smoothing: float = 0.0
     ignored: float = 0.0  # the share of rows whose target is IGNORED
     limit: int = 1 << 26  # of the workspace
+    class_weight: bool = False
+    sample_weight: bool = False
+    soft: str = ""  # the dtype of soft targets, which then take the place of the classes
 
     def __str__(self):
         parts = [f"alpha={','.join(map(str, self.alpha))}", "mean" if self.mean else "sum"]
         parts += [f"smooth={self.label_smoothing}"] * bool(self.label_smoothing)
         parts += [f"ignored={self.ignored}"] * bool(self.ignored)
+        weights = ("class_weight", "sample_weight")
+        parts += [name for name in weights if getattr(self, name)] + [self.soft] * bool(self.soft)
         parts += [f"limit={self.limit}"] * (self.limit < 1 << 26)
         return "-".join(parts)
 
@@ -41,23 +46,53 @@ class Losses:
         target[random.random(rows) < case.ignored] = IGNORED
         self.target = memory.place("target class", (1, rows), target, "int64", PACKED)
         self.alpha = (case.alpha * len(masks))[: len(masks)]
-        counted = self.targets != IGNORED
+        self.soft = None
+        if case.soft:
+            shares = random.dirichlet(np.full(classes, 0.5), rows) if classes else None
+            self.soft = memory.place("soft target", (rows, classes), shares, case.soft)
+        self.class_weight = self._weights("class_weight", classes, case.class_weight)
+        self.sample_weight = self._weights("sample_weight", rows, case.sample_weight)
+        counted = (self.targets != IGNORED) | bool(case.soft)
         self.counted = [counted] + [counted & ~absent_rows(m, rows) for m in masks]
         count = len(masks) + 1
         self.total = memory.place("total", (1, 1), None, self.accumulator, PACKED)
-        self.losses = memory.place("losses", (1, count), None, self.accumulator, PACKED)
+        self.branch_losses = memory.place(
+            "branch losses", (1, count), None, self.accumulator, PACKED
+        )
         self.correct = memory.place("correct", (1, count), None, "int64", PACKED)
+        self.count = memory.place("counted", (1, count), None, "int64", PACKED)
+        self.losses = memory.place("losses", (count, rows), None, self.accumulator, PACKED)
+        self.predictions = memory.place("predictions", (count, rows), None, "int64", PACKED)
         self.problem = {
-            "target_class": self.target.buffer.address,
+            "target_class": None if self.soft else self.target.buffer.address,
             "alpha": list(self.alpha),
             "mean": case.mean,
             "ignore_index": IGNORED,
             "label_smoothing": case.label_smoothing,
             "workspace_limit": case.limit,
             "total": self.total.buffer.address,
-            "losses": self.losses.buffer.address,
+            "branch_losses": self.branch_losses.buffer.address,
             "correct": self.correct.buffer.address,
+            "counted": self.count.buffer.address,
+            "losses": self.losses.buffer.address,
+            "predictions": self.predictions.buffer.address,
         }
+        for name in ("class_weight", "sample_weight"):
+            if (tensor := getattr(self, name)) is not None:
+                self.problem[name] = tensor.buffer.address
+        if self.soft:
+            self.problem |= {
+                "soft_target": self.soft.pair,
+                "soft_dtype": getattr(memory.module.Dtype, case.soft),
+            }
+
+    def _weights(self, name: str, size: int, there: bool) -> Tensor | None:
+        """Between 0.2 and 2, and every fifth of them 0."""
+        if not there:
+            return None
+        values = self.memory.random.uniform(0.2, 2, (1, size))
+        values[:, 4::5] = 0
+        return self.memory.place(name, (1, size), values, self.accumulator, PACKED)
 
     @property
     def targets(self) -> np.ndarray:
@@ -65,10 +100,20 @@ class Losses:
 
     @property
     def outputs(self):
-        return [self.total, self.losses, self.correct]
+        return [
+            self.total, self.branch_losses, self.correct, self.count, self.losses, self.predictions
+        ]  # fmt: skip
 
-    def divisor(self, k: int) -> int:
-        return int(self.counted[k].sum()) if self.case.mean else 1
+    def row_weights(self, with_class: bool = True) -> np.ndarray:
+        weights = np.ones(self.rows)
+        if self.sample_weight is not None:
+            weights = weights * self.sample_weight.values[0]
+        if with_class and self.class_weight is not None and not self.soft:
+            weights = weights * self.class_weight.values[0][np.maximum(self.targets, 0)]
+        return weights
+
+    def divisor(self, k: int) -> float:
+        return float(self.row_weights()[self.counted[k]].sum()) if self.case.mean else 1
 
     def scale(self, k: int) -> float:
         """Of branch k's residuals in the gradients."""
@@ -82,11 +127,16 @@ class Losses:
         return self.scale(k) * self.divisor(0)
 
     def wanted(self) -> np.ndarray:
+        """Smoothed and weighted by class."""
+        shares = np.zeros((self.rows, self.classes))
+        if self.soft:
+            shares += self.soft.values
+        else:
+            valid = np.flatnonzero(self.targets != IGNORED)
+            shares[valid, self.targets[valid]] = 1
         smoothing = self.case.label_smoothing
-        wanted = np.full((self.rows, self.classes), smoothing / max(self.classes, 1))
-        valid = np.flatnonzero(self.targets != IGNORED)
-        wanted[valid, self.targets[valid]] += 1 - smoothing
-        return wanted
+        wanted = (1 - smoothing) * shares + smoothing / max(self.classes, 1)
+        return wanted if self.class_weight is None else wanted * self.class_weight.values[0]
 
     def residuals(self, logits: list[Bounded]) -> list[Bounded]:
         """Softmax minus the wanted distribution, 0 in rows that do not count; also what check()
@@ -107,29 +157,56 @@ class Losses:
             distance = np.where(np.isfinite(value - largest), np.abs(value - largest), 0)
             relative = 2 * slack + unit * (2 * distance + self.classes + 12)
             wanted = self.wanted()
-            residual = p - wanted
-            error = p * np.expm1(relative) + unit * (np.abs(residual) + p + 3 * wanted)
+            mass = wanted.sum(1, keepdims=True)
+            residual = mass * p - wanted
+            # float32 sums of the target's shares
+            error = mass * p * (np.expm1(relative) + unit * (self.classes if self.dense else 0))
+            error += unit * (np.abs(residual) + mass * p + 4 * wanted)
             log_p = value - largest - np.log(total)
         residual[~rows] = 0
         error[~rows] = 0
-        smoothing = self.case.label_smoothing
         row = np.flatnonzero(rows)
         with np.errstate(all="ignore"):
-            loss = -log_p[row, self.targets[row]] * (1 - smoothing)
-            if smoothing:
-                loss -= smoothing * log_p[row].mean(1)
+            terms = -log_p[row] * wanted[row]
+            if not self.dense:  # a masked class must not meet a share of zero
+                terms = terms[np.arange(len(row)), self.targets[row]][:, None]
+            loss = terms.sum(1)
             size = np.abs(log_p[row]).max(1, initial=0) + np.abs(largest[row, 0])
         size = np.where(np.isfinite(size), size, 0)
         loss_error = 2 * slack[row, 0] + unit * (4 * size + self.classes + 12)
-        self.expected.append((loss, loss_error))
-        self.hits.append(self._hits(row, value, slack))
-        return Bounded(residual, error, self.accumulator)
+        loss_error = loss_error * np.maximum(mass[row, 0], 1) * (2 if self.dense else 1)
+        of_rows = np.zeros((2, self.rows))
+        of_rows[:, row] = loss, loss_error
+        self.expected.append(of_rows)
+        label = self.soft.values.argmax(1) if self.soft and self.classes else self.targets
+        self.hits.append(self._hits(row, value, slack, label))
+        self._check_predictions(k, value, slack)
+        weights = self.row_weights(with_class=False)[:, None]
+        return Bounded(
+            residual * weights, error * weights + unit * 2 * np.abs(residual), self.accumulator
+        )
 
-    def _hits(self, row, value, slack):
+    @property
+    def dense(self) -> bool:
+        return bool(self.soft) or self.case.label_smoothing != 0
+
+    def _check_predictions(self, k: int, value, slack):
+        """Those of every row, whether it counts or not."""
+        predictions = np.array(self.predictions.elements)[k]
+        if not self.classes:
+            return
+        rows = np.arange(self.rows)
+        sure = np.isnan(value).any(1) | (slack[:, 0] == 0)
+        assert (predictions[sure] == value.argmax(1)[sure]).all(), f"predictions of branch {k}"
+        with np.errstate(invalid="ignore"):
+            near = value[rows, predictions] >= value.max(1) - 2 * slack[:, 0]
+        assert (near | sure).all(), f"predictions of branch {k}: wrong rows {np.flatnonzero(~near)}"
+
+    def _hits(self, row, value, slack, label):
         """The least and the most hits that rounding allows."""
         least = most = 0
         for r in row:
-            t = self.targets[r]
+            t = label[r]
             others = np.delete(value[r], t)
             exact = not slack[r, 0]  # nothing was rounded, so that ties are ties
             if exact or np.isnan(value[r]).any() or not others.size:
@@ -144,6 +221,7 @@ class Losses:
 
     def check(self):
         losses, errors = [], []
+        samples = self.row_weights(with_class=False)
         for k, (loss, error) in enumerate(self.expected):
             count = self.divisor(k)
             with np.errstate(all="ignore"):
@@ -151,13 +229,21 @@ class Losses:
                     losses.append(0.0 if k and self.divisor(0) else np.nan)
                     errors.append(0.0)
                 else:
-                    losses.append(loss.sum() / count)
-                    errors.append(error.sum() / count)
+                    counts = self.counted[k]
+                    losses.append((samples * loss)[counts].sum() / count)
+                    errors.append((samples * error)[counts].sum() / count)
         with np.errstate(all="ignore"):
             value = losses[0] + np.dot(self.alpha, losses[1:])
             error = errors[0] + np.dot(np.abs(self.alpha), errors[1:])
-        check(self.losses, Bounded(losses, errors, self.accumulator).rounded(self.accumulator))
-        check(self.total, Bounded(value, error, self.accumulator).rounded(self.accumulator))
+
+        def expect(tensor, value, error):
+            check(tensor, Bounded(value, error, self.accumulator).rounded(self.accumulator))
+
+        expect(self.branch_losses, losses, errors)
+        expect(self.total, value, error)
+        expect(self.losses, *(np.stack(part) for part in zip(*self.expected, strict=True)))
+        counted = np.array(self.count.elements)[0]
+        assert (counted == [c.sum() for c in self.counted]).all(), f"counted: got {counted}"
         correct = np.array(self.correct.elements)[0]
         for got, (least, most) in zip(correct, self.hits, strict=True):
             assert least <= got <= most, f"correct: got {correct}, expected {self.hits}"

@@ -35,6 +35,7 @@ GRADIENTS, FILM_GRADIENTS = "cuda/kernels/linear_gradients.cuh", "cuda/kernels/f
 SUMS = "cuda/kernels/row_sums.cuh"
 LINEAR_STEP, FILM_STEP = "cuda/kernels/linear_step.cuh", "cuda/kernels/film_step.cuh"
 LOSSES, ROWS = "cuda/kernels/cross_entropy.cuh", "cuda/kernels/rows.cuh"
+COUNTS = "cuda/kernels/step_counts.cuh"
 LINEAR_LIBRARY, FILM_LIBRARY = "cuda/library/linear_library.cu", "cuda/library/film_library.cu"
 LIBRARY, MATMUL = "cuda/library/library.cuh", "cuda/library/matmul.cpp"
 PLAN_LINEAR = "cuda/plan/plan_linear.cpp"
@@ -202,12 +203,12 @@ BUGS = [
         r"grad_film_weight: 72 of 6912 elements wrong.*got nan",
     ),
     Bug(
-        "no barrier in the count of rows", LOSSES,
+        "no barrier in the count of rows", COUNTS,
         "of_warp[threadIdx.x] = mine;\n    __syncthreads();", "of_warp[threadIdx.x] = mine;",
         RACE + "|" + WRONG,
     ),
     Bug(
-        "no barrier before threads' losses are added", LOSSES,
+        "no barrier before threads' losses are added", COUNTS,
         "of_thread[threadIdx.x] = {sums.loss, sums.correct};\n    __syncthreads();",
         "of_thread[threadIdx.x] = {sums.loss, sums.correct};", RACE + "|" + WRONG,
     ),
@@ -248,7 +249,7 @@ BUGS = [
     ),
     Bug(
         "the residual lacks the target", LOSSES,
-        "(column + e == row.target ? target_share : rest)", "rest", WRONG,
+        "t[e] = column + e == row.target ? target_share : rest;", "t[e] = rest;", WRONG,
     ),
     Bug(
         "smoothing takes the target's own share away", LOSSES,
@@ -262,7 +263,7 @@ BUGS = [
         r"correct: got",
     ),
     Bug(
-        "absent rows count", LOSSES,
+        "absent rows count", COUNTS,
         "(k == 0 || !is_absent(step.present[k - 1], row))", "true", WRONG,
     ),
     Bug(
@@ -270,7 +271,7 @@ BUGS = [
         "if (step.plan.mixed) weight *=", "weight *=", WRONG,
     ),
     Bug(
-        "losses of earlier chunks are forgotten", LOSSES,
+        "losses of earlier chunks are forgotten", COUNTS,
         "if (rows.begin > 0) {", "if (rows.begin < 0) {", WRONG,
     ),
     Bug(
@@ -316,7 +317,44 @@ BUGS = [
         "    } else {\n      __syncthreads();\n    }\n    const int k", "    }\n    const int k",
         GRID_RACE,
     ),
-    Bug("one board for all rows", LOSSES, "        parity ^= 1;\n", "", r"race on shared memory"),
+    Bug("weights: rows have none", COUNTS, "sample_weight(step, row) *", "1 *", WRONG),
+    Bug(
+        "weights: the target's class has none", COUNTS,
+        "return weights && step.loss.target ? weights[target]",
+        "return false ? weights[target]", WRONG,
+    ),
+    Bug(
+        "weights: residuals have none", LOSSES,
+        "row.weight = board.weights.row *", "row.weight = 1; board.weights.row *", WRONG,
+    ),
+    Bug(
+        "weights: a mean divides by rows", COUNTS,
+        "loss / counted.divisor", "loss / double(counted.rows)", WRONG,
+    ),
+    Bug(
+        "weights: classes of a soft target have none", LOSSES,
+        "for (int e = 0; e < kRun; ++e) t[e] *= w[e];", "", WRONG,
+    ),
+    Bug(
+        "a soft target adds up to one", LOSSES,
+        "is_dense(step) ? Accumulator(peak.mass)", "is_dense(step) ? Accumulator(1)", WRONG,
+    ),
+    Bug(
+        "a soft target's columns are those of the first run", LOSSES,
+        "row.at, logits.column(r), logits.count(r), v", "row.at, 0, logits.count(r), v",
+        WRONG + "|out of bounds",
+    ),
+    Bug(
+        "a soft target's likeliest class is that of the last warp", LOSSES,
+        "peak_of_row(board, parity, kMaxBranches, logits.by_warp()).best",
+        "board.peaks[parity][kMaxBranches][C::kWarps - 1].best", "correct|uninitialised",
+    ),
+    Bug(
+        "predictions are of the chunk", LOSSES,
+        "k * step.rows + row.at;", "k * step.rows + row.index;",
+        WRONG + "|predictions",
+    ),
+    Bug("one board for all rows", LOSSES, "      parity ^= 1;\n", "", r"race on shared memory"),
     Bug(
         "the warp's own maximum is forgotten", LOSSES,
         "once ? exponential(own - peak.largest) : 1", "1", WRONG,
@@ -327,7 +365,7 @@ BUGS = [
     ),
     Bug(
         "blocks of columns do not add up", LOSSES,
-        "      if (first) {\n        kept = peak[u];", "      if (true) {\n        kept = peak[u];",
+        "    if (first) {\n      kept = peak;", "    if (true) {\n      kept = peak;",
         WRONG,
     ),
     Bug(
@@ -354,7 +392,7 @@ BUGS = [
         "*to = kStep && rows.begin > 0 ? *to + sum : sum;", "*to = sum;", WRONG,
     ),
     Bug(
-        "library: the constants of products are not written", LOSSES,
+        "library: the constants of products are not written", COUNTS,
         "lane == 0 ? 1.f : 0.f}", "0.f}", WRONG,
     ),
     Bug(

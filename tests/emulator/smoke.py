@@ -126,6 +126,15 @@ def step_cases():
         yield FilmStepProblem, FilmStepCase(70, 72, 48, 11, loss=loss, **absent), races
         film = FilmStepCase(70, 72, 48, 11, loss=chunked, schedule=busy, **leaks, **absent, **half)
         yield FilmStepProblem, film, races
+        weighted = LossCase(
+            ignored=0.2, label_smoothing=0.1, limit=1, class_weight=True, sample_weight=True
+        )
+        case = LinearStepCase(70, (72, 48), 11, loss=weighted, **leaks, **absent)
+        yield LinearStepProblem, case, races
+        sharp = LossCase(ignored=0.2, class_weight=True, sample_weight=True)
+        yield FilmStepProblem, FilmStepCase(40, 24, 16, 11, loss=sharp, **half), races
+        soft = LossCase(soft="float32", class_weight=True)
+        yield LinearStepProblem, LinearStepCase(70, (8, 16), 130, loss=soft, **absent), races
     yield Ties, LinearStepCase(40, (16,), 5, bias=False), False
 
 

@@ -39,7 +39,7 @@ def arguments(name: str, fusion: str, sample: dict) -> tuple:
     if direction == "step":
         target = torch.randint(-1, classes, leading, generator=generator)
         mean = target.numel() > 0  # opcheck takes the NaN of no row for a difference
-        loss = target, present, [0.5, 2.0], mean, -1, 0.1
+        loss = target, None, None, present, [0.5, 2.0], mean, -1, 0.1
         return features, weights, biases, *loss, *needs, 0.5, 0.25, 2**20
     inputs = features, weights, biases, present
     outputs = getattr(torch.ops.dgl_ext, f"{head}_forward").default(*inputs)

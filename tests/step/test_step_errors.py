@@ -29,15 +29,62 @@ CASES = {
         TypeError,
         "target: expected an int64 tensor, got list",
     ),
-    "target int32": (
-        {"target": TARGET.int()},
+    "target bool": (
+        {"target": TARGET.bool()},
         TypeError,
-        "target: expected torch.int64 class indices, got torch.int32",
+        "target: expected integer class indices, torch.int64 at most, or floating probabilities, "
+        "got torch.bool",
     ),
-    "target probabilities": (
-        {"target": torch.rand(ROWS, CLASSES)},
+    "soft target of another shape": (
+        {"target": torch.rand(ROWS, CLASSES + 1)},
+        ValueError,
+        "target: expected shape (4, 3), got (4, 4)",
+    ),
+    "soft target without classes": (
+        {"target": torch.rand(ROWS)},
+        ValueError,
+        "target: expected shape (4, 3), got (4,)",
+    ),
+    "soft target with gradient": (
+        {"target": torch.rand(ROWS, CLASSES).requires_grad_()},
+        ValueError,
+        "target: expected a tensor without gradient, since none is computed for it: detach() it",
+    ),
+    "class_weight a list": (
+        {"class_weight": [1.0, 2.0, 3.0]},
         TypeError,
-        "target: expected torch.int64 class indices, got torch.float32",
+        "class_weight: expected a tensor or None, got list",
+    ),
+    "class_weight of another shape": (
+        {"class_weight": torch.ones(CLASSES + 1)},
+        ValueError,
+        "class_weight: expected shape (3,), got (4,)",
+    ),
+    "class_weight complex": (
+        {"class_weight": torch.ones(CLASSES, dtype=torch.complex64)},
+        TypeError,
+        "class_weight: expected real numbers, got torch.complex64",
+    ),
+    "sample_weight of another shape": (
+        {"sample_weight": torch.ones(ROWS, 1)},
+        ValueError,
+        "sample_weight: expected shape (4,), the features' leading shape, got (4, 1)",
+    ),
+    "sample_weight on another device": (
+        {"sample_weight": torch.ones(ROWS, device="meta")},
+        ValueError,
+        "sample_weight: expected device cpu as features[0], got meta",
+    ),
+    "sample_weight with gradient": (
+        {"sample_weight": torch.ones(ROWS).requires_grad_()},
+        ValueError,
+        "sample_weight: expected a tensor without gradient, since none is computed for it: "
+        "detach() it",
+    ),
+    "unknown mode": (
+        {"mode": "both"},
+        ValueError,
+        'mode: expected one of "dgl", "joint", "joint+unimodal", got \'both\'',
     ),
     "target of another shape": (
         {"target": TARGET[:3]},
@@ -150,6 +197,16 @@ def test_a_target_out_of_range(fusion, backend, value):
         call(fusion=fusion, target=target, backend=backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["class_weight", "sample_weight"])
+@pytest.mark.parametrize("value", [-0.5, math.nan])
+def test_a_weight_that_is_no_weight(fusion, backend, name, value):
+    weight = torch.ones(CLASSES if name == "class_weight" else ROWS)
+    weight[1] = value
+    with pytest.raises(RuntimeError, match=f"{name}: expected weights of 0 or more, got {value}"):
+        call(fusion=fusion, backend=backend, **{name: weight})
+
+
 def test_a_target_out_of_range_is_named(fusion):
     target = torch.tensor([0, 1, 7, 2])
     with pytest.raises(RuntimeError, match=r"target: expected .*\[0, 3\).*, got 7"):
@@ -197,6 +254,8 @@ def raw_arguments(fusion: str = "concat") -> dict:
         "weights": list(problem.weights),
         "biases": list(problem.biases),
         "target": make_target(problem),
+        "class_weight": None,
+        "sample_weight": None,
         "present": [],
         "alpha": [1.0, 1.0],
         "mean": True,
@@ -214,6 +273,19 @@ def raw_arguments(fusion: str = "concat") -> dict:
 RAW_CASES = {
     "target dtype": ({"target": TARGET.int()}, "target: expected int64"),
     "target shape": ({"target": TARGET[:2]}, "target: expected shape (4,), got (2,)"),
+    "soft target": ({"target": torch.rand(4, 2)}, "target: expected shape (4, 3), got (4, 2)"),
+    "class weight dtype": (
+        {"class_weight": torch.ones(3, dtype=torch.float64)},
+        "class_weight: expected float32, got float64",
+    ),
+    "class weight shape": (
+        {"class_weight": torch.ones(2)},
+        "class_weight: expected shape (3,), got (2,)",
+    ),
+    "sample weight shape": (
+        {"sample_weight": torch.ones(2)},
+        "sample_weight: expected shape (4,), got (2,)",
+    ),
     "present count": ({"present": [None]}, "present: expected 2 entries, got 1"),
     "present dtype": ({"present": [TARGET, None]}, "present[0]: expected bool"),
     "present shape": ({"present": [None, MASK[:3]]}, "present[1]: expected shape (4,), got (3,)"),

@@ -56,17 +56,44 @@ def two_pass_loss(
     *,
     alpha: Sequence[float],
     upstream: float | None = 1.0,
-    **options: object,
+    class_weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    present: Sequence[Tensor | None] | None = None,
+    **options: Any,
 ) -> tuple[dict[str, Tensor | None], dict[str, Tensor]]:
     """The recipe with cross-entropy on every branch: the parts by name, and every `.grad`.
 
     `options` are those of `torch.nn.functional.cross_entropy`; every loss is scaled by `upstream`,
-    as a gradient scaler does, or takes no part in a backward pass where that is None.
+    as a gradient scaler does, or takes no part in a backward pass where that is None. Features of
+    rows that are not `present` must be zero.
     """
+    options["weight"] = class_weight
+    soft = target.is_floating_point()
+
+    def loss_of(logits: Tensor, mask: Tensor | None) -> Tensor:
+        rows = logits.reshape(-1, logits.shape[-1])
+        labels = target.reshape(rows.shape) if soft else target.reshape(-1)
+        if mask is None and sample_weight is None:
+            return F.cross_entropy(rows, labels, **options)
+        there = slice(None) if mask is None else mask.reshape(-1)
+        rows, labels = rows[there], labels[there]
+        each = F.cross_entropy(rows, labels, **{**options, "reduction": "none"})
+        weights = torch.ones_like(each)
+        if sample_weight is not None:
+            weights = sample_weight.reshape(-1)[there]
+        total = (weights * each).sum()
+        if options.get("reduction") == "sum":
+            return total
+        if not soft:
+            counts = labels != options.get("ignore_index", -100)
+            weights, labels = weights[counts], labels[counts]
+            if class_weight is not None:
+                weights = weights * class_weight[labels]
+        return total / weights.sum()
 
     def losses(logits: DecoupledLogits) -> list[Tensor]:
-        rows = target.reshape(-1)
-        return [F.cross_entropy(z.reshape(len(rows), -1), rows, **options) for z in flat(logits)]
+        masks = (None, *(present or [None] * len(logits.unimodal)))
+        return [loss_of(z, mask) for z, mask in zip(flat(logits), masks, strict=True)]
 
     logits, _ = two_pass(problem)
     fused, *unimodal = losses(logits)

@@ -214,6 +214,9 @@ class Results {
     tensors.push_back(call_.empty(shape, dtype));
     return tensors.back();
   }
+  int64_t* add_indices(const Shape& shape) {
+    return static_cast<int64_t*>(add(shape, ScalarType::Long).data_ptr());
+  }
   // A gradient, where it is asked for; zeros where nothing flows into it.
   Matrix gradient(bool needed, const Shape& shape, bool flows = true) {
     if (!needed) return {};

@@ -23,7 +23,8 @@ struct FilmStepOp {
 
 template <class Op>
 std::vector<Tensor> step(std::vector<Tensor> features, std::vector<Tensor> weights,
-                         OptionalTensors biases, Tensor target, OptionalTensors present,
+                         OptionalTensors biases, Tensor target, std::optional<Tensor> class_weight,
+                         std::optional<Tensor> sample_weight, OptionalTensors present,
                          std::vector<double> alpha, bool mean, int64_t ignore_index,
                          double label_smoothing, std::vector<bool> needs_features,
                          std::vector<bool> needs_weights, std::vector<bool> needs_biases,
@@ -34,8 +35,8 @@ std::vector<Tensor> step(std::vector<Tensor> features, std::vector<Tensor> weigh
   const auto sizes = (checks.*Op::kCheck)(features, weights);
   const Needs needs{needs_features, needs_weights, needs_biases};
   checks.biases(biases, weights, features[0]);
-  checks.step(target, present, alpha, label_smoothing, limit, features.size(), sizes.leading,
-              features[0]);
+  checks.step({target, class_weight, sample_weight}, present, alpha, label_smoothing, limit,
+              features.size(), sizes, features[0]);
   checks.needs(needs, encoder_leak, head_leak, features.size(), weights.size());
 
   Call call(Op::kName, features[0]);
@@ -48,9 +49,21 @@ std::vector<Tensor> step(std::vector<Tensor> features, std::vector<Tensor> weigh
   Results results(call, dtype == ScalarType::Half ? ScalarType::Float : dtype);
   CrossEntropy& loss = problem.loss;
   loss.total = results.add({}, compute_dtype(dtype)).data_ptr();
-  loss.losses = results.add({branches}, compute_dtype(dtype)).data_ptr();
-  loss.correct = static_cast<int64_t*>(results.add({branches}, ScalarType::Long).data_ptr());
-  loss.target = static_cast<const int64_t*>(call.packed(target));
+  loss.branch_losses = results.add({branches}, compute_dtype(dtype)).data_ptr();
+  Shape per_row = sizes.leading;
+  per_row.insert(per_row.begin(), branches);
+  loss.correct = results.add_indices({branches});
+  loss.counted = results.add_indices({branches});
+  loss.losses = results.add(per_row, compute_dtype(dtype)).data_ptr();
+  loss.predictions = results.add_indices(per_row);
+  if (target.scalar_type() == ScalarType::Long) {
+    loss.target = static_cast<const int64_t*>(call.packed(target));
+  } else {
+    loss.soft_target = call.matrix(target);
+    loss.soft_dtype = dtype_of(target.scalar_type());
+  }
+  loss.class_weight = call.vector(class_weight);
+  loss.sample_weight = call.vector(sample_weight);
   std::copy(alpha.begin(), alpha.end(), loss.alpha);
   loss.mean = mean;
   loss.ignore_index = ignore_index;

@@ -20,16 +20,16 @@ class LogitRow {
   using Slot = Vector<Accumulator, kRun>;
   static constexpr int kRunCount = kRuns;
 
-  /// `slots` of them are there for each thread.
+  /// `slots` of them are there for each thread; `more` of them serve something beside the branches.
   __device__ __forceinline__ LogitRow(const Source& source, int64_t classes, bool by_warp,
-                                      void* memory, int slots)
+                                      void* memory, int slots, int more)
       : source_(source),
         classes_(classes),
         slots_(static_cast<Slot*>(memory) + threadIdx.x),
         by_warp_(by_warp),
         lanes_(by_warp ? 32 : C::kThreads) {
     branches_ = source.parts() + Source::kAdds;
-    runs_ = int(smaller(slots / branches_, kRuns));
+    runs_ = int(smaller(slots / (branches_ + more), kRuns));
     while (by_warp && lanes_ > 1 && int64_t(lanes_ / 2) * kRun >= classes) lanes_ /= 2;
     const int thread = by_warp ? threadIdx.x % 32 : threadIdx.x;
     lane_ = thread % lanes_;
@@ -54,7 +54,7 @@ class LogitRow {
     return run >= runs_ || left < 0 ? 0 : int(smaller(left, kRun));
   }
   __device__ __forceinline__ Slot& slot(int branch, int run) const {
-    return slots_[(branch * kRuns + run) * C::kThreads];
+    return slots_[(branch * runs_ + run) * C::kThreads];
   }
 
   /// Logits of row `row` from column `first` on. `taken` has a bit for every part that counts: what

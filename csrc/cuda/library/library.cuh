@@ -25,7 +25,7 @@ struct CountArguments {
   void* workspace;
 };
 template <class C>
-struct CountRows : ElementKernel<CountArguments, C::kThreads* int(sizeof(int64_t))> {
+struct CountRows : ElementKernel<CountArguments, C::kThreads* int(sizeof(StepCount))> {
   static __device__ __forceinline__ void run(const CountArguments& args) {
     const StepContext step{args.loss, args.plan,    args.present,
                            args.rows, args.classes, args.workspace};

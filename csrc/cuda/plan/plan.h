@@ -181,6 +181,7 @@ struct StepPlan {
   int branches = 0;        ///< with the fused one
   bool gradients = false;  ///< any wanted; else losses only
   bool mixed = false;      ///< planes hold weighted residuals: a leak is open
+  bool weighted = false;   ///< rows weigh differently in means and gradients
   int64_t chunk_rows = 0;
   int chunks = 1;            ///< at least one, though it be empty: results are written there
   int counting_ctas = 1;     ///< CTAs that count rows; each leaves its number
@@ -200,10 +201,14 @@ struct StepSums {
   double loss;
   int64_t correct;
 };
+struct StepCount {
+  int64_t rows;    ///< that count
+  double divisor;  ///< the sum of their weights
+};
 struct StepTotals {
-  int64_t counted;  ///< rows that count
-  double scale;     ///< of the branch's planes in the gradients
-  float scale32;    ///< the same, for products that take it from memory
+  StepCount count;
+  double scale;   ///< of the branch's planes in the gradients
+  float scale32;  ///< the same, for products that take it from memory
 };
 
 struct LinearStepPlan {

@@ -149,16 +149,18 @@ inline int element_grid(const Device& device) {
 inline void choose_counting(const LaunchShape& launch, const CrossEntropy& loss,
                             const uint8_t* const* present, int64_t rows, StepPlan& plan) {
   plan.counting_ctas = plan.summing_ctas = launch.grid;
+  plan.weighted = loss.sample_weight || (loss.class_weight && loss.target);
   if (launch.executor != Executor::kLibrary) return;
   bool masked = false;
   for (int k = 1; k < plan.branches; ++k) masked |= present[k - 1] != nullptr;
-  plan.count_first = rows > kCountedByOneCta || (plan.mixed && loss.mean && masked);
+  plan.count_first =
+      rows > kCountedByOneCta || (plan.mixed && loss.mean && masked) || plan.weighted;
   if (!plan.count_first) plan.counting_ctas = 1;
 }
 /// What CTAs tell each other, behind everything else in the workspace.
 inline void place_sums(int grid, Layout& layout, StepPlan& plan) {
   const int64_t branches = plan.branches;
-  plan.counts_offset = layout.add(grid * branches * int64_t(sizeof(int64_t)));
+  plan.counts_offset = layout.add(grid * branches * int64_t(sizeof(StepCount)));
   plan.losses_offset = layout.add(grid * branches * int64_t(sizeof(StepSums)));
   plan.totals_offset = layout.add((branches + 2) * int64_t(sizeof(StepTotals)));
 }
