@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 from emulator import planted
+from emulator.workshop import Workshop
 
 pytestmark = [pytest.mark.emulator, pytest.mark.slow]
 
@@ -16,7 +17,7 @@ pytestmark = [pytest.mark.emulator, pytest.mark.slow]
 def workshop(tmp_path_factory):
     if not shutil.which("cmake"):
         pytest.skip("planting bugs needs cmake and a C++ compiler")
-    return planted.Workshop(tmp_path_factory.mktemp("planted"))
+    return Workshop(tmp_path_factory.mktemp("planted"))
 
 
 @pytest.mark.gate
