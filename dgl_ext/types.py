@@ -24,7 +24,7 @@ def _take_one(total: Tensor) -> tuple[Tensor, bool]:
         return one, True
     with torch.inference_mode(False):
         one = torch.ones_like(total)
-    one._dgl_ext_one = True  # type: ignore[attr-defined]
+    one._dgl_ext_one = True  # type: ignore
     # While a CUDA graph is captured the fill is only recorded: nothing else may read what it fills.
     return one, plain and not (total.is_cuda and torch.cuda.is_current_stream_capturing())
 
@@ -181,13 +181,28 @@ class DecoupledLoss(NamedTuple):
         return log
 
 
-def _not_a_scalar(self: DecoupledLoss, *_: object) -> Any:
-    raise TypeError("DecoupledLoss: expected one scalar, got the whole result: use its `.total`")
+_NOT_A_SCALAR = "DecoupledLoss: expected one scalar tensor, got the whole result: use its `.total`"
 
 
-# A tuple would be joined or repeated in silence, or say nothing of the total.
+def _refuse(self: DecoupledLoss, *_: object) -> Any:
+    raise TypeError(_NOT_A_SCALAR)
+
+
+def _refuse_attribute(self: DecoupledLoss, name: str) -> Any:
+    hint = f". {_NOT_A_SCALAR}" if hasattr(Tensor, name) else ""
+    raise AttributeError(f"'DecoupledLoss' object has no attribute '{name}'{hint}")
+
+
+def _refuse_function(cls: type, function: Any, *_: object, **__: object) -> Any:
+    raise TypeError(f"{getattr(function, '__name__', function)}: {_NOT_A_SCALAR}")
+
+
+# A loop may take the whole for its total. Arithmetic would join or repeat the tuple in silence, and
+# a function of PyTorch would say nothing of the total.
 for _name in ("add", "radd", "mul", "rmul", "sub", "rsub", "truediv", "rtruediv", "neg", "float"):
-    setattr(DecoupledLoss, f"__{_name}__", _not_a_scalar)
+    setattr(DecoupledLoss, f"__{_name}__", _refuse)
+DecoupledLoss.__getattr__ = _refuse_attribute  # type: ignore
+DecoupledLoss.__torch_function__ = classmethod(_refuse_function)  # type: ignore
 
 
 def _register(result: type[tuple[Any, ...]]) -> None:

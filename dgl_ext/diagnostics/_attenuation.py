@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from .._arguments.validate import (
     check_alpha,
-    check_loss,
-    check_per_output,
     check_sequence,
     check_tensor,
     check_width,
@@ -21,9 +19,8 @@ from .._arguments.validate import (
 from ..nn.decoupled import Decoupled
 from ..nn.heads import _Fusion
 from ..types import DecoupledLogits
-from ._routing import buffers_kept, random_state_kept, wide_dtype
+from ._routing import LossFunction, buffers_kept, named_losses, random_state_kept, wide_dtype
 
-Loss = Callable[[Any], Tensor]
 Head = nn.Module | Callable[..., DecoupledLogits]
 
 
@@ -46,7 +43,7 @@ class Attenuation(NamedTuple):
 def attenuation(
     head: Head,
     features: Sequence[Tensor],
-    loss_fn: Loss | Sequence[Loss],
+    loss_fn: LossFunction,
     *,
     alpha: float | Sequence[float] = 1.0,
     present: Sequence[Tensor | None] | None = None,
@@ -71,8 +68,9 @@ def attenuation(
             `functools.partial(dgl_ext.fused_decouple, weight=weight, bias=bias, fusion="film")`.
         features: one tensor per modality, as the head takes them. They need not require a
             gradient.
-        loss_fn: called with an output of the head (fused or unimodal), returns a scalar; or M + 1
-            such functions, for the fused output and for each modality's.
+        loss_fn: as in `routing`: called as `loss_fn(head, features)`, returns M + 1 scalar losses
+            by name, that of the fused output first, then one per modality. The `head` that it gets
+            is called as `head(*features)` and returns `DecoupledLogits` without truncation.
         alpha: the factor of the unimodal losses in training, or one per modality.
         present: as the head takes it.
 
@@ -90,14 +88,15 @@ def attenuation(
     Example:
         >>> head = dgl_ext.nn.ConcatFusion((32, 64), 5)
         >>> features, target = (torch.randn(8, 32), torch.randn(8, 64)), torch.randint(5, (8,))
-        >>> found = attenuation(
-        ...     head, features, lambda z: torch.nn.functional.cross_entropy(z, target), alpha=2.0
-        ... )
+        >>> def loss_fn(head, features):
+        ...     out = head(*features)
+        ...     losses = [torch.nn.functional.cross_entropy(z, target) for z in (out[0], *out[1])]
+        ...     return dict(zip(("fused", "audio", "video"), losses))
+        >>> found = attenuation(head, features, loss_fn, alpha=2.0)
         >>> found.ratio.shape
         torch.Size([2])
     """
     tensors = _check_features(features)
-    losses = check_per_output("loss_fn", loss_fn, len(tensors))
     alphas = check_alpha(alpha, len(tensors))
     kept = buffers_kept(head) if isinstance(head, nn.Module) else contextlib.nullcontext()
     with (
@@ -109,16 +108,13 @@ def attenuation(
         # What inference mode has made can take part in no graph.
         plain = [h.clone() if h.is_inference() else h for h in tensors]
         leaves = tuple(h.detach().requires_grad_() for h in plain)
-        out = _uncut(head, leaves, present)
-        if len(out.unimodal) != len(leaves):
+        losses = named_losses(loss_fn, lambda *given: _uncut(head, given, present), leaves)
+        if len(losses) != len(leaves) + 1:
             raise ValueError(
-                f"head: expected {len(leaves)} unimodal outputs, one per feature, "
-                f"got {len(out.unimodal)}"
+                f"loss_fn: expected {len(leaves) + 1} losses, the fused output's and one per "
+                f"modality, got {len(losses)}"
             )
-        values = [
-            check_loss(f"loss_fn[{k}]", loss(z))
-            for k, (loss, z) in enumerate(zip(losses, (out.fused, *out.unimodal), strict=True))
-        ]
+        values = list(losses.values())
         # The outputs may share a graph.
         fused = _gradients(values[0], leaves)
         alone = [_gradients(values[i + 1], (h,))[0] for i, h in enumerate(leaves)]
@@ -144,7 +140,10 @@ class AttenuationMonitor:
         >>> head = dgl_ext.nn.SumFusion((32, 64), 5)
         >>> for step in range(20):
         ...     features, target = (torch.randn(8, 32), torch.randn(8, 64)), torch.randn(8, 5)
-        ...     loss_fn = lambda z: torch.nn.functional.mse_loss(z, target)
+        ...     def loss_fn(head, features):
+        ...         fused, unimodal = head(*features)
+        ...         mse = torch.nn.functional.mse_loss
+        ...         return {str(k): mse(z, target) for k, z in enumerate((fused, *unimodal))}
         ...     _ = monitor.step(head, features, loss_fn)
         >>> [step for step, _ in monitor.history]
         [0, 10]
@@ -159,7 +158,7 @@ class AttenuationMonitor:
         self,
         head: Head,
         features: Sequence[Tensor],
-        loss_fn: Loss | Sequence[Loss],
+        loss_fn: LossFunction,
         *,
         alpha: float | Sequence[float] = 1.0,
         present: Sequence[Tensor | None] | None = None,

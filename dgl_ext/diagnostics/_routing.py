@@ -14,6 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .._arguments.validate import check_loss, check_sequence
 
+# Called with a model, or a head, and what it is to be called on; returns losses by name.
+LossFunction = Callable[[Any, Any], Mapping[str, Tensor]]
+
 
 @dataclass(frozen=True)
 class Route:
@@ -137,7 +140,7 @@ class Routing:
 def routing(
     model: nn.Module,
     batch: Any,
-    loss_fn: Callable[[nn.Module, Any], Mapping[str, Tensor]],
+    loss_fn: LossFunction,
     expect: Mapping[str, str | Sequence[str]] | None = None,
 ) -> Routing:
     """Finds which loss reaches which parameter, by one forward pass and one backward pass per loss.
@@ -192,14 +195,7 @@ def routing(
         stack.enter_context(buffers_kept(model))
         # A compiled graph has zeros for what a loss does not reach.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        losses = loss_fn(model, batch)
-        if not isinstance(losses, Mapping) or not losses:
-            raise TypeError(
-                f"loss_fn: expected it to return a dict of losses, got {type(losses).__name__}"
-                + (" without entries" if isinstance(losses, Mapping) else "")
-            )
-        for loss_name, value in losses.items():
-            loss = check_loss(f'loss_fn: "{loss_name}"', value)
+        for loss_name, loss in named_losses(loss_fn, model, batch).items():
             found: Sequence[Tensor | None] = [None] * len(trainable)
             if loss.requires_grad and trainable:
                 found = torch.autograd.grad(loss, trainable, retain_graph=True, allow_unused=True)
@@ -220,6 +216,17 @@ def routing(
             for name, parameter in named.items()
         ),
     )
+
+
+def named_losses(loss_fn: LossFunction, model: Any, batch: Any) -> dict[str, Tensor]:
+    """Returns what `loss_fn` does, if that is scalars by name."""
+    losses = loss_fn(model, batch)
+    if not isinstance(losses, Mapping) or not losses:
+        raise TypeError(
+            f"loss_fn: expected it to return a dict of losses, got {type(losses).__name__}"
+            + (" without entries" if isinstance(losses, Mapping) else "")
+        )
+    return {name: check_loss(f'loss_fn: "{name}"', value) for name, value in losses.items()}
 
 
 # What torch.compile puts before the names of a module's parameters.

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fusion_modules import make
-from support.problems import assert_same, make_problem
+from support.problems import assert_same, each_output, make_problem
 from support.two_pass import plain_head, plain_unimodal
 from torch import nn
 
@@ -69,7 +69,7 @@ def test_attenuation_of_the_heads(fusion, alpha):
         dgl_ext.fused_decouple, weight=problem.weight, bias=problem.bias, fusion=fusion
     )
     for head in (module_of(problem), function):
-        found = attenuation(head, problem.features, cross_entropy, alpha=alpha)
+        found = attenuation(head, problem.features, each_output(cross_entropy), alpha=alpha)
         assert_same(found._asdict(), expected, 1e-12)
         assert found.ratio.dtype == torch.float64
 
@@ -79,7 +79,7 @@ def test_the_leaks_of_a_head_change_nothing(fusion, leaks):
     problem = make_problem(fusion)
     module = module_of(problem)
     module.encoder_leak, module.head_leak = leaks
-    found = attenuation(module, problem.features, cross_entropy)
+    found = attenuation(module, problem.features, each_output(cross_entropy))
     assert_same(found._asdict(), plain(problem, (1, 1))._asdict(), 1e-12)
 
 
@@ -92,7 +92,7 @@ def test_attenuation_of_a_decoupled_module(case):
     for i, h in enumerate(features):
         alone = [x if i == j else torch.zeros_like(x) for j, x in enumerate(features)]
         unimodal.append(torch.autograd.grad(cross_entropy(twin(*alone)), h)[0])
-    found = attenuation(module, features, cross_entropy, alpha=2.0)
+    found = attenuation(module, features, each_output(cross_entropy), alpha=2.0)
     expected = by_hand(fused, unimodal, [2.0] * len(features))
     assert_same(found._asdict(), expected._asdict(), 1e-12)
 
@@ -103,7 +103,7 @@ def test_a_feature_that_explains_the_label_attenuates_the_other():
     strong = F.one_hot(target, 2).double() * 10
     weak = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     head = functools.partial(dgl_ext.fused_decouple, weight=torch.eye(2).double().repeat(1, 2))
-    found = attenuation(head, (strong, weak), lambda z: F.cross_entropy(z, target))
+    found = attenuation(head, (strong, weak), each_output(lambda z: F.cross_entropy(z, target)))
     assert found.ratio[1] < 1e-2
     assert 0.1 < found.ratio[0] < 10
 
@@ -127,21 +127,27 @@ def test_losses_of_their_own_and_absent_rows(fusion):
     ]
     with torch.no_grad():
         problem.features[0][~present[0]] = float("nan")
-    found = attenuation(module_of(problem), problem.features, losses, present=present)
+    found = attenuation(module_of(problem), problem.features, each_output(*losses), present=present)
     assert_same(found._asdict(), by_hand(fused, unimodal, (1, 1))._asdict(), 1e-12)
     features, (weights, biases) = problem.features, (problem.weight, problem.bias)
     function = functools.partial(dgl_ext.fused_decouple, weight=weights, bias=biases, fusion=fusion)
-    again = attenuation(function, features, losses, present=present)
+    again = attenuation(function, features, each_output(*losses), present=present)
     assert_same(again._asdict(), found._asdict(), 1e-12)
     module = Decoupled(nn.Bilinear(5, 4, 3).double())
-    assert attenuation(module, features, losses, present=present).fused_norm.isfinite().all()
+    assert (
+        attenuation(module, features, each_output(*losses), present=present)
+        .fused_norm.isfinite()
+        .all()
+    )
 
 
 def test_16_bit_features_give_float64_that_does_not_underflow():
     problem = make_problem("concat", dtype=torch.float32)
     half = problem.to(torch.bfloat16)
     head = functools.partial(dgl_ext.fused_decouple, weight=half.weight, bias=half.bias)
-    found = attenuation(head, half.features, lambda z: 1e-15 * cross_entropy(z.float()))
+    found = attenuation(
+        head, half.features, each_output(lambda z: 1e-15 * cross_entropy(z.float()))
+    )
     assert found.ratio.dtype == torch.float64
     expected = plain(make_problem("concat"), (1, 1))
     torch.testing.assert_close(found.ratio.double(), expected.ratio, rtol=0.05, atol=0)
@@ -155,7 +161,7 @@ def test_a_loss_that_does_not_depend_on_a_feature_sends_zero():
     )
     constant = torch.ones((), dtype=torch.float64)
     losses = [cross_entropy, lambda z: constant, cross_entropy]
-    found = attenuation(head, problem.features, losses)
+    found = attenuation(head, problem.features, each_output(*losses))
     assert found.unimodal_norm[0] == 0 < found.unimodal_norm[1]
     assert found.ratio[0].isinf()
     assert found.cosine.isnan().tolist() == [True, False]
@@ -180,7 +186,10 @@ def test_nothing_is_disturbed():
         state = torch.get_rng_state()
         with torch.no_grad():  # as in validation
             found = attenuation(
-                head, features, lambda z: cross_entropy(F.dropout(z, 0.5)), alpha=(1.0, 2.0)
+                head,
+                features,
+                each_output(lambda z: cross_entropy(F.dropout(z, 0.5))),
+                alpha=(1.0, 2.0),
             )
         assert found.fused_norm.all()
         assert torch.equal(torch.get_rng_state(), state)
@@ -197,7 +206,7 @@ def test_a_training_step_is_the_same_with_and_without_it():
         torch.manual_seed(3)
         out = module(*features)
         if measured:
-            attenuation(module, features, cross_entropy)
+            attenuation(module, features, each_output(cross_entropy))
         loss = sum(map(cross_entropy, (out.fused, *out.unimodal)))
         loss.backward()
         tensors = {f"h{i}": h.grad for i, h in enumerate(features)}
@@ -220,7 +229,7 @@ def test_nothing_waits_for_the_device(monkeypatch):
                      "__int__", "__index__"):  # fmt: skip
             patch.setattr(torch.Tensor, name, wait)
         for head, features in cases:
-            monitor.step(head, features, lambda z: z.square().mean(), alpha=(2.0, 1.0))
+            monitor.step(head, features, each_output(lambda z: z.square().mean()), alpha=(2.0, 1.0))
         with pytest.raises(AssertionError, match="waits"):
             float(cases[0][1][0].sum())
     assert len(monitor.history) == len(cases)
@@ -237,10 +246,10 @@ def test_nothing_waits_for_a_gpu():
     state = torch.cuda.get_rng_state()
     for head, features in cases:
         features = [h[:6] for h in features]
-        attenuation(head, features, lambda z: F.cross_entropy(z, target))  # warms up
+        attenuation(head, features, each_output(lambda z: F.cross_entropy(z, target)))  # warms up
         torch.cuda.set_sync_debug_mode("error")
         try:
-            found = attenuation(head, features, lambda z: F.cross_entropy(z, target))
+            found = attenuation(head, features, each_output(lambda z: F.cross_entropy(z, target)))
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert found.ratio.is_cuda
@@ -252,10 +261,10 @@ def test_a_monitor_measures_every_kth_step():
     monitor = AttenuationMonitor(every=3)
     problem = make_problem("concat")
     head = module_of(problem)
-    measured = [monitor.step(head, problem.features, cross_entropy) for _ in range(7)]
+    measured = [monitor.step(head, problem.features, each_output(cross_entropy)) for _ in range(7)]
     assert [m is not None for m in measured] == [True, False, False] * 2 + [True]
     assert [step for step, _ in monitor.history] == [0, 3, 6]
-    expected = attenuation(head, problem.features, cross_entropy)
+    expected = attenuation(head, problem.features, each_output(cross_entropy))
     assert_same(monitor.history[1][1]._asdict(), expected._asdict(), 0.0)
 
 
@@ -273,25 +282,33 @@ HEAD = dgl_ext.nn.ConcatFusion((5, 4), 3)
             TypeError,
             "head: expected it to return DecoupledLogits, got Tensor",
         ),
-        (
-            {"head": lambda h, encoder_leak: HEAD(*h)._replace(unimodal=())},
-            ValueError,
-            "head: expected 2 unimodal outputs, one per feature, got 0",
-        ),
         ({"features": X}, TypeError, "features: expected a sequence of tensors"),
         ({"features": ()}, ValueError, "features: expected at least one tensor, got none"),
         ({"features": (X, TARGET)}, TypeError, r"features\[1\]: expected one of .*int64"),
-        ({"loss_fn": [cross_entropy]}, ValueError, "loss_fn: expected 3 functions, .*, got 1"),
-        ({"loss_fn": None}, TypeError, "loss_fn: expected a function or a sequence of them"),
-        ({"loss_fn": lambda z: 1.0}, TypeError, r"loss_fn\[0\]: expected a scalar tensor, got fl"),
-        ({"loss_fn": lambda z: z}, ValueError, r"loss_fn\[0\]: expected a scalar .* \(7, 3\)"),
+        (
+            {"loss_fn": lambda head, features: {"fused": cross_entropy(head(*features).fused)}},
+            ValueError,
+            "loss_fn: expected 3 losses, the fused output's and one per modality, got 1",
+        ),
+        ({"loss_fn": lambda *_: [1.0]}, TypeError, "loss_fn: expected it to return a dict .* list"),
+        ({"loss_fn": lambda *_: {}}, TypeError, "got dict without entries"),
+        (
+            {"loss_fn": each_output(lambda z: 1.0)},
+            TypeError,
+            'loss_fn: "0": expected a scalar tensor, got float',
+        ),
+        (
+            {"loss_fn": each_output(lambda z: z)},
+            ValueError,
+            r'loss_fn: "0": expected a scalar .* \(7, 3\)',
+        ),
         ({"alpha": (1.0,)}, ValueError, "alpha: expected 2 numbers, one per modality, got 1"),
         ({"alpha": (1.0, "2")}, TypeError, r"alpha\[1\]: expected a number, got str"),
         ({"alpha": None}, TypeError, "alpha: expected a number, or a sequence"),
     ],
 )
 def test_bad_arguments_of_attenuation(arguments, error, message):
-    good = {"head": HEAD, "features": (X, Y), "loss_fn": cross_entropy}
+    good = {"head": HEAD, "features": (X, Y), "loss_fn": each_output(cross_entropy)}
     with pytest.raises(error, match=message):
         attenuation(**{**good, **arguments})
 
@@ -307,7 +324,7 @@ def monitored():
     problem = make_problem("concat")
     for k in range(5):
         losses = lambda z, k=k: cross_entropy(z * (1 + k))  # noqa: E731
-        monitor.step(module_of(problem), problem.features, losses)
+        monitor.step(module_of(problem), problem.features, each_output(losses))
     return monitor
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support.problems import assert_same
+from support.problems import assert_same, each_output
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -154,7 +154,7 @@ def test_a_pending_graph_is_not_disturbed(training):
     pending = sum(losses(model, x).values())
     routing(model, x, losses)
     features = torch.randn(6, 4), torch.randn(6, 5)
-    attenuation(model.head, features, torch.Tensor.mean)
+    attenuation(model.head, features, each_output(torch.Tensor.mean))
     pending.backward()
     assert model.audio[0].weight.grad.any()
 
@@ -191,11 +191,11 @@ def test_without_gradients_outside(mode, fusion):
     """The truth, also of features that inference mode has made."""
     head = Model(fusion).head
     features = torch.randn(6, 4), torch.randn(6, 5)
-    expected = attenuation(head, features, target_loss)
+    expected = attenuation(head, features, each_output(target_loss))
     assert expected.fused_norm.all()
     with mode():
         made = [h * 1 for h in features]
-        found = attenuation(head, made, target_loss)
+        found = attenuation(head, made, each_output(target_loss))
     assert_same(found._asdict(), expected._asdict(), 1e-12)
 
 
@@ -203,8 +203,8 @@ def test_without_gradients_outside(mode, fusion):
 def test_norms_beyond_float32(scale, fusion):
     head = Model(fusion).head
     features = torch.randn(60, 4), torch.randn(60, 5)
-    expected = attenuation(head, features, target_loss)
-    found = attenuation(head, features, lambda z: scale * target_loss(z))
+    expected = attenuation(head, features, each_output(target_loss))
+    found = attenuation(head, features, each_output(lambda z: scale * target_loss(z)))
     for ours, theirs in zip(found[2:], expected[2:], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(found[:2], expected[:2], strict=True):
@@ -213,8 +213,8 @@ def test_norms_beyond_float32(scale, fusion):
 
 def test_huge_alpha():
     head, features = Model().head, (torch.randn(6, 4), torch.randn(6, 5))
-    plain = attenuation(head, features, target_loss)
-    found = attenuation(head, features, target_loss, alpha=(1e60, -1e-60))
+    plain = attenuation(head, features, each_output(target_loss))
+    found = attenuation(head, features, each_output(target_loss), alpha=(1e60, -1e-60))
     torch.testing.assert_close(found.unimodal_norm[0] / 1e60, plain.unimodal_norm[0])
     torch.testing.assert_close(found.unimodal_norm[1] / 1e-60, plain.unimodal_norm[1])
     torch.testing.assert_close(found.cosine, plain.cosine * torch.tensor([1.0, -1.0]).double())
@@ -229,6 +229,6 @@ def test_buffers_of_parametrizations_are_not_written(wrapped):
         head = Decoupled(layer)
     before = {name: buffer.clone() for name, buffer in head.named_buffers()}
     assert before
-    attenuation(head.train(), (torch.randn(6, 4), torch.randn(6, 5)), target_loss)
+    attenuation(head.train(), (torch.randn(6, 4), torch.randn(6, 5)), each_output(target_loss))
     for name, buffer in head.named_buffers():
         assert torch.equal(buffer, before[name]), name

@@ -171,6 +171,17 @@ def flat(logits: DecoupledLogits) -> tuple[Tensor, ...]:
     return (logits.fused, *logits.unimodal)
 
 
+def each_output(*criteria: Callable[[Tensor], Tensor]) -> Callable[..., dict[str, Tensor]]:
+    """A `loss_fn` for diagnostics: one criterion for all outputs of a head, or one for each."""
+
+    def loss_fn(head: Any, features: Sequence[Tensor]) -> dict[str, Tensor]:
+        outputs = flat(head(*features))
+        functions = criteria * len(outputs) if len(criteria) == 1 else criteria
+        return {str(k): f(z) for k, (f, z) in enumerate(zip(functions, outputs, strict=True))}
+
+    return loss_fn
+
+
 def cotangents_like(
     logits: DecoupledLogits, *, seed: int = 1, layout: str = "contiguous"
 ) -> tuple[Tensor, ...]:
