@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from dgl_ext.types import DecoupledLoss
 
 from . import checkpoint
-from .data import IGNORED, SPLITS, Clip, Clips
+from .data import SPLITS, Clip, Clips
 from .loading import EpochBatches, evaluation_loader, training_loader
 from .models import METHODS, MODALITIES, AudioVideoNet
 from .processes import Processes
@@ -50,7 +50,7 @@ class Config:
     weight_decay: float = 1e-4
     clip: float = 40.0
     image_size: int = 224
-    frames: int = 1
+    frames: int = 3
     width: int = 64
     vision: str = "own"
     amp: str = "none"
@@ -194,7 +194,7 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            sums.add(loss, target)
+            sums.add(loss)
         metrics = sums.metrics(self.processes)
         if not all(map(math.isfinite, metrics["loss"].values())):
             raise RuntimeError(f"epoch {epoch}: the loss is not finite: {metrics['loss']}")
@@ -217,7 +217,7 @@ class Trainer:
             inputs, target = self._move(inputs), self._move([target])[0]
             with self._autocast():
                 loss = self.model(*inputs, target)
-            sums.add(loss, target)
+            sums.add(loss)
         return sums.metrics(self.processes)
 
     def _move(self, tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -291,10 +291,9 @@ class Sums:
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(2 * len(BRANCHES) + 1, dtype=torch.float64, device=device)
 
-    def add(self, loss: DecoupledLoss, target: Tensor) -> None:
+    def add(self, loss: DecoupledLoss) -> None:
         """Adds a batch whose losses are sums over the rows that count."""
-        rows = (target != IGNORED).sum()
-        parts = [torch.stack([loss.fused, *loss.unimodal]), loss.correct, rows[None]]
+        parts = [torch.stack([loss.fused, *loss.unimodal]), loss.correct, loss.count[:1]]
         self._sums += torch.cat([part.to(torch.float64) for part in parts])
 
     def metrics(self, processes: Processes) -> Metrics:

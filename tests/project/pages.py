@@ -5,6 +5,7 @@ What follows the language says what becomes of a block:
 - ```` ```python ````: run on its own, in a folder with the page's files;
 - ```` ```python title="name.py" ````: a file in that folder;
 - ```` ```python gpu ````: as the first, on a machine with a GPU;
+- ```` ```python needs NAME ````: as the first, where that package is installed;
 - ```` ```sh ````: run by a shell in that folder.
 
 There is no other kind: a page has no code that nothing runs.
@@ -25,7 +26,9 @@ from typing import Any
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 _FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)^```\n", re.MULTILINE)
-_KIND = re.compile(r'python|python gpu|sh|python title="(?P<title>[a-z_]+\.py)"')
+_KIND = re.compile(
+    r'python|python gpu|python needs (?P<needs>[a-z_]+)|sh|python title="(?P<title>[a-z_]+\.py)"'
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Block:
     heading: str
     kind: str
     title: str | None
+    needs: str | None
     code: str
 
     @property
@@ -78,7 +82,7 @@ def blocks(page: str) -> list[Block]:
             raise ValueError(f"{page}, block {number}: nothing runs a block of kind {info!r}")
         heading = re.findall(r"^## (.*)$", text[: match.start()], re.MULTILINE)
         last = heading[-1] if heading else "start"
-        found.append(Block(page, number, last, info, kind["title"], code))
+        found.append(Block(page, number, last, info, kind["title"], kind["needs"], code))
     if len(found) * 2 != len(re.findall(r"^\s*```", text, re.MULTILINE)):
         raise ValueError(f"{page}: a fence is not at the start of its line, or not closed")
     return found

@@ -10,8 +10,11 @@ BLOCKS = [block for page in pages.pages() for block in pages.blocks(page) if blo
 
 
 def params() -> list:
-    marks = {"python gpu": [pytest.mark.gpu]}
-    return [pytest.param(b, id=b.name, marks=marks.get(b.kind, [])) for b in BLOCKS]
+    def marks(block: pages.Block) -> list:
+        gpu = [pytest.mark.gpu] if block.kind == "python gpu" else []
+        return gpu + ([pytest.mark.slow] if block.needs else [])
+
+    return [pytest.param(b, id=b.name, marks=marks(b)) for b in BLOCKS]
 
 
 @pytest.fixture(autouse=True)
@@ -25,12 +28,14 @@ def fresh_dynamo():
 def test_block(block, tmp_path, monkeypatch):
     if block.kind == "python gpu" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
+    if block.needs:
+        pytest.importorskip(block.needs)
     monkeypatch.chdir(tmp_path)
     block.run(tmp_path)
 
 
 def test_blocks_are_found():
-    kinds = {block.kind for block in BLOCKS}
+    kinds = {block.kind for block in BLOCKS if block.needs is None}
     assert kinds == {"python", "python gpu", "sh"}
     assert {"from-published-code.md", "training.md", "works-with.md"} <= set(pages.pages())
 
