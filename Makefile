@@ -14,7 +14,7 @@ PYTHON_FILES := setup.py build_backend dgl_ext tests benchmarks examples
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help bench bench-results bench-memory test test-slow gpu-check fuzz lint format wheel wheel-check
-.PHONY: test-gate cpp-tests clang-tests sanitize cuda-compile docs clean
+.PHONY: test-gate test-trainers cpp-tests clang-tests sanitize cuda-compile docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +41,9 @@ test-gate: $(VENV)/.dev cpp-tests  ## run those of the slow tests that CI runs
 
 test-slow: $(VENV)/.dev cpp-tests  ## run the slow tests
 	$(PY) -m pytest -m slow $(ARGS)
+
+test-trainers: $(VENV)/.dev $(VENV)/.trainers  ## run the pages' code that needs other packages
+	$(PY) -m pytest -m slow tests/project/test_docs_pages.py $(ARGS)
 
 # The venv is made in the recipe: without a GPU nothing is built.
 gpu-check:  ## on a machine with a GPU: tests, sanitizers, benchmarks, one JSON report

@@ -242,7 +242,7 @@ BUGS = [
     ),
     Bug(
         "the residual lacks the target", LOSSES,
-        "t[e] = column + e == row.target ? target_share : rest;", "t[e] = rest;", WRONG,
+        "t[e] = column + e == row.target ? share + rest : rest;", "t[e] = rest;", WRONG,
     ),
     Bug(
         "smoothing takes the target's own share away", LOSSES,
@@ -318,7 +318,7 @@ BUGS = [
     ),
     Bug(
         "weights: residuals have none", LOSSES,
-        "row.weight = board.weights.row *", "row.weight = 1; board.weights.row *", WRONG,
+        "? board.weights.row * Base::sample_weight(step, rows.begin + row.index)", "? Accumulator(1)", WRONG,
     ),
     Bug(
         "weights: a mean divides by rows", COUNTS,
@@ -330,11 +330,11 @@ BUGS = [
     ),
     Bug(
         "a soft target adds up to one", LOSSES,
-        "is_dense(step) ? Accumulator(peak.mass)", "is_dense(step) ? Accumulator(1)", WRONG,
+        "Accumulator(wanted_of_row(board, parity, k, logits.by_warp()).mass)", "Accumulator(1)", WRONG,
     ),
     Bug(
         "a soft target's columns are those of the first run", LOSSES,
-        "row.at, logits.column(r), logits.count(r), v", "row.at, 0, logits.count(r), v",
+        "row, logits.column(r), logits.count(r), v", "row, 0, logits.count(r), v",
         WRONG + "|out of bounds",
     ),
     Bug(
@@ -344,7 +344,7 @@ BUGS = [
     ),
     Bug(
         "predictions are of the chunk", LOSSES,
-        "k * step.rows + row.at;", "k * step.rows + row.index;",
+        "to = k * step.rows + at;", "to = k * step.rows + row.index;",
         WRONG + "|predictions",
     ),
     Bug("one board for all rows", LOSSES, "      parity ^= 1;\n", "", r"race on shared memory"),

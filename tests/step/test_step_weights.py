@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -249,3 +252,28 @@ def test_modules_take_the_same(fusion):
     expected = hooked.cross_entropy(*features, target=target, **weights)
     for a, b in zip((*found[:2], *found[3:]), (*expected[:2], *expected[3:]), strict=True):
         assert torch.allclose(a, b)
+
+
+PEAK = """
+import resource, sys, torch, dgl_ext
+rows, classes, soft = 4096, 8192, sys.argv[1] == "soft"
+features = [torch.randn(rows, 16, requires_grad=True) for _ in range(2)]
+weight = torch.randn(classes, 32, requires_grad=True)
+target = torch.rand(rows, classes) if soft else torch.randint(classes, (rows,))
+weights = {"class_weight": torch.rand(classes), "sample_weight": torch.rand(rows)}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+dgl_ext.fused_decouple_cross_entropy(features, weight, target, **weights).backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.gate
+def test_soft_targets_add_nothing_of_their_size():
+    """They take 128 MiB; the step keeps to its workspace of 64 MiB as with class indices."""
+    peaks = [
+        int(subprocess.check_output([sys.executable, "-c", PEAK, kind], text=True))
+        for kind in ("soft", "indices")
+    ]
+    assert peaks[0] < peaks[1] + 32, peaks
+    assert peaks[1] < 150, peaks

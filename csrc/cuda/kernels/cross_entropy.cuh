@@ -22,10 +22,16 @@ struct StepLosses : StepCounts<C> {
   static constexpr int kMaxBranches = Base::kMaxBranches;
   static constexpr int kTogether = 3;  ///< branches whose reductions overlap
 
+  /// Of a dense target: its sum, and that of target times logit.
+  struct Wanted {
+    double mass, dot;
+  };
+
   /// Shared memory of run_rows: what the warps of a CTA tell each other of a row, twice, so that a
   /// row needs one barrier; then the slots of the threads. The last peak is that of soft targets.
   struct alignas(16) Shared {
     typename Base::Weights weights;
+    Wanted wanted[2][kMaxBranches][C::kWarps];
     Accumulator at_target[2][kMaxBranches][C::kWarps];
     Peak peaks[2][kMaxBranches + 1][C::kWarps];
   };
@@ -65,29 +71,33 @@ struct StepLosses : StepCounts<C> {
     const bool by_warp = step.classes <= 32 * kRun;
     LogitRow<C, Source, kRuns> logits(source, step.classes, by_warp, &board + 1, kSlots,
                                       is_soft(step));
+    const int64_t end = mine.begin + mine.count;
     int parity = 0;
 #pragma unroll 1
-    for (int64_t r = by_warp ? threadIdx.x / 32 : 0; r < mine.count; r += by_warp ? C::kWarps : 1) {
-      run_row(step, board, rows, describe(step, board, rows, mine.begin + r), parity, logits, sums);
+    for (int64_t index = mine.begin + (by_warp ? threadIdx.x / 32 : 0); index < end;
+         index += by_warp ? C::kWarps : 1) {
+      run_row(step, board, rows, describe(step, rows, index), parity, logits, sums);
       parity ^= 1;
     }
   }
 
   struct RowOf {
-    int64_t index, at, target;   ///< in the chunk, of all rows; -1: a soft target
-    uint32_t present, counting;  ///< a bit per branch
-    Accumulator weight;          ///< of the residuals
+    int64_t index, target;  ///< row of the chunk; -1: a soft target
+    uint32_t present;       ///< a bit per branch
+    bool labelled;
+
+    __device__ __forceinline__ bool counts(int k) const { return labelled && (present >> k & 1); }
   };
-  static __device__ __forceinline__ RowOf describe(const StepContext& step, const Shared& board,
-                                                   RowRange rows, int64_t index) {
-    RowOf row{index, rows.begin + index, -1, 1, 0, 1};
+  static __device__ __forceinline__ RowOf describe(const StepContext& step, RowRange rows,
+                                                   int64_t index) {
+    RowOf row{index, -1, 1, true};
 #pragma unroll 1
     for (int k = 1; k < step.plan.branches; ++k) {
-      row.present |= uint32_t(!is_absent(step.present[k - 1], row.at)) << k;
+      row.present |= uint32_t(!is_absent(step.present[k - 1], rows.begin + index)) << k;
     }
-    if (!is_soft(step)) row.target = step.loss.target[row.at];
-    if (is_soft(step) || row.target != step.loss.ignore_index) row.counting = row.present;
-    if (step.plan.weighted) row.weight = board.weights.row * Base::sample_weight(step, row.at);
+    if (is_soft(step)) return row;
+    row.target = step.loss.target[rows.begin + index];
+    row.labelled = row.target != step.loss.ignore_index;
     return row;
   }
   static __device__ __forceinline__ bool is_soft(const StepContext& step) {
@@ -111,26 +121,27 @@ struct StepLosses : StepCounts<C> {
 #pragma unroll 1
       for (int64_t first = 0; first < step.classes; first += logits.width()) {
         logits.load(row.index, first, taken);
-        if (is_soft(step)) load_shares(step, row, logits);
+        if (is_soft(step)) load_shares(step, rows.begin + row.index, logits);
         if (once || sweep == 0) {
           if (is_soft(step)) look_at_shares(board, parity, first == 0, logits);
+          if (is_dense(step)) look_at_wanted(step, board, row, parity, first == 0, logits);
 #pragma unroll 1
           for (int k = 0; k < logits.branches(); k += kTogether) {
             look(step, board, row, parity, k, first == 0, logits);
           }
         }
-        if (once) finish_row(step, board, row, parity, logits, sums);
+        if (once) finish_row(step, board, rows, row, parity, logits, sums);
         if (sweep == 0) continue;
         normalise(step, board, row, parity, once, logits);
         if (logits.is_first_replica()) write_residuals(step, board, rows, row, logits);
       }
-      if (sweep == 0) finish_row(step, board, row, parity, logits, sums);
+      if (sweep == 0) finish_row(step, board, rows, row, parity, logits, sums);
     }
   }
 
   /// Soft targets of the columns at hand, to the slots behind those of the branches.
   template <class Row>
-  static __device__ __forceinline__ void load_shares(const StepContext& step, const RowOf& row,
+  static __device__ __forceinline__ void load_shares(const StepContext& step, int64_t row,
                                                      const Row& logits) {
 #pragma unroll 1
     for (int r = 0; r < Row::kRunCount && logits.count(r) > 0; ++r) {
@@ -152,11 +163,11 @@ struct StepLosses : StepCounts<C> {
     }
   }
   template <class Stored, class Row>
-  static __device__ __forceinline__ void read_shares(const StepContext& step, const RowOf& row,
+  static __device__ __forceinline__ void read_shares(const StepContext& step, int64_t row,
                                                      const Row& logits, int r,
                                                      typename Row::Slot& to) {
     accumulator_t<Stored> v[kRun];
-    read_run<Stored>(step.loss.soft_target, row.at, logits.column(r), logits.count(r), v);
+    read_run<Stored>(step.loss.soft_target, row, logits.column(r), logits.count(r), v);
 #pragma unroll
     for (int e = 0; e < kRun; ++e) to.v[e] = Accumulator(v[e]);
   }
@@ -164,21 +175,18 @@ struct StepLosses : StepCounts<C> {
   /// What a perfect prediction would be at the columns of run r, weighted by class: the target,
   /// smoothed.
   template <class Row>
-  static __device__ __forceinline__ void read_wanted(const StepContext& step, const RowOf& row,
-                                                     const Row& logits, int r,
+  static __device__ __forceinline__ void read_wanted(const StepContext& step, const Shared& board,
+                                                     const RowOf& row, const Row& logits, int r,
                                                      Accumulator (&t)[kRun]) {
-    const double smoothing = step.loss.label_smoothing;
-    const Accumulator rest = smoothing / double(step.classes);
+    const Accumulator share = board.weights.target, rest = board.weights.rest;
     const int64_t column = logits.column(r);
     if (is_soft(step)) {
-      const Accumulator share = 1 - smoothing;
       const auto q = logits.slot(logits.branches(), r);
 #pragma unroll
       for (int e = 0; e < kRun; ++e) t[e] = share * q.v[e] + rest;
     } else {
-      const Accumulator target_share = 1 - smoothing + smoothing / double(step.classes);
 #pragma unroll
-      for (int e = 0; e < kRun; ++e) t[e] = column + e == row.target ? target_share : rest;
+      for (int e = 0; e < kRun; ++e) t[e] = column + e == row.target ? share + rest : rest;
     }
     if (!step.loss.class_weight) return;
     Accumulator w[kRun];
@@ -187,11 +195,12 @@ struct StepLosses : StepCounts<C> {
     for (int e = 0; e < kRun; ++e) t[e] *= w[e];
   }
 
-  /// When all columns have been looked at: one thread per branch writes what is left of the row.
+  /// When all columns have been looked at: one thread per branch writes what is left of the row. As
+  /// in PyTorch a row with +inf or with nothing but -inf has no finite loss.
   template <class Row>
   static __device__ __forceinline__ void finish_row(const StepContext& step, const Shared& board,
-                                                    const RowOf& row, int parity, const Row& logits,
-                                                    Sums& sums) {
+                                                    RowRange rows, const RowOf& row, int parity,
+                                                    const Row& logits, Sums& sums) {
     if (logits.by_warp()) {
       warp_sync();
     } else {
@@ -201,12 +210,18 @@ struct StepLosses : StepCounts<C> {
     if (k >= logits.branches()) return;
     const int writer = logits.by_warp() ? threadIdx.x / 32 : 0;
     const Peak peak = peak_of_row(board, parity, k, logits.by_warp());
-    const int64_t to = k * step.rows + row.at;
+    const int64_t at = rows.begin + row.index, to = k * step.rows + at;
     step.loss.predictions[to] = peak.best;
     double loss = 0;
-    if (row.counting >> k & 1) {
-      loss = loss_of(step, row, peak, board.at_target[parity][k][writer]);
-      sums.loss += loss * Base::sample_weight(step, row.at);
+    if (row.counts(k)) {
+      if (is_dense(step)) {
+        const Wanted wanted = wanted_of_row(board, parity, k, logits.by_warp());
+        loss = wanted.mass * (double(logarithm(peak.sum)) + double(peak.largest)) - wanted.dot;
+      } else {
+        loss = Base::target_weight(step, row.target) *
+               (logarithm(peak.sum) - (board.at_target[parity][k][writer] - peak.largest));
+      }
+      sums.loss += loss * Base::sample_weight(step, at);
       int64_t label = row.target;
       if (is_soft(step)) label = peak_of_row(board, parity, kMaxBranches, logits.by_warp()).best;
       sums.correct += peak.best == label;
@@ -222,11 +237,12 @@ struct StepLosses : StepCounts<C> {
                                                    const Row& logits) {
 #pragma unroll 1
     for (int k = 0; k < logits.branches(); ++k) {
-      if (!(row.counting >> k & 1)) continue;
+      if (!row.counts(k)) continue;
       const Peak peak = peak_of_row(board, parity, k, logits.by_warp());
       const Accumulator own = board.peaks[parity][k][threadIdx.x / 32].largest;
       const Accumulator mass =
-          is_dense(step) ? Accumulator(peak.mass) : Base::target_weight(step, row.target);
+          is_dense(step) ? Accumulator(wanted_of_row(board, parity, k, logits.by_warp()).mass)
+                         : Base::target_weight(step, row.target);
       const Accumulator factor = mass * (once ? exponential(own - peak.largest) : 1) / peak.sum;
       for_each_logit(logits, k, [&](Accumulator z, int64_t) {
         return (once ? z : exponential(z - peak.largest)) * factor;
@@ -270,7 +286,6 @@ struct StepLosses : StepCounts<C> {
         }
         return z;
       });
-      if (is_dense(step)) add_wanted(step, row, logits, k, peak[u]);
     }
     reduce_largest(most, peak);
 #pragma unroll
@@ -286,12 +301,6 @@ struct StepLosses : StepCounts<C> {
     for (int mask = most / 2; mask > 0; mask /= 2) {
 #pragma unroll
       for (int u = 0; u < kTogether; ++u) peak[u].sum += warp_exchange(peak[u].sum, mask);
-      if (!is_dense(step)) continue;
-#pragma unroll
-      for (int u = 0; u < kTogether; ++u) {
-        peak[u].mass += warp_exchange(peak[u].mass, mask);
-        peak[u].wanted += warp_exchange(peak[u].wanted, mask);
-      }
     }
     if (threadIdx.x % 32 != 0) return;
 #pragma unroll
@@ -335,25 +344,40 @@ struct StepLosses : StepCounts<C> {
       kept.merge(peak);
     }
   }
-  /// Sums of the target, and of target times logit, over this thread's columns of branch k.
+  /// Sums of a dense target, and of target times logit, over the columns at hand of all branches.
   template <class Row>
-  static __device__ __forceinline__ void add_wanted(const StepContext& step, const RowOf& row,
-                                                    const Row& logits, int k, Peak& peak) {
-    Accumulator mass = 0, wanted = 0;
+  static __device__ __forceinline__ void look_at_wanted(const StepContext& step, Shared& board,
+                                                        const RowOf& row, int parity, bool first,
+                                                        const Row& logits) {
 #pragma unroll 1
-    for (int r = 0; r < Row::kRunCount && logits.count(r) > 0; ++r) {
-      Accumulator t[kRun];
-      read_wanted(step, row, logits, r, t);
-      const auto z = logits.slot(k, r);
+    for (int k = 0; k < logits.branches(); ++k) {
+      Accumulator of_target = 0, of_product = 0;
+#pragma unroll 1
+      for (int r = 0; r < Row::kRunCount && logits.count(r) > 0; ++r) {
+        Accumulator t[kRun];
+        read_wanted(step, board, row, logits, r, t);
+        const auto z = logits.slot(k, r);
 #pragma unroll
-      for (int e = 0; e < kRun; ++e) {
-        if (e >= logits.count(r)) continue;
-        mass += t[e];
-        wanted += t[e] * z.v[e];
+        for (int e = 0; e < kRun; ++e) {
+          if (e >= logits.count(r)) continue;
+          of_target += t[e];
+          of_product += t[e] * z.v[e];
+        }
       }
+      double mass = of_target, dot = of_product;
+#pragma unroll 1
+      for (int mask = (logits.lanes() < 32 ? logits.lanes() : 32) / 2; mask > 0; mask /= 2) {
+        mass += warp_exchange(mass, mask);
+        dot += warp_exchange(dot, mask);
+      }
+      if (threadIdx.x % 32 != 0) continue;
+      Wanted& kept = board.wanted[parity][k][threadIdx.x / 32];
+      if (!first) {
+        mass += kept.mass;
+        dot += kept.dot;
+      }
+      kept = {mass, dot};
     }
-    peak.mass = mass;
-    peak.wanted = wanted;
   }
 
   /// What the threads of a row know of branch k, warps in order.
@@ -366,14 +390,16 @@ struct StepLosses : StepCounts<C> {
     return peak;
   }
 
-  /// As in PyTorch a row with +inf or with nothing but -inf has no finite loss.
-  static __device__ __forceinline__ double loss_of(const StepContext& step, const RowOf& row,
-                                                   const Peak& peak, const Accumulator& at_target) {
-    const Accumulator log_sum = logarithm(peak.sum);
-    if (is_dense(step)) {
-      return peak.mass * (double(log_sum) + double(peak.largest)) - peak.wanted;
+  static __device__ __forceinline__ Wanted wanted_of_row(const Shared& board, int parity, int k,
+                                                         bool by_warp) {
+    if (by_warp) return board.wanted[parity][k][threadIdx.x / 32];
+    Wanted sum{0, 0};
+#pragma unroll 1
+    for (int w = 0; w < C::kWarps; ++w) {
+      sum.mass += board.wanted[parity][k][w].mass;
+      sum.dot += board.wanted[parity][k][w].dot;
     }
-    return Base::target_weight(step, row.target) * (log_sum - (at_target - peak.largest));
+    return sum;
   }
 
   static __device__ __forceinline__ T* plane_row(const StepContext& step, int plane, RowRange rows,
@@ -394,18 +420,25 @@ struct StepLosses : StepCounts<C> {
       const auto leaks = [&](int k) { return k >= plane.begin && k < plane.end; };
 #pragma unroll 1
       for (int r = 0; r < Row::kRunCount && logits.count(r) > 0; ++r) {
-        Accumulator v[kRun] = {}, t[kRun];
-        read_wanted(step, row, logits, r, t);
+        Accumulator v[kRun] = {}, all = 0;
 #pragma unroll 1
         for (int k = 0; k < logits.branches(); ++k) {
-          if (!(row.counting >> k & 1) || (k != plane.first && !leaks(k))) continue;
+          if (!row.counts(k) || (k != plane.first && !leaks(k))) continue;
           Accumulator weight = k == plane.first ? Accumulator(1) : Accumulator(plane.leak);
           if (step.plan.mixed) weight *= board.weights.branch[k];
-          weight *= row.weight;
+          all += weight;
           const auto p = logits.slot(k, r);
 #pragma unroll
-          for (int e = 0; e < kRun; ++e) v[e] += weight * (p.v[e] - t[e]);
+          for (int e = 0; e < kRun; ++e) v[e] += weight * p.v[e];
         }
+        Accumulator t[kRun];
+        read_wanted(step, board, row, logits, r, t);
+        const Accumulator of_row =
+            step.plan.weighted
+                ? board.weights.row * Base::sample_weight(step, rows.begin + row.index)
+                : Accumulator(1);
+#pragma unroll
+        for (int e = 0; e < kRun; ++e) v[e] = of_row * (v[e] - all * t[e]);
         // what lies beyond the last column is padding
         write_run(to + logits.column(r), v, kRun);
       }

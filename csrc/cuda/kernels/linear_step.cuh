@@ -62,9 +62,11 @@ struct LinearStep {
     Losses::count(step, shared);
 #pragma unroll 1
     for (int chunk = 0; chunk < args.plan.chunks; ++chunk) {
-      const RowRange rows = step.chunk(chunk);
+      RowRange rows = step.chunk(chunk);
       Forward::template multiply<false>(args.forward, shared, rows);
       grid_sync();
+      hide_origin(rows.begin);
+      hide_origin(rows.count);
       Losses::run_rows(step, shared, rows, LinearLogits<C>{args.forward});
       Gradients::copy_masked(args.backward, rows);
       grid_sync();

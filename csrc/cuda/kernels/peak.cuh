@@ -11,13 +11,12 @@ struct Peak {
   static constexpr uint32_t kNone = 0xffffffffu;  ///< no column
 
   Accumulator largest, sum;  ///< of the logits; of exp(logit - largest)
-  double mass, wanted;       ///< sums of the target, and of target times logit, where it is dense
   uint32_t best;             ///< column of the largest logit, the first of equal ones
 
   /// Of no columns. The largest is finite, so that -inf minus it is no NaN.
   static __device__ __forceinline__ Peak none() {
-    if constexpr (sizeof(Accumulator) == 8) return {-1.7976931348623157e308, 0, 0, 0, kNone};
-    return {Accumulator(-3.402823466e38f), 0, 0, 0, kNone};
+    if constexpr (sizeof(Accumulator) == 8) return {-1.7976931348623157e308, 0, kNone};
+    return {Accumulator(-3.402823466e38f), 0, kNone};
   }
   /// Whether a wins over b wherever the two stand: NaN counts as the largest.
   static __device__ __forceinline__ bool beats(Accumulator a, Accumulator b) {
@@ -42,8 +41,6 @@ struct Peak {
       best = other.best;
     }
     sum = sum * exponential(mine - largest) + other.sum * exponential(other.largest - largest);
-    mass += other.mass;
-    wanted += other.wanted;
   }
 };
 

@@ -22,6 +22,7 @@ struct StepCounts {
   struct Weights {
     Accumulator branch[kMaxBranches];
     Accumulator row;
+    Accumulator target, rest;  ///< of a target's share and of every class, by the smoothing
   };
 
   /// Counts the rows of this CTA's share, before anything else is known of them: of counting_ctas
@@ -68,14 +69,18 @@ struct StepCounts {
   /// Finds the weights of the residuals where planes need them; one CTA writes the totals, too.
   static __device__ __forceinline__ void find_weights(const StepContext& step, Weights& weights,
                                                       RowRange rows) {
+    if (threadIdx.x == 0) {
+      weights.target = 1 - step.loss.label_smoothing;
+      weights.rest = step.loss.label_smoothing / double(step.classes);
+    }
     if (needs_totals(step) || (rows.begin == 0 && blockIdx.x == 0)) {
       find_totals(step, weights, rows);
     } else if (step.plan.mixed) {
       if (int(threadIdx.x) < step.plan.branches) {
         weights.branch[threadIdx.x] = alpha_of(step, threadIdx.x);
       }
-      __syncthreads();
     }
+    __syncthreads();
   }
 
   /// Adds the threads' sums in order to what this CTA has of earlier chunks.
@@ -204,7 +209,6 @@ struct StepCounts {
         totals(step)[branches + lane] = {{0, 0}, lane == 0 ? 1. : 0., lane == 0 ? 1.f : 0.f};
       }
     }
-    __syncthreads();
   }
   static __device__ __forceinline__ void set_totals(const StepContext& step, Weights& weights,
                                                     RowRange rows, int k, const StepCount& counted,
