@@ -207,7 +207,7 @@ BUGS = [
     ),
     Bug(
         "no grid sync before the rows of a step", LINEAR_STEP,
-        "      grid_sync();\n      Losses::run_rows", "      Losses::run_rows", GRID_RACE,
+        "      grid_sync();\n      hide_origin(rows.begin);", "      hide_origin(rows.begin);", GRID_RACE,
     ),
     Bug(
         "no grid sync after the rows, nor between chunks", LINEAR_STEP,
@@ -245,10 +245,8 @@ BUGS = [
         "t[e] = column + e == row.target ? share + rest : rest;", "t[e] = rest;", WRONG,
     ),
     Bug(
-        "smoothing takes the target's own share away", LOSSES,
-        "target_share = 1 - smoothing + smoothing / double(step.classes)",
-        "target_share = 1 - smoothing",
-        WRONG,
+        "smoothing takes the target's own share away", COUNTS,
+        "weights.target = 1 - step.loss.label_smoothing;", "weights.target = 1;", WRONG,
     ),
     Bug(
         "the last of equal maxima is the prediction", "cuda/kernels/peak.cuh",
