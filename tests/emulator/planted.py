@@ -207,7 +207,8 @@ BUGS = [
     ),
     Bug(
         "no grid sync before the rows of a step", LINEAR_STEP,
-        "      grid_sync();\n      hide_origin(rows.begin);", "      hide_origin(rows.begin);", GRID_RACE,
+        "      grid_sync();\n      hide_origin(rows.begin);", "      hide_origin(rows.begin);",
+        GRID_RACE,
     ),
     Bug(
         "no grid sync after the rows, nor between chunks", LINEAR_STEP,
@@ -316,7 +317,9 @@ BUGS = [
     ),
     Bug(
         "weights: residuals have none", LOSSES,
-        "? board.weights.row * Base::sample_weight(step, rows.begin + row.index)", "? Accumulator(1)", WRONG,
+        "? board.weights.row * Base::sample_weight(step, rows.begin + row.index)",
+        "? Accumulator(1)",
+        WRONG,
     ),
     Bug(
         "weights: a mean divides by rows", COUNTS,
@@ -328,7 +331,8 @@ BUGS = [
     ),
     Bug(
         "a soft target adds up to one", LOSSES,
-        "Accumulator(wanted_of_row(board, parity, k, logits.by_warp()).mass)", "Accumulator(1)", WRONG,
+        "Accumulator(wanted_of_row(board, parity, k, logits.by_warp()).mass)", "Accumulator(1)",
+        WRONG,
     ),
     Bug(
         "a soft target's columns are those of the first run", LOSSES,
