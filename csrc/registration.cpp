@@ -25,10 +25,10 @@
 // total = fused + sum_i alpha_i unimodal_i at once. `workspace_limit` bounds, in bytes, what the
 // step keeps of logits and residuals at a time (0: the device's default); more rows than fit run in
 // chunks.
-#define DGL_EXT_STEP                                                                 \
-  DGL_EXT_HEAD                                                                       \
+#define DGL_EXT_STEP                                                                  \
+  DGL_EXT_HEAD                                                                        \
   ", Tensor target, Tensor? class_weight, Tensor? sample_weight, Tensor?[] present, " \
-  "float[] alpha, bool mean, int ignore_index, "                                     \
+  "float[] alpha, bool mean, int ignore_index, "                                      \
   "float label_smoothing, " DGL_EXT_NEEDS ", int workspace_limit"
 
 // film_head_forward returns the logits (fused, of x, of y) and the modulation [gamma | beta], which

@@ -6,7 +6,7 @@ What follows the language says what becomes of a block:
 - ```` ```python title="name.py" ````: a file in that folder;
 - ```` ```python gpu ````: as the first, on a machine with a GPU;
 - ```` ```python needs NAME ````: as the first, where that package is installed;
-- ```` ```sh ````: run by a shell in that folder.
+- ```` ```sh ````, ```` ```sh needs NAME ````: the same, by a shell in that folder.
 
 There is no other kind: a page has no code that nothing runs.
 """
@@ -27,7 +27,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 _FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)^```\n", re.MULTILINE)
 _KIND = re.compile(
-    r'python|python gpu|python needs (?P<needs>[a-z_]+)|sh|python title="(?P<title>[a-z_]+\.py)"'
+    r'python gpu|(python|sh)( needs (?P<needs>[a-z_]+))?|python title="(?P<title>[a-z_]+\.py)"'
 )
 
 
@@ -51,7 +51,7 @@ class Block:
     def run(self, folder: Path) -> None:
         """Runs a block that has no title, beside its page's files."""
         write_files(self.page, folder)
-        if self.kind == "sh":
+        if self.kind.startswith("sh"):
             path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
             subprocess.run(
                 ["bash", "-euc", self.code],
