@@ -14,7 +14,7 @@ from . import _torch_private, reference
 from ._arguments.cross_entropy import CrossEntropy, check_numbers, unpack_if_plain
 from ._arguments.heads import HEADS, Biases, Features, Head, Weights, get_head
 from ._arguments.modes import check_leaks, get_mode
-from ._arguments.validate import check_present, is_foreign, plain_tuple
+from ._arguments.validate import check_choice, check_present, is_foreign, plain_tuple
 from ._ops import extension, logits
 from ._ops import step as step_op
 from ._ops.library import Executor
@@ -310,10 +310,7 @@ def check_backend(backend: str) -> str:
     """Returns `backend` if there is one of that name."""
     if isinstance(backend, str) and backend in _FORMER_NAMES:
         raise ValueError(f'backend: "{backend}" is now called "{_FORMER_NAMES[backend]}"')
-    if backend not in BACKENDS:
-        names = ", ".join(f'"{name}"' for name in BACKENDS)
-        raise ValueError(f"backend: expected one of {names}, got {backend!r}")
-    return backend
+    return check_choice("backend", backend, BACKENDS)
 
 
 def _unpack_if_plain(

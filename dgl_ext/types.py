@@ -24,7 +24,7 @@ def _take_one(total: Tensor) -> tuple[Tensor, bool]:
         return one, True
     with torch.inference_mode(False):
         one = torch.ones_like(total)
-    one._dgl_ext_one = True  # type: ignore
+    one._dgl_ext_one = True  # type: ignore[attr-defined]
     # While a CUDA graph is captured the fill is only recorded: nothing else may read what it fills.
     return one, plain and not (total.is_cuda and torch.cuda.is_current_stream_capturing())
 
@@ -201,8 +201,8 @@ def _refuse_function(cls: type, function: Any, *_: object, **__: object) -> Any:
 # a function of PyTorch would say nothing of the total.
 for _name in ("add", "radd", "mul", "rmul", "sub", "rsub", "truediv", "rtruediv", "neg", "float"):
     setattr(DecoupledLoss, f"__{_name}__", _refuse)
-DecoupledLoss.__getattr__ = _refuse_attribute  # type: ignore
-DecoupledLoss.__torch_function__ = classmethod(_refuse_function)  # type: ignore
+DecoupledLoss.__getattr__ = _refuse_attribute  # type: ignore[attr-defined]
+DecoupledLoss.__torch_function__ = classmethod(_refuse_function)  # type: ignore[arg-type, attr-defined]
 
 
 def _register(result: type[tuple[Any, ...]]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from .validate import (
     autocast_dtype,
     cast,
+    check_choice,
     check_features,
     check_like,
     check_parameter,
@@ -159,8 +160,4 @@ HEADS: dict[str, Head] = {
 
 def get_head(fusion: object) -> Head:
     """Returns the head registered under the name `fusion`."""
-    head = HEADS.get(fusion) if isinstance(fusion, str) else None
-    if head is None:
-        names = ", ".join(f'"{name}"' for name in HEADS)
-        raise ValueError(f"fusion: expected one of {names}, got {fusion!r}")
-    return head
+    return HEADS[check_choice("fusion", fusion, HEADS)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .validate import check_share
+from .validate import check_choice, check_share
 
 
 class Mode(NamedTuple):
@@ -35,11 +35,7 @@ MODES = {
 
 def get_mode(mode: object) -> Mode:
     """Returns what the mode of that name sets."""
-    found = MODES.get(mode) if isinstance(mode, str) else None
-    if found is None:
-        names = ", ".join(f'"{name}"' for name in MODES)
-        raise ValueError(f"mode: expected one of {names}, got {mode!r}")
-    return found
+    return MODES[check_choice("mode", mode, MODES)]
 
 
 def check_leaks(mode: object, encoder_leak: object, head_leak: object) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numbers
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -180,6 +180,14 @@ def check_shape(argument: str, index: int | None, tensor: Tensor, expected: Shap
         sizes = ["C" if size is None else str(size) for size in expected]
         text = ", ".join(sizes) + ("," if len(sizes) == 1 else "")
         raise ValueError(f"{label(argument, index)}: expected shape ({text}), got {tuple(shape)}")
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> str:
+    """Returns `value` if it is one of the names that there are."""
+    if isinstance(value, str) and value in choices:
+        return value
+    names = ", ".join(f'"{choice}"' for choice in choices)
+    raise ValueError(f"{name}: expected one of {names}, got {value!r}")
 
 
 def check_width(name: str, value: object) -> int:

@@ -340,6 +340,11 @@ BUGS = [
         WRONG + "|out of bounds",
     ),
     Bug(
+        "a soft target's likeliest class is that of the last warp", LOSSES,
+        "peak_of_row(board, parity, kMaxBranches, logits.by_warp()).best",
+        "board.peaks[parity][kMaxBranches][C::kWarps - 1].best", "correct",
+    ),
+    Bug(
         "predictions are of the chunk", LOSSES,
         "to = k * step.rows + at;", "to = k * step.rows + row.index;",
         WRONG + "|predictions",

@@ -30,6 +30,15 @@ class Ties(LinearStepProblem):
             feature.elements[...] = 0
 
 
+class Agreed(LinearStepProblem):
+    """Every row's prediction is its soft target's likeliest class."""
+
+    def __init__(self, module, case):
+        super().__init__(module, case)
+        self.biases[0].elements[0, 7] = 100
+        self.losses.soft.elements[:, 7] = 1
+
+
 class Pair(LinearStepProblem):
     """Two modalities of one width, the second before the first in memory: few launches."""
 
@@ -135,6 +144,7 @@ def step_cases():
         yield FilmStepProblem, FilmStepCase(40, 24, 16, 11, loss=sharp, **half), races
         soft = LossCase(soft="float32", class_weight=True)
         yield LinearStepProblem, LinearStepCase(70, (8, 16), 130, loss=soft, **absent), races
+    yield Agreed, LinearStepCase(9, (16,), 130, loss=LossCase(soft="float32")), False
     yield Ties, LinearStepCase(40, (16,), 5, bias=False), False
 
 
