@@ -96,6 +96,15 @@ DGL_EXT_INLINE double lane_maximum(const Lanes<double>::Vector& v) {
   return std::max(std::max(v[0], v[2]), std::max(v[1], v[3]));
 }
 
+// Whether a comparison holds in some lane.
+template <typename Comparison>
+DGL_EXT_INLINE bool any_lane(const Comparison& comparison) {
+  uint64_t bits[4];
+  static_assert(sizeof(bits) == sizeof(comparison));
+  std::memcpy(bits, &comparison, sizeof(bits));
+  return (bits[0] | bits[1] | bits[2] | bits[3]) != 0;
+}
+
 // The sum over a vector's lanes, in double.
 DGL_EXT_INLINE double wide_sum(const Lanes<float>::Vector& v) {
   double sums[4];
@@ -132,30 +141,28 @@ DGL_EXT_INLINE T maximum(const T* row, int64_t classes, bool& has_nan) {
     unordered |= values != values;
   }
   for (int64_t k = 1; k < kChains; ++k) most[0] = most[k] > most[0] ? most[k] : most[0];
-  uint64_t bits[4];
-  std::memcpy(bits, &unordered, sizeof(bits));
-  has_nan = (bits[0] | bits[1] | bits[2] | bits[3]) != 0;
+  has_nan = any_lane(unordered);
   return lane_maximum(most[0]);
 }
 
 // The first of the largest values, as torch.argmax takes it: a NaN is larger than all.
 template <typename T>
 DGL_EXT_INLINE int64_t first_largest(const T* row, int64_t classes, T most, bool has_nan) {
-  constexpr int64_t kBlock = 64;
-  for (int64_t begin = 0; begin < classes; begin += kBlock) {
-    const int64_t end = std::min(classes, begin + kBlock);
-    bool here = false;
-    if (has_nan) {
-      for (int64_t c = begin; c < end; ++c) here |= row[c] != row[c];
-    } else {
-      for (int64_t c = begin; c < end; ++c) here |= row[c] == most;
+  using Vector = typename Lanes<T>::Vector;
+  constexpr int64_t kLanes = Lanes<T>::kCount;
+  constexpr int64_t kChains = 4;
+  int64_t c = 0;
+  for (; c + kChains * kLanes <= classes; c += kChains * kLanes) {
+    auto found = Vector{} != Vector{};
+    for (int64_t k = 0; k < kChains; ++k) {
+      Vector values;
+      load(values, row + c + k * kLanes);
+      found |= has_nan ? values != values : values == most;
     }
-    if (!here) continue;
-    int64_t c = begin;
-    while (has_nan ? row[c] == row[c] : row[c] != most) ++c;
-    return c;
+    if (any_lane(found)) break;
   }
-  return 0;
+  while (c < classes && (has_nan ? row[c] == row[c] : row[c] != most)) ++c;
+  return c < classes ? c : 0;
 }
 
 // sum_c exp(row[c] - most); the exponentials replace the row where `keep`.
