@@ -48,7 +48,6 @@ import argparse
 import math
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,7 +92,15 @@ def main(arguments: list[str] | None = None) -> int:
     for mode in options.modes:
         document = _run(mode, options, ceiling, console)
         fusion_report.print_results(console, document)
-        for path in write_results(options.out, document, smoke=options.smoke):
+        paths = report.write(
+            options.out,
+            f"fusion_{mode}",
+            document,
+            fusion_cells.columns(mode),
+            smoke=options.smoke,
+            plot=fusion_report.plot,
+        )
+        for path in paths:
             console.print(f"wrote {path}", markup=False, soft_wrap=True)
         statuses |= {row["status"] for row in document["rows"]}
     return int(bool(statuses & {"wrong", "failed"}))
@@ -146,23 +153,13 @@ def _run(
         "environment": harness.environment(options.device),
         "ceiling": asdict(ceiling),
         "foreign_load": load.share,
-        "summary": fusion_report.describe(rows, foreign_load=load.share),
+        "summary": fusion_report.describe(rows, load.share),
         "rows": rows,
     }
 
 
 def _gpu(device: torch.device) -> cuda_steps.Gpu | None:
     return cuda_steps.Gpu(device) if device.type == "cuda" else None
-
-
-def write_results(out: Path, document: dict[str, Any], *, smoke: bool) -> list[Path]:
-    """Write JSON, CSV and plot, named by mode, device and dtype; returns the paths."""
-    mode = document["mode"]
-    paths = report.result_paths(out, f"fusion_{mode}", document, smoke=smoke)
-    report.write_json(paths[0], document)
-    report.write_csv(paths[1], fusion_cells.columns(mode), document["rows"])
-    fusion_report.plot(paths[2], document)
-    return paths
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -41,19 +41,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 try:
     import fusion_cells
     import harness
     import memory_child
-    import memory_report
     import options as shared
     import providers
     import report
+    from report import Row
 
     import dgl_ext
 except ImportError as error:
-    sys.exit(f"bench_memory needs dgl_ext, rich and matplotlib installed: {error}")
+    sys.exit(f"bench_memory needs dgl_ext and rich installed: {error}")
 
 ROWS, CLASSES = "1024,4096,16384", "1000,8000,32000"
 SMOKE_ROWS, SMOKE_CLASSES, SMOKE_LIMIT = "256", "1000", 1.0
@@ -74,8 +75,6 @@ PLANES = {
 }
 USABLE = 0.9  # of the memory that is free
 
-Row = dict[str, Any]
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; returns 1 if a provider was wrong or crashed."""
@@ -83,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = report.make_console()
     cells = [(rows, classes) for rows in options.rows for classes in options.classes]
     smallest = min(cells, key=lambda cell: cell[0] * cell[1])
-    console.print(f"comparing results at {memory_report.cell_name(*smallest)} ...")
+    console.print(f"comparing results at {_cell(*smallest)} ...")
     excluded = check(*smallest, options)
 
     load, rows = harness.ForeignLoad(), []
@@ -91,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
         for cell in cells:
             here = []
             for name in options.providers:
-                done = progress.begin(f"{memory_report.cell_name(*cell)} {name}")
+                done = progress.begin(f"{_cell(*cell)} {name}")
                 with load:
                     here.append(measure(name, *cell, options, excluded))
                 done(1)
@@ -107,11 +106,11 @@ def main(arguments: list[str] | None = None) -> int:
         "workspace_limit": options.limit,
         "environment": harness.environment(options.device),
         "foreign_load": load.share,
-        "summary": memory_report.describe(rows, options.limit, load.share),
+        "summary": describe(rows, options.limit, load.share),
         "rows": rows,
     }
-    memory_report.print_results(console, document)
-    for path in write_results(options.out, document, smoke=options.smoke):
+    print_results(console, document)
+    for path in report.write(options.out, "memory", document, columns(), smoke=options.smoke):
         console.print(f"wrote {path}", markup=False, soft_wrap=True)
     return int(any(row["status"] in ("wrong", "failed") for row in rows))
 
@@ -230,13 +229,61 @@ def columns() -> list[str]:
     ]
 
 
-def write_results(out: Path, document: dict[str, Any], *, smoke: bool) -> list[Path]:
-    """Write JSON, CSV and plot, named by device and dtype; returns the paths."""
-    paths = report.result_paths(out, "memory", document, smoke=smoke)
-    report.write_json(paths[0], document)
-    report.write_csv(paths[1], columns(), document["rows"])
-    memory_report.plot(paths[2], document)
-    return paths
+def print_results(console: Console, document: dict[str, Any]) -> None:
+    """Print the conditions, the table (sizes in MiB) and the summary."""
+    columns = [
+        ("extra", lambda row: _mib(row["extra_bytes"])),
+        ("gradients", lambda row: _mib(row["gradient_bytes"])),
+        ("rest", lambda row: _mib(row["rest_bytes"])),
+        ("/limit", report.ratio("rest_by_limit")),
+        ("ms", lambda row: f"{row['median_us'] / 1000:,.1f}"),
+        ("/joint", report.ratio("ratio_to_joint")),
+        ("/linear_ce", report.ratio("ratio_to_linear_cross_entropy")),
+    ]
+    details = (
+        f"width {document['width']}; workspace limit: {_mib(document['workspace_limit'])} MiB",
+        document["statistic"],
+    )
+    table = report.make_table(document["rows"], _row_cell, columns)
+    report.print_results(console, document, details, [table])
+
+
+def describe(rows: list[Row], limit: int, foreign_load: float | None) -> list[str]:
+    """Say in words what the rows show, where dgl_ext is worse included."""
+    sentences = []
+    mine = [row for row in rows if row["provider"] == report.SUBJECT and row["status"] == "ok"]
+    if mine:
+        ordered = sorted(mine, key=lambda row: row["rest_bytes"])
+        low, high = ordered[0], ordered[-1]
+        within = sum(row["rest_bytes"] <= limit for row in mine)
+        largest = max(mine, key=lambda row: row["rows"] * row["classes"])
+        peaks = ", ".join(
+            f"{row['provider']} {_mib(row['extra_bytes'])} MiB"
+            for row in rows
+            if _row_cell(row) == _row_cell(largest) and row["status"] == "ok"
+        )
+        sentences = [
+            f"Beyond the gradients, {report.SUBJECT} takes {_mib(low['rest_bytes'])} MiB "
+            f"({_row_cell(low)}) to {_mib(high['rest_bytes'])} MiB ({_row_cell(high)}); the limit "
+            f"of {_mib(limit)} MiB holds in {within} of {len(mine)} cells.",
+            f"At {_row_cell(largest)} a step takes at its peak {peaks}; the gradients are "
+            f"{_mib(largest['gradient_bytes'])}.",
+        ]
+    sentences += report.compare(rows, _row_cell) + report.not_measured(rows, _row_cell)
+    return sentences + report.noise(rows, foreign_load)
+
+
+def _cell(rows: int, classes: int) -> str:
+    return f"{rows}x{classes}"
+
+
+def _row_cell(row: Row) -> str:
+    return _cell(row["rows"], row["classes"])
+
+
+def _mib(size: float) -> str:
+    mib = size / MIB
+    return f"{mib:,.1f}" if mib < 100 else f"{mib:,.0f}"
 
 
 def _gib(size: int) -> str:

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.console import Console
 
 try:
     import harness
@@ -37,19 +38,18 @@ try:
     import providers
     import report
     import training_child
-    import training_report
     import training_steps
     from problems import FUSIONS
+    from report import Row
 except ImportError as error:
-    sys.exit(f"bench_training needs dgl_ext, rich and matplotlib installed: {error}")
+    sys.exit(f"bench_training needs dgl_ext and rich installed: {error}")
 
 PROCESSES = 9  # fresh ones, for the peak memory of one provider
+MIB = 2**20
 REPETITIONS = 7  # steps in each
 BASELINES = ("joint", "two_pass")
 # Relative to the largest value of a tensor; rounding in encoders is amplified by their depth.
 TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -96,15 +96,11 @@ def main(arguments: list[str] | None = None) -> int:
         "seconds_per_cell": options.seconds,
         "environment": harness.environment(options.device),
         "foreign_load": load.share,
-        "summary": training_report.describe(rows) + report.busy(load.share),
+        "summary": describe(rows, load.share),
         "rows": rows,
     }
-    training_report.print_results(console, document)
-    paths = report.result_paths(options.out, "training", document, smoke=options.smoke)
-    report.write_json(paths[0], document)
-    report.write_csv(paths[1], columns(), rows)
-    training_report.plot(paths[2], document)
-    for path in paths:
+    print_results(console, document)
+    for path in report.write(options.out, "training", document, columns(), smoke=options.smoke):
         console.print(f"wrote {path}", markup=False, soft_wrap=True)
     return int(any(row["status"] in ("wrong", "failed") for row in rows))
 
@@ -237,6 +233,37 @@ def columns() -> list[str]:
     names += [f"ratio_to_{other}{part}" for other in BASELINES for part in ("", "_p20", "_p80")]
     names += ["peak_bytes", "peak_bytes_min", "peak_bytes_max"]
     return names + [f"peak_ratio_to_{other}" for other in BASELINES]
+
+
+def print_results(console: Console, document: dict[str, Any]) -> None:
+    """Print the conditions, the table and the summary."""
+    table = report.make_table(
+        document["rows"],
+        _cell,
+        [
+            ("ms", lambda row: f"{row['median_us'] / 1e3:.2f}"),
+            ("p20-p80", lambda row: f"{row['p20_us'] / 1e3:.2f}-{row['p80_us'] / 1e3:.2f}"),
+            *((f"/{other}", report.ratio(f"ratio_to_{other}", 3)) for other in BASELINES),
+            ("MiB", lambda row: f"{row['peak_bytes'] / MIB:.1f}" if "peak_bytes" in row else "-"),
+            *((f"/{other}", report.ratio(f"peak_ratio_to_{other}", 3)) for other in BASELINES),
+        ],
+    )
+    details = (f"times and ratios: {document['statistic']}", f"memory: {document['memory']}")
+    report.print_results(console, document, details, [table])
+
+
+def describe(rows: list[Row], foreign_load: float | None) -> list[str]:
+    """Say in words what the rows show, where dgl_ext is worse included."""
+    return [
+        *report.compare(rows, _cell),
+        *report.compare(rows, _cell, "peak_ratio", "times the memory at its peak"),
+        *report.not_measured(rows, _cell),
+        *report.noise(rows, foreign_load),
+    ]
+
+
+def _cell(row: Row) -> str:
+    return f"{row['network']} {row['fusion']}, batch {row['batch']}"
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

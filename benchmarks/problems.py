@@ -2,80 +2,47 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from support import problems as drawn
 
-@dataclass(frozen=True)
-class Problem:
-    """Leaf tensors of one head and one batch: B rows, width D in both modalities, C classes."""
 
-    fusion: str
-    features: tuple[Tensor, Tensor]  # (B, D) each
-    weight: Tensor | tuple[Tensor, Tensor]
-    bias: Tensor | tuple[Tensor, Tensor]
+@dataclass
+class Problem(drawn.Problem):
+    """Leaf tensors of one head and one batch, as the tests draw them, and the targets."""
+
     target: Tensor  # (B,)
 
-    def head(self) -> dict[str, Tensor]:
-        """The head's parameters by name."""
-        named = {}
-        for name, value in (("weight", self.weight), ("bias", self.bias)):
-            parts = value if isinstance(value, tuple) else (value,)
-            named.update({f"{name}[{i}]": part for i, part in enumerate(parts)})
-        return named
+    def head(self) -> tuple[Tensor, ...]:
+        """The head's parameters."""
+        return (*self.weights, *(bias for bias in self.biases if bias is not None))
 
     def leaves(self) -> dict[str, Tensor]:
         """Everything that receives a gradient, by name."""
-        return {f"features[{i}]": h for i, h in enumerate(self.features)} | self.head()
+        return dict(self.named())
 
     def as_float64(self) -> Problem:
         """The same values as leaves in float64."""
-
-        def leaf(tensor: Tensor) -> Tensor:
-            return tensor.detach().double().requires_grad_()
-
-        def leaves(value: Tensor | tuple[Tensor, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
-            return (leaf(value[0]), leaf(value[1])) if isinstance(value, tuple) else leaf(value)
-
-        x, y = self.features
-        return replace(
-            self,
-            features=(leaf(x), leaf(y)),
-            weight=leaves(self.weight),
-            bias=leaves(self.bias),
-        )
+        return Problem(**vars(self.to(torch.float64)), target=self.target)
 
 
 def make_problem(
     fusion: str, rows: int, width: int, classes: int, device: torch.device, dtype: torch.dtype
 ) -> Problem:
-    """Draw random features and targets, and a head of the scale that `nn.Linear` starts with."""
-    random = torch.Generator().manual_seed(0)
-
-    def leaf(*shape: int, scale: float = 1.0) -> Tensor:
-        value = torch.randn(*shape, generator=random) * scale
-        return value.to(device, dtype).requires_grad_()
-
-    small = width**-0.5
-    features = (leaf(rows, width), leaf(rows, width))
-    target = torch.randint(classes, (rows,), generator=random).to(device)
-    weight: Tensor | tuple[Tensor, Tensor]
-    bias: Tensor | tuple[Tensor, Tensor]
-    if fusion == "concat":
-        weight, bias = leaf(classes, 2 * width, scale=small), leaf(classes, scale=small)
-    elif fusion == "sum":
-        weight = (leaf(classes, width, scale=small), leaf(classes, width, scale=small))
-        bias = (leaf(classes, scale=small), leaf(classes, scale=small))
-    elif fusion == "film":
-        weight = (leaf(2 * width, width, scale=small), leaf(classes, width, scale=small))
-        bias = (leaf(2 * width), leaf(classes, scale=small))
-    else:
-        raise ValueError(f"fusion: expected one of {', '.join(FUSIONS)}, got {fusion!r}")
-    return Problem(fusion, features, weight, bias, target)
+    """Draw a head on two modalities: B = `rows`, widths D = `width`, C = `classes`."""
+    problem = drawn.make_problem(
+        fusion, leading=(rows,), widths=(width, width), classes=classes, dtype=dtype
+    ).to(device)
+    target = torch.randint(classes, (rows,), generator=torch.Generator().manual_seed(1))
+    return Problem(**vars(problem), target=target.to(device))
 
 
 def least_work(

@@ -70,7 +70,7 @@ def _two_pass(mode: str, problem: Problem) -> Step:
     which neither the method nor the published code has in these logits.
     """
     head, leaves = PLAIN_HEADS[problem.fusion], tuple(problem.leaves().values())
-    head_parameters = tuple(problem.head().values())
+    head_parameters = problem.head()
     (x, y), weight, bias, target = problem.features, problem.weight, problem.bias, problem.target
 
     def unimodal_logits() -> tuple[Tensor, Tensor]:

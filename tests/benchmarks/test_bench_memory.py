@@ -150,7 +150,7 @@ def test_a_wrong_provider_is_not_measured(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench_memory, "ask", answer)
     flags = [*SMALL, "--out", str(tmp_path), "--classes", "16,32", "--limit", "0.001"]
     assert bench_memory.main([*flags, "--providers", "joint,library"]) == 1
-    assert "joint is wrong at every size: losses[0] differs" in capsys.readouterr().out
+    assert "joint is wrong at every cell: losses[0] differs" in capsys.readouterr().out
     assert [(one.provider, one.classes) for one in asked] == [("library", 16), ("library", 32)]
     assert asked[0].workspace_limit == 1048  # bytes
     assert limits == [3 * 8 * 16 * 4 // 4]  # a quarter of what the smallest size needs

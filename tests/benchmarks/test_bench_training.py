@@ -103,7 +103,6 @@ def test_smoke_files(smoke):
     document = json.loads((smoke[1] / f"{stem}.json").read_text())
     with (smoke[1] / f"{stem}.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
-    assert (smoke[1] / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
     assert [row["provider"] for row in document["rows"]] == NAMES
     for row, line in zip(document["rows"], table, strict=True):
         assert row["status"] == line["status"] == "ok"
