@@ -244,7 +244,7 @@ def print_results(console: Console, document: dict[str, Any]) -> None:
         f"width {document['width']}; workspace limit: {_mib(document['workspace_limit'])} MiB",
         document["statistic"],
     )
-    table = report.make_table(document["rows"], _row_cell, columns)
+    table = report.make_table(document["rows"], "rows x classes", _row_cell, columns)
     report.print_results(console, document, details, [table])
 
 

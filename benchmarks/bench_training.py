@@ -239,6 +239,7 @@ def print_results(console: Console, document: dict[str, Any]) -> None:
     """Print the conditions, the table and the summary."""
     table = report.make_table(
         document["rows"],
+        "",
         _cell,
         [
             ("ms", lambda row: f"{row['median_us'] / 1e3:.2f}"),

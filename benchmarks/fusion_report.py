@@ -51,7 +51,7 @@ def print_results(console: Console, document: dict[str, Any]) -> None:
     if any(row["launches"] is not None for row in rows):
         columns.append(("kernels", report.ratio("launches", 0)))
     tables = [
-        report.make_table(here, _size, columns, f"{fusion}, {way}" if way else fusion)
+        report.make_table(here, "B x D x C", _size, columns, f"{fusion}, {way}" if way else fusion)
         for fusion in dict.fromkeys(row["fusion"] for row in rows)
         for way, here in by_execution([row for row in rows if row["fusion"] == fusion])
     ]

@@ -106,13 +106,13 @@ def machine(env: dict[str, Any]) -> str:
 
 
 def make_table(
-    rows: list[Row], cell: Callable[[Row], str], columns: Columns, title: str = ""
+    rows: list[Row], cells: str, cell: Callable[[Row], str], columns: Columns, title: str = ""
 ) -> Table:
-    """One block of lines per cell, a line per provider; fits 80 columns."""
+    """One block of lines per cell (`cells` says of what), a line per provider; 80 columns."""
     table = Table(
         title=f"\n{title}" if title else None, title_justify="left", box=None, padding=(0, 1, 0, 0)
     )
-    table.add_column("", no_wrap=True)
+    table.add_column(cells, no_wrap=True)
     for heading, _ in columns:
         table.add_column(heading, justify="right", no_wrap=True)
     for name in dict.fromkeys(map(cell, rows)):
