@@ -186,7 +186,7 @@ def fused_decouple_cross_entropy(
         label_smoothing: share of the target, 0 to 1, that is spread evenly over the C classes.
         class_weight: `(C,)`: each row's loss is multiplied by the weight of its class; with label
             smoothing and soft targets, the term of each class by its own. Weights, like soft
-            targets, are constants: 0 or more, of any real dtype, without gradient.
+            targets, are constants: finite, 0 or more, of any real dtype, without gradient.
         sample_weight: of the leading shape: each row's loss is multiplied by its weight.
         present: as in `fused_decouple`. A row without a modality does not count in its unimodal
             loss; a modality that no counted row has adds 0 to the total.

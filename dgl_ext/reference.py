@@ -6,6 +6,7 @@ against a two-pass training recipe. It runs wherever PyTorch runs and differenti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import NamedTuple
@@ -169,8 +170,8 @@ def _check_values(name: str, weight: Tensor | None) -> None:
         return
     if not weight.is_cpu or _torch_private.under_transforms():
         return
-    for value in weight[~(weight >= 0)][:1].tolist():
-        raise RuntimeError(f"{name}: expected weights of 0 or more, got {value}")
+    for value in weight[~((weight >= 0) & weight.isfinite())][:1].tolist():
+        raise RuntimeError(f"{name}: expected finite weights, 0 or more, got {value}")
 
 
 class _Branch(NamedTuple):
@@ -183,13 +184,13 @@ class _Branch(NamedTuple):
     @classmethod
     def of(cls, logits: Tensor, loss: CrossEntropy, mask: Tensor | None) -> _Branch:
         leading, classes = logits.shape[:-1], logits.shape[-1]
-        rows = logits.reshape(leading.numel(), classes)
+        rows = logits.reshape(math.prod(leading), classes)  # no number yet where it is exported
         if rows.dtype.itemsize == 2:
             rows = rows.float()
         soft = loss.target.is_floating_point()
         if soft:
             target = loss.target.reshape(rows.shape).to(rows.dtype)
-            counts = target.new_ones(len(rows), dtype=torch.bool)
+            counts = target.new_ones(rows.shape[0], dtype=torch.bool)
         else:
             target = loss.target.reshape(-1)
             counts = target != loss.ignore_index
@@ -202,7 +203,7 @@ class _Branch(NamedTuple):
             target,
             weight=loss.class_weight,
             reduction="none",
-            ignore_index=loss.ignore_index,
+            ignore_index=-100 if soft else loss.ignore_index,
             label_smoothing=loss.label_smoothing,
         )
         losses = torch.where(counts, losses, 0.0)

@@ -111,7 +111,8 @@ class DecoupledLoss(NamedTuple):
             smoothing applied, sample weights not; 0 where a row does not count. With class indices
             alone `exp(-losses)` is the probability that each branch gives the right class.
         predictions: `(M + 1, ...)` int64, of every row, whether it counts or not: the class of the
-            largest logit that `dgl_ext.fused_decouple` would return.
+            largest logit that `dgl_ext.fused_decouple` would return; of several that only rounding
+            to 16 bits makes equal, any one.
     """
 
     total: Tensor
@@ -164,7 +165,8 @@ class DecoupledLoss(NamedTuple):
 
         Raises:
             TypeError: `names` is no sequence of strings.
-            ValueError: there is not one name per modality.
+            ValueError: there is not one name per modality, or one comes twice or is "fused" or
+                "total".
 
         Example:
             >>> h, weight = torch.randn(8, 32), torch.randn(5, 32)
@@ -188,6 +190,10 @@ def _refuse(self: DecoupledLoss, *_: object) -> Any:
     raise TypeError(_NOT_A_SCALAR)
 
 
+def _refuse_format(self: DecoupledLoss, specification: str) -> str:
+    return _refuse(self) if specification else str(self)
+
+
 def _refuse_attribute(self: DecoupledLoss, name: str) -> Any:
     hint = f". {_NOT_A_SCALAR}" if hasattr(Tensor, name) else ""
     raise AttributeError(f"'DecoupledLoss' object has no attribute '{name}'{hint}")
@@ -199,8 +205,11 @@ def _refuse_function(cls: type, function: Any, *_: object, **__: object) -> Any:
 
 # A loop may take the whole for its total. Arithmetic would join or repeat the tuple in silence, and
 # a function of PyTorch would say nothing of the total.
-for _name in ("add", "radd", "mul", "rmul", "sub", "rsub", "truediv", "rtruediv", "neg", "float"):
+_BINARY = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow")
+_OTHER = ("lt", "le", "gt", "ge", "neg", "pos", "abs", "float", "int", "round")
+for _name in (*_BINARY, *(f"r{name}" for name in _BINARY), *_OTHER):
     setattr(DecoupledLoss, f"__{_name}__", _refuse)
+DecoupledLoss.__format__ = _refuse_format  # type: ignore[assignment]
 DecoupledLoss.__getattr__ = _refuse_attribute  # type: ignore[attr-defined]
 DecoupledLoss.__torch_function__ = classmethod(_refuse_function)  # type: ignore[arg-type, attr-defined]
 

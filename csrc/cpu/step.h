@@ -185,8 +185,8 @@ class BranchLosses {
     const T* sample_weight = static_cast<const T*>(sample_weight_);
     const auto check = [&](const char* name, const T* weights, int64_t size) {
       for (int64_t k = 0; weights != nullptr && k < size; ++k) {
-        if (!(weights[k] >= 0))
-          checks.fail(name, "weights of 0 or more", std::to_string(weights[k]));
+        if (!(weights[k] >= 0 && std::isfinite(weights[k])))
+          checks.fail(name, "finite weights, 0 or more", std::to_string(weights[k]));
       }
     };
     check("class_weight", class_weight, classes_);

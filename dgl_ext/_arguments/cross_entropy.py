@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -67,6 +68,14 @@ class CrossEntropy(NamedTuple):
             *check_numbers(len(features), alpha, reduction, ignore_index, label_smoothing),
             check_present(present, features),
         )
+
+
+# What has a default, which modules pass on.
+LOSS_OPTIONS = frozenset(
+    name
+    for name, parameter in inspect.signature(CrossEntropy.check).parameters.items()
+    if parameter.default is not parameter.empty
+)
 
 
 def unpack_if_plain(

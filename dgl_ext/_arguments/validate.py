@@ -20,7 +20,10 @@ from .. import _torch_private
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Of class indices; the ops take the first.
-INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16)
+INDEX_DTYPES = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint8, torch.uint16, torch.uint32),
+)
 
 _LAZY = (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer)
 _LARGEST = sys.float_info.max
@@ -250,7 +253,9 @@ def check_target(target: object, like: Tensor, classes: int) -> Tensor:
     Indices are checked where they are read: by the kernels.
     """
     if not isinstance(target, Tensor):
-        raise TypeError(f"target: expected an int64 tensor, got {type(target).__name__}")
+        raise TypeError(
+            f"target: expected a tensor of classes or probabilities, got {type(target).__name__}"
+        )
     if target.dtype in DTYPES:
         return _check_constant("target", target, like, (*like.shape[:-1], classes))
     if target.dtype not in INDEX_DTYPES:
@@ -369,6 +374,8 @@ def check_names(names: object, modalities: int) -> tuple[str, ...]:
         raise TypeError(f"names: expected a sequence of str, got {names!r}")
     if len(values) != modalities:
         raise ValueError(f"names: expected {modalities}, one per modality, got {len(values)}")
+    if len({*values, "fused", "total"}) < modalities + 2:
+        raise ValueError(f'names: expected each once, and no "fused" or "total", got {names!r}')
     return values  # type: ignore[return-value]
 
 

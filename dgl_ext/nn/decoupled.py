@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .. import _torch_private
-from .._arguments.modes import check_leaks, get_mode
 from .._arguments.validate import check_sequence, check_tensor
 from ..reference import _leak
 from ..types import DecoupledLogits
 from ._cut import Passes, check_not_sharded, exclusive
+from ._mode import HasMode
 
 Substitute = Callable[[tuple[Tensor, ...], int], Sequence[Tensor]]
 
 
-class Decoupled(nn.Module):
+class Decoupled(HasMode):
     r"""Any fusion module with disentangled gradients: one call, one ordinary backward.
 
     With features `h_i`, M of them, a module `f` with parameters `w`, and `sg` for "no gradient
@@ -150,8 +150,7 @@ class Decoupled(nn.Module):
             )
         self.fusion = fusion
         self.substitute = substitute
-        self.encoder_leak, self.head_leak = check_leaks(mode, encoder_leak, head_leak)
-        self.mode = mode
+        self._set_mode(mode, encoder_leak, head_leak)
 
     def forward(
         self,
@@ -287,13 +286,9 @@ class Decoupled(nn.Module):
 
     def extra_repr(self) -> str:
         """The substitute, and the leaks that are open."""
-        text = f"substitute={self.substitute!r}"
-        if isinstance(self.substitute, nn.Module):
-            text = ""  # shown as a submodule
-        for name, default in (("mode", "dgl"), *get_mode(self.mode).leaks):
-            if getattr(self, name) != default:
-                text += f"{', ' if text else ''}{name}={getattr(self, name)!r}"
-        return text
+        shown = isinstance(self.substitute, nn.Module)  # as a submodule
+        options = [] if shown else [f"substitute={self.substitute!r}"]
+        return ", ".join([*options, *self._mode_repr()])
 
 
 def _copied(value: Any, share: float) -> Any:

@@ -15,19 +15,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .._arguments.cross_entropy import LOSS_OPTIONS
 from .._arguments.heads import get_head
-from .._arguments.modes import check_leaks, get_mode
+from .._arguments.modes import get_mode
 from .._arguments.validate import check_sequence, check_width
 from ..functional import check_backend, fused_decouple, fused_decouple_cross_entropy
 from ..types import DecoupledLogits, DecoupledLoss
 from . import _layers
+from ._mode import HasMode
 
 # To torch.fx a call is one node: what it does depends on what it gets.
 torch.fx.wrap("fused_decouple")
 torch.fx.wrap("fused_decouple_cross_entropy")
 
 
-class _Fusion(nn.Module, abc.ABC):
+class _Fusion(HasMode, abc.ABC):
     """What the heads share: sizes, options, and the call."""
 
     fusion: str
@@ -53,8 +55,7 @@ class _Fusion(nn.Module, abc.ABC):
             check_width(f"in_features[{i}]", width) for i, width in enumerate(widths)
         )
         self.out_features = check_width("out_features", out_features)
-        self.encoder_leak, self.head_leak = check_leaks(mode, encoder_leak, head_leak)
-        self.mode = mode
+        self._set_mode(mode, encoder_leak, head_leak)
         self.backend = check_backend(backend)
         self._make_layers(bias, {"device": device, "dtype": dtype})
 
@@ -86,11 +87,17 @@ class _Fusion(nn.Module, abc.ABC):
             one the `DecoupledLoss` of `dgl_ext.fused_decouple_cross_entropy`.
 
         Raises:
-            TypeError: an option of the loss was given without a target.
+            TypeError: an option of the loss was given without a target, or is none of the loss.
             ValueError: the features are not as many, or as wide, as `in_features` says.
         """
         if target is None and loss_options:
             raise TypeError(f"{min(loss_options)}: expected only together with a target")
+        if not loss_options.keys() <= LOSS_OPTIONS:
+            raise TypeError(
+                f"{min(loss_options.keys() - LOSS_OPTIONS)}: expected an option of the loss "
+                f"({', '.join(sorted(LOSS_OPTIONS))}); what the head itself takes is set where it "
+                "is made"
+            )
         self._check_widths(features)
         return self._compute(self.encoder_leak, features, target, present, **loss_options)
 
@@ -98,7 +105,7 @@ class _Fusion(nn.Module, abc.ABC):
         self, encoder_leak: float, features: Any, target: Any, present: Any, **loss_options: Any
     ) -> DecoupledLogits | DecoupledLoss:
         if target is not None and loss_options.get("alpha") is None:
-            loss_options["alpha"] = get_mode(self.mode).alpha
+            loss_options["alpha"] = get_mode(self._mode).alpha
         layers = self._layers()
         parameters = _layers.plain_parameters(layers)
         if parameters is None:
@@ -167,7 +174,7 @@ class _Fusion(nn.Module, abc.ABC):
             `DecoupledLoss`: call `backward()` on it.
         """
         if target is None:
-            raise TypeError("target: expected an int64 tensor, got NoneType")
+            raise TypeError("target: expected a tensor of classes or probabilities, got NoneType")
         loss: DecoupledLoss = self(
             *features,
             target=target,
@@ -198,11 +205,10 @@ class _Fusion(nn.Module, abc.ABC):
     def extra_repr(self) -> str:
         """Sizes, and the options that are not at their defaults."""
         text = f"in_features={self.in_features}, out_features={self.out_features}"
-        for name, default in (("mode", "dgl"), *get_mode(self.mode).leaks, ("backend", "auto")):
-            value = getattr(self, name)
-            if value != default:
-                text += f", {name}={value!r}"
-        return text
+        options = self._mode_repr()
+        if self.backend != "auto":
+            options.append(f"backend={self.backend!r}")
+        return ", ".join([text, *options])
 
 
 class ConcatFusion(_Fusion):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.problems import assert_same
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import dgl_ext
 from dgl_ext._arguments.heads import HEADS
@@ -63,6 +63,49 @@ def test_an_exported_program_trains_as_the_model_does(fusion, step, strict):
     assert_same(results_and_gradients(program.module(), inputs), expected, 1e-5)
     assert_same(results_and_gradients(saved_and_loaded(program), inputs), expected, 1e-5)
     assert "dgl_ext" not in str(program.graph)  # it needs nothing of ours to run
+
+
+LOSSES = {
+    "classes": lambda rows: {"target": torch.randint(6, (rows,))},
+    "soft": lambda rows: {"target": torch.rand(rows, 6).softmax(-1)},
+    "weighted": lambda rows: {
+        "target": torch.randint(6, (rows,), dtype=torch.int8),
+        "sample_weight": torch.rand(rows),
+        "class_weight": torch.linspace(0.1, 2, 6),
+    },
+    "masked": lambda rows: {
+        "target": torch.randint(6, (rows,)),
+        "present": (torch.rand(rows) < 0.7, torch.rand(rows) < 0.5),
+    },
+    "logits": lambda rows: {},
+}
+
+
+class Head(nn.Module):
+    """A head whose options are one argument, since torch cannot name the shapes of `**options`."""
+
+    def __init__(self, fusion: str) -> None:
+        super().__init__()
+        self.head = dgl_ext.nn.MODULES[fusion]((4, 3), 6)
+
+    def forward(self, features: tuple[Tensor, ...], options: dict):
+        return self.head(*features, **options)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_an_exported_program_takes_any_batch(fusion, kind):
+    head, batch = Head(fusion), torch.export.Dim("batch", min=2)
+
+    def draw(rows: int):
+        torch.manual_seed(rows)
+        return (torch.randn(rows, 4), torch.randn(rows, 3)), LOSSES[kind](rows)
+
+    inputs = draw(9)
+    shapes = tree_map(lambda x: {0: batch} if len(x) == 9 else None, inputs)
+    program = torch.export.export(head, inputs, dynamic_shapes=shapes).module()
+    for rows in (9, 2, 17):
+        ours, theirs = tree_leaves(program(*draw(rows))), tree_leaves(head(*draw(rows)))
+        assert_same(dict(enumerate(ours)), dict(enumerate(theirs)), 1e-6)
 
 
 @pytest.mark.parametrize("step", [False, True])

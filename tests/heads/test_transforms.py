@@ -197,7 +197,7 @@ def test_tracing(trace, fusion, step):
     inputs = torch.randn(5, 3), torch.randn(5, 2), torch.randint(4, (5,))
     jit = trace == "jit"
     traced = torch.jit.trace(model, inputs) if jit else torch.fx.symbolic_trace(model)
-    others = torch.randn(5, 3), torch.randn(5, 2), torch.randint(4, (5,))
+    others = torch.randn(7, 3), torch.randn(7, 2), torch.randint(4, (7,))
     found = {}
     for name, function in (("eager", model), ("traced", traced)):
         model.zero_grad()

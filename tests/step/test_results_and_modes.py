@@ -49,6 +49,9 @@ def test_log_is_flat_and_detached(fusion, backend):
         (["audio"], ValueError, "names: expected 2, one per modality, got 1"),
         ("av", TypeError, "names: expected a sequence of str, got 'av'"),
         ([1, 2], TypeError, r"names: expected a sequence of str, got \[1, 2\]"),
+        (["a", "a"], ValueError, r"names: expected each once, .*, got \['a', 'a'\]"),
+        (["fused", "a"], ValueError, r'no "fused" or "total", got \[.fused., .a.\]'),
+        (["a", "total"], ValueError, r'no "fused" or "total", got \[.a., .total.\]'),
     ],
 )
 def test_names_that_do_not_fit(names, error, message):
@@ -66,7 +69,11 @@ def test_names_that_do_not_fit(names, error, message):
         lambda loss: sum([loss, loss]),
         lambda loss: 1 - loss,
         lambda loss: -loss,
+        lambda loss: loss**2,
+        lambda loss: loss < 1.0,
+        lambda loss: f"{loss:.3f}",
         float,
+        round,
         lambda loss: loss.item(),
         lambda loss: loss.detach(),
         lambda loss: torch.autograd.grad(loss, [torch.ones(1, requires_grad=True)]),
@@ -125,6 +132,34 @@ def test_modules_take_modes(fusion, mode):
     assert "encoder_leak=0.5" in repr(dgl_ext.nn.MODULES[fusion]((5, 4), 3, encoder_leak=0.5))
     module = dgl_ext.nn.Decoupled(torch.nn.Bilinear(5, 4, 3), mode=mode)
     assert (module.encoder_leak, module.head_leak) == MODES[mode][:2]
+
+
+def test_a_mode_that_is_assigned_sets_what_it_sets_when_made(fusion):
+    features = [torch.randn(7, width, requires_grad=True) for width in (5, 4)]
+    target = torch.randint(3, (7,))
+    modules = [
+        dgl_ext.nn.MODULES[fusion]((5, 4), 3, encoder_leak=0.5),
+        dgl_ext.nn.Decoupled(torch.nn.Bilinear(5, 4, 3), head_leak=0.5),
+    ]
+    for module in modules:
+        module.mode = "joint"
+        assert (module.mode, module.encoder_leak, module.head_leak) == ("joint", 1.0, 0.0)
+        with pytest.raises(ValueError, match=r'mode: expected one of "dgl", .*, got .udml.'):
+            module.mode = "udml"
+        assert module.mode == "joint"
+    loss = modules[0].cross_entropy(*features, target=target)
+    assert torch.equal(loss.total, loss.fused)
+    assert all(grad.any() for grad in torch.autograd.grad(loss.total, features))
+
+
+@pytest.mark.parametrize("name", ["mode", "encoder_leak", "backend", "fusion", "smoothing"])
+def test_a_call_takes_the_options_of_the_loss_alone(name):
+    head = dgl_ext.nn.ConcatFusion((5, 4), 3)
+    batch = {"target": torch.randint(3, (7,)), name: "joint"}
+    with pytest.raises(
+        TypeError, match=rf"^{name}: expected an option of the loss \(alpha, class_w"
+    ):
+        head(torch.randn(7, 5), torch.randn(7, 4), **batch)
 
 
 @pytest.mark.parametrize("mode", ["udml", None, 1])

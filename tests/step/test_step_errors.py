@@ -27,7 +27,7 @@ CASES = {
     "target a list": (
         {"target": [0, 1, 2, 0]},
         TypeError,
-        "target: expected an int64 tensor, got list",
+        "target: expected a tensor of classes or probabilities, got list",
     ),
     "target bool": (
         {"target": TARGET.bool()},
@@ -199,11 +199,13 @@ def test_a_target_out_of_range(fusion, backend, value):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["class_weight", "sample_weight"])
-@pytest.mark.parametrize("value", [-0.5, math.nan])
+@pytest.mark.parametrize("value", [-0.5, math.nan, math.inf])
 def test_a_weight_that_is_no_weight(fusion, backend, name, value):
     weight = torch.ones(CLASSES if name == "class_weight" else ROWS)
     weight[1] = value
-    with pytest.raises(RuntimeError, match=f"{name}: expected weights of 0 or more, got {value}"):
+    with pytest.raises(
+        RuntimeError, match=f"{name}: expected finite weights, 0 or more, got {value}"
+    ):
         call(fusion=fusion, backend=backend, **{name: weight})
 
 

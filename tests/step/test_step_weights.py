@@ -152,13 +152,24 @@ def test_soft_targets_of_every_dtype_and_layout(backend, dtype, layout):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    "dtype", [torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16], ids=str
+    "dtype",
+    [torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32],
+    ids=str,
 )
 def test_class_indices_of_every_integer_dtype(backend, dtype):
     problem = make_problem("sum", leading=(9,), classes=11)
     target = make_target(problem, ignored=0.3, ignore_index=100)
     wide = results(problem, target, backend, ignore_index=100)
     assert_same(results(problem, target.to(dtype), backend, ignore_index=100), wide, 0.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("ignore_index", [0, 2, 255])
+def test_soft_targets_have_no_row_to_ignore(fusion, backend, ignore_index):
+    problem = make_problem(fusion)
+    target = make_soft(problem)
+    expected = results(problem, target, backend)
+    assert_same(results(problem, target, backend, ignore_index=ignore_index), expected, 0.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
