@@ -17,7 +17,7 @@ PYTHON_FILES := setup.py build_backend dgl_ext tests benchmarks examples
 .PHONY: test-gate test-trainers cpp-tests clang-tests sanitize cuda-compile docs clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "  PYTHON=$(PYTHON)  VENV=$(VENV)  TORCH=\"$(TORCH)\"  ARGS=\"$(ARGS)\""
 	@echo "  A torch from another index: make test TORCH=\"torch==2.13.0 --index-url URL\""
@@ -112,7 +112,7 @@ clean:  ## remove everything that was built, the venv included
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# --- the venv: a stamp for its torch, and one for the package with each set of extras ---
+# --- the venv: a stamp for its torch, one for the package, and one for each set of extras ---
 
 # Another TORCH than the one that is installed makes the venv anew.
 ifneq ($(strip $(shell cat $(VENV)/.torch 2>/dev/null)),$(strip $(TORCH)))
@@ -125,6 +125,12 @@ $(VENV)/.torch:
 	@echo "$(strip $(TORCH))" > $@
 
 # Editable: Python files need no new install. Not isolated: the build's needs are in the venv.
-$(VENV)/.%: $(VENV)/.torch $(BUILD_INPUTS)
-	$(PIP) install --quiet --no-build-isolation --editable ".[$*]"
+$(VENV)/.package: $(VENV)/.torch $(BUILD_INPUTS)
+	@echo "compiling dgl_ext: one to three minutes"
+	$(PIP) install --quiet --no-build-isolation --editable .
+	@touch $@
+
+# What the extra needs; the package itself is there, and not built again.
+$(VENV)/.%: $(VENV)/.package
+	$(PIP) install --quiet "dgl_ext[$*]"
 	@touch $@

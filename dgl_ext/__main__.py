@@ -57,7 +57,8 @@ def report(env: dict[str, Any]) -> str:
         ("GPUs", ", ".join(env["gpus"]) or "none visible"),
     ]
     if build is None:
-        lines.append(("built", "nothing: this is a source tree, or a build that failed"))
+        why = "this is a source tree (run it elsewhere to see what is installed), or a failed build"
+        lines.append(("built", f"nothing: {why}"))
     else:
         cuda = build["cuda"]
         kernels = f"for {cuda['arch_list']}" if cuda["compiled"] else f"none: {cuda['reason']}"

@@ -32,10 +32,12 @@ SMOKE = Config(train=60, test=60, epochs=2)
 def parse(words: list[str] | None) -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="default 0 to 4"
+    )
     parser.add_argument("--workers", type=int, default=2, help="number of processes")
     parser.add_argument("--cache", type=Path, default=HERE / "cache", help="folder of the data")
-    parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--out", type=Path, help="folder of the results, default results/ here")
     parser.add_argument("--smoke", action="store_true", help="a quick look; measures nothing")
     options = parser.parse_args(words)
     options.out = options.out or HERE / "results" / ("smoke" if options.smoke else "")

@@ -127,7 +127,7 @@ struct StepLosses : StepCounts<C> {
           if (is_dense(step)) look_at_wanted(step, board, row, parity, first == 0, logits);
 #pragma unroll 1
           for (int k = 0; k < logits.branches(); k += kTogether) {
-            look(step, board, row, parity, k, first == 0, logits);
+            look(board, row, parity, k, first == 0, logits);
           }
         }
         if (once) finish_row(step, board, rows, row, parity, logits, sums);
@@ -269,9 +269,8 @@ struct StepLosses : StepCounts<C> {
   /// Takes the columns at hand of branches [begin, begin + kTogether) into what the board says of
   /// this warp. The logits become exp(logit - largest of the warp).
   template <class Row>
-  static __device__ __forceinline__ void look(const StepContext& step, Shared& board,
-                                              const RowOf& row, int parity, int begin, bool first,
-                                              const Row& logits) {
+  static __device__ __forceinline__ void look(Shared& board, const RowOf& row, int parity,
+                                              int begin, bool first, const Row& logits) {
     const int warp = threadIdx.x / 32, most = logits.lanes() < 32 ? logits.lanes() : 32;
     Peak peak[kTogether];
 #pragma unroll
