@@ -48,7 +48,7 @@ test-trainers: $(VENV)/.dev $(VENV)/.trainers  ## run the pages' code that needs
 # The venv is made in the recipe: without a GPU nothing is built.
 gpu-check:  ## on a machine with a GPU: tests, sanitizers, benchmarks, one JSON report
 	@$(PYTHON) tests/gpu/gpu_check.py --look
-	@$(MAKE) --no-print-directory $(VENV)/.dev
+	@NVCC_APPEND_FLAGS=-lineinfo $(MAKE) --no-print-directory $(VENV)/.dev
 	$(PY) tests/gpu/gpu_check.py $(ARGS)
 
 cuda-compile: $(VENV)/.dev cpp-tests  ## compile the kernels for every architecture, by nvcc alone

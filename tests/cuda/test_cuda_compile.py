@@ -60,7 +60,7 @@ def compile_unit(unit: str, architecture: str, folder: str) -> tuple[str, Path]:
     """The messages of nvcc and ptxas, and the cubin."""
     cubin = Path(folder) / f"{unit}.{architecture}.cubin"
     command = [
-        "nvcc", "-std=c++17", "-O3", "-lineinfo", f"-arch={architecture}", "-cubin",
+        "nvcc", "-std=c++17", "-O3", f"-arch={architecture}", "-cubin",
         "-Xptxas", "-v", "-Xcompiler", "-Wall,-Wextra,-Wno-unknown-pragmas",
         "-I", "csrc", str(next((ROOT / "csrc").glob(f"cuda/*/{unit}.cu"))), "-o", str(cubin),
     ]  # fmt: skip
