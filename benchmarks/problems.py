@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from support import problems as drawn
+from support.two_pass import PLAIN_HEADS, plain_head, plain_unimodal
+
+__all__ = ["FUSIONS", "Problem", "least_work", "make_problem", "plain_head", "plain_unimodal"]
+
+FUSIONS = tuple(PLAIN_HEADS)
 
 
 @dataclass
@@ -92,21 +95,3 @@ def least_work(
     if logits:
         elements += rows * classes * (3 if decoupled else 1)
     return 2 * products, itemsize * elements + 8 * rows
-
-
-def _concat(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.linear(torch.cat((x, y), dim=-1), weight, bias)
-
-
-def _sum(x: Tensor, y: Tensor, weight: tuple[Tensor, ...], bias: tuple[Tensor, ...]) -> Tensor:
-    return F.linear(x, weight[0], bias[0]) + F.linear(y, weight[1], bias[1])
-
-
-def _film(x: Tensor, y: Tensor, weight: tuple[Tensor, ...], bias: tuple[Tensor, ...]) -> Tensor:
-    gamma, beta = F.linear(x, weight[0], bias[0]).chunk(2, dim=-1)
-    return F.linear(gamma * y + beta, weight[1], bias[1])
-
-
-# The heads as a joint model has them: (x, y, weight, bias) -> logits.
-PLAIN_HEADS: dict[str, Callable[..., Tensor]] = {"concat": _concat, "sum": _sum, "film": _film}
-FUSIONS = tuple(PLAIN_HEADS)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from problems import PLAIN_HEADS, Problem, make_problem
+from problems import Problem, make_problem, plain_head, plain_unimodal
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -43,19 +43,18 @@ class Unavailable(Exception):
 
 def _joint(mode: str, problem: Problem) -> Step:
     """Plain joint training: one head, one loss. No DGL; the cost to be measured against."""
-    head, leaves = PLAIN_HEADS[problem.fusion], tuple(problem.leaves().values())
-    inputs = (*problem.features, problem.weight, problem.bias)
+    leaves = tuple(problem.leaves().values())
 
     def with_loss() -> tuple[Tensor, ...]:
         _clear(leaves)
         # In one expression, so that the logits are not kept longer than autograd needs them.
-        loss = F.cross_entropy(head(*inputs), problem.target)
+        loss = F.cross_entropy(plain_head(problem, problem.features), problem.target)
         loss.backward()
         return (loss,)
 
     def with_logits() -> tuple[Tensor, ...]:
         _clear(leaves)
-        logits = head(*inputs)
+        logits = plain_head(problem, problem.features)
         F.cross_entropy(logits, problem.target).backward()
         return (logits,)
 
@@ -69,21 +68,13 @@ def _two_pass(mode: str, problem: Problem) -> Step:
     For sum the absent modality's layer is left out instead: zeros through it would add its bias,
     which neither the method nor the published code has in these logits.
     """
-    head, leaves = PLAIN_HEADS[problem.fusion], tuple(problem.leaves().values())
-    head_parameters = problem.head()
-    (x, y), weight, bias, target = problem.features, problem.weight, problem.bias, problem.target
-
-    def unimodal_logits() -> tuple[Tensor, Tensor]:
-        if problem.fusion == "sum":
-            return F.linear(x, weight[0], bias[0]), F.linear(y, weight[1], bias[1])
-        only_x = head(x, torch.zeros_like(y), weight, bias)
-        only_y = head(torch.zeros_like(x), y, weight, bias)
-        return only_x, only_y
+    leaves, head_parameters = tuple(problem.leaves().values()), problem.head()
+    target = problem.target
 
     def step() -> tuple[Tensor, ...]:
         _clear(leaves)
-        fused = head(x.detach(), y.detach(), weight, bias)
-        logits_x, logits_y = unimodal_logits()
+        fused = plain_head(problem, [h.detach() for h in problem.features])
+        logits_x, logits_y = plain_unimodal(problem, 0), plain_unimodal(problem, 1)
         loss_x, loss_y = F.cross_entropy(logits_x, target), F.cross_entropy(logits_y, target)
         unimodal_loss = loss_x + loss_y
         fused_loss = F.cross_entropy(fused, target)

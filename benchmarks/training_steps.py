@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from problems import PLAIN_HEADS
+from problems import plain_head, plain_unimodal
 from providers import Unavailable
+from support.problems import Problem
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -113,20 +114,16 @@ class Training:
         x, y = (encode(value) for encode, value in zip(self.encoders, self.inputs, strict=True))
         return x, y
 
-    def plain(self) -> tuple[Callable[..., Tensor], object, object]:
-        """The head as one would write it without the method, its weight and its bias."""
+    def plain(self) -> Problem:
+        """The head and this batch's features, as one would write it without the method."""
         head = self.head
-        layers = {"concat": [head], "sum": [*getattr(head, "linears", [])]}
-        if self.fusion == "film":
-            layers["film"] = [head.film, head.out]
-        weights = [layer.weight for layer in layers[self.fusion]]
-        biases = [layer.bias for layer in layers[self.fusion]]
-        one = self.fusion == "concat"
-        return (
-            PLAIN_HEADS[self.fusion],
-            weights[0] if one else weights,
-            biases[0] if one else biases,
-        )
+        layers = {
+            "concat": lambda: [head.linear],
+            "sum": lambda: [*head.linears],
+            "film": lambda: [head.film, head.out],
+        }[self.fusion]()
+        weights = tuple(layer.weight for layer in layers)
+        return Problem(self.fusion, self.features(), weights, tuple(layer.bias for layer in layers))
 
     def gradients(self) -> dict[str, Tensor | None]:
         """Of all parameters, by name."""
@@ -140,11 +137,11 @@ class Training:
 
 def _joint(training: Training) -> Step:
     """Plain joint training: one head, one loss. No DGL; the cost to be measured against."""
-    head, weight, bias = training.plain()
 
     def step() -> tuple[Tensor, ...]:
         training.optimizer.zero_grad()
-        loss = F.cross_entropy(head(*training.features(), weight, bias), training.target)
+        plain = training.plain()
+        loss = F.cross_entropy(plain_head(plain, plain.features), training.target)
         loss.backward()
         training.optimizer.step()
         return (loss.detach(),)
@@ -153,24 +150,14 @@ def _joint(training: Training) -> Step:
 
 
 def _two_pass(training: Training) -> Step:
-    """The published recipe: two backward passes, the head's gradients dropped in between.
-
-    As in `providers.py`, for sum the absent modality's layer is left out.
-    """
-    head, weight, bias = training.plain()
+    """The published recipe: two backward passes, the head's gradients dropped in between."""
     target, head_parameters = training.target, [*training.head.parameters()]
-
-    def unimodal(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        if training.fusion == "sum":
-            return F.linear(x, weight[0], bias[0]), F.linear(y, weight[1], bias[1])
-        only_x = head(x, torch.zeros_like(y), weight, bias)
-        return only_x, head(torch.zeros_like(x), y, weight, bias)
 
     def step() -> tuple[Tensor, ...]:
         training.optimizer.zero_grad()
-        x, y = training.features()
-        fused = F.cross_entropy(head(x.detach(), y.detach(), weight, bias), target)
-        parts = [F.cross_entropy(logits, target) for logits in unimodal(x, y)]
+        plain = training.plain()
+        fused = F.cross_entropy(plain_head(plain, [h.detach() for h in plain.features]), target)
+        parts = [F.cross_entropy(plain_unimodal(plain, i), target) for i in range(2)]
         (parts[0] + parts[1]).backward(retain_graph=True)
         for parameter in head_parameters:
             parameter.grad = None

@@ -1,4 +1,4 @@
-"""The training recipe that the method replaces, as ground truth for the reference.
+"""The training recipe that the method replaces, as ground truth, and for benchmarks to time.
 
 Two backward passes through a plain head: first the unimodal losses, each with the other modalities
 absent, then the head's gradients are thrown away, and the multimodal loss trains the head on
@@ -8,6 +8,7 @@ detached features. Written from the method's description.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def _concat(features: Any, weights: Any, biases: Any) -> Tensor:
 
 def _sum(features: Any, weights: Any, biases: Any) -> Tensor:
     parts = [F.linear(h, w, b) for h, w, b in zip(features, weights, biases, strict=True)]
-    return torch.stack(parts).sum(dim=0)
+    return reduce(torch.add, parts)
 
 
 def _film(features: Any, weights: Any, biases: Any) -> Tensor:
