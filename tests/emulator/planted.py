@@ -252,7 +252,7 @@ BUGS = [
     Bug(
         "the last of equal maxima is the prediction", "cuda/kernels/peak.cuh",
         "(!beats(largest, other) && column < best)", "(!beats(largest, other) && column > best)",
-        r"correct: got",
+        WRONG,
     ),
     Bug(
         "absent rows count", COUNTS,
