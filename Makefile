@@ -52,7 +52,7 @@ gpu-check:  ## on a machine with a GPU: tests, sanitizers, benchmarks, one JSON 
 	$(PY) tests/gpu/gpu_check.py $(ARGS)
 
 cuda-compile: $(VENV)/.dev cpp-tests  ## compile the kernels for every architecture, by nvcc alone
-	$(PY) -m pytest tests/cuda/test_cuda_compile.py -n 2 $(ARGS)
+	$(PY) -m pytest tests/cuda/test_cuda_compile.py -n 2 --dist loadgroup $(ARGS)
 
 fuzz: $(VENV)/.dev  ## draw 100,000 random problems and check each
 	$(PY) -m pytest tests/heads/test_fuzz.py --hypothesis-profile=long $(ARGS)

@@ -21,7 +21,9 @@ from emulator import harness
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = Path(__file__).with_name("cuda_resources.json")
-ARCHITECTURES = ["sm_80", "sm_90", "sm_100", "sm_120"]
+CUDA_MODULE = json.loads((ROOT / "csrc/sources.json").read_text())["modules"]["_C_cuda"]
+PTX = {f"sm_{n}": p for p, names in CUDA_MODULE["architectures"].items() for n in names}
+ARCHITECTURES = list(PTX)
 UNITS = {  # and the heads whose kernels are in them
     "linear_head": ("LinearForward", "LinearBackward"),
     "linear_step": ("LinearStep",),
@@ -55,18 +57,28 @@ def kernel_name(mangled: str) -> str | None:
 pytestmark = pytest.mark.slow
 
 
+def nvcc(*arguments: str | Path) -> str:
+    """What nvcc and the tools that it runs print."""
+    done = subprocess.run(["nvcc", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr + done.stdout
+
+
+@lru_cache
+def compile_ptx(unit: str, virtual: str, folder: str) -> tuple[str, Path]:
+    """The messages of nvcc, and the PTX."""
+    ptx = Path(folder) / f"{unit}.{virtual}.ptx"
+    source = next((ROOT / "csrc").glob(f"cuda/*/{unit}.cu"))
+    flags = ["-std=c++17", "-O3", "-Xcompiler", "-Wall,-Wextra,-Wno-unknown-pragmas", "-I", "csrc"]
+    return nvcc(*flags, f"-arch=compute_{virtual}", "-ptx", source, "-o", ptx), ptx
+
+
 @lru_cache
 def compile_unit(unit: str, architecture: str, folder: str) -> tuple[str, Path]:
     """The messages of nvcc and ptxas, and the cubin."""
-    cubin = Path(folder) / f"{unit}.{architecture}.cubin"
-    command = [
-        "nvcc", "-std=c++17", "-O3", f"-arch={architecture}", "-cubin",
-        "-Xptxas", "-v", "-Xcompiler", "-Wall,-Wextra,-Wno-unknown-pragmas",
-        "-I", "csrc", str(next((ROOT / "csrc").glob(f"cuda/*/{unit}.cu"))), "-o", str(cubin),
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stderr + done.stdout, cubin
+    said, ptx = compile_ptx(unit, PTX[architecture], folder)
+    cubin = ptx.with_suffix(f".{architecture}.cubin")
+    return said + nvcc("-cubin", f"-arch={architecture}", "-Xptxas", "-v", ptx, "-o", cubin), cubin
 
 
 def resources(messages: str) -> dict[str, dict[str, int]]:
@@ -118,7 +130,12 @@ def folder(tmp_path_factory):
     return str(tmp_path_factory.mktemp("cubin"))
 
 
-units = pytest.mark.parametrize("unit", UNITS)
+def each(*units: str) -> list:
+    """A worker of xdist takes all tests of a unit, whose PTX is compiled once."""
+    return [pytest.param(unit, marks=pytest.mark.xdist_group(unit)) for unit in units]
+
+
+units = pytest.mark.parametrize("unit", each(*UNITS))
 architectures = pytest.mark.parametrize(
     "architecture",
     [pytest.param(a, marks=pytest.mark.gate if a == "sm_90" else ()) for a in ARCHITECTURES],
@@ -142,7 +159,7 @@ def test_no_warning_no_spill_resources_as_recorded(folder, unit, architecture):
 
 
 @architectures
-@pytest.mark.parametrize("unit", ["scale_gradients", "linear_library", "film_library"])
+@pytest.mark.parametrize("unit", each("scale_gradients", "linear_library", "film_library"))
 def test_kernels_without_tiles_compile_without_a_warning_or_a_spill(folder, unit, architecture):
     messages, _ = compile_unit(unit, architecture, folder)
     assert "warning" not in messages, messages[-4000:]
@@ -150,7 +167,7 @@ def test_kernels_without_tiles_compile_without_a_warning_or_a_spill(folder, unit
 
 
 @pytest.mark.gate
-@pytest.mark.parametrize("unit", ["linear_library", "film_library"])
+@pytest.mark.parametrize("unit", each("linear_library", "film_library"))
 def test_the_rows_kernels_load_16_bytes_at_once(folder, unit):
     tool = disassembler()
     if tool is None:

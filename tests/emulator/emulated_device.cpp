@@ -8,7 +8,7 @@
 #include <iterator>
 #include <string>
 
-#include "cuda/kernels/launch.h"
+#include "cuda/launchers/launch.h"
 #include "machine.h"
 
 namespace dgl_ext {

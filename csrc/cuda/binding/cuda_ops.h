@@ -23,7 +23,7 @@
 #include "common/checks.h"
 #include "common/row_stride.h"
 #include "common/torch_errors.h"
-#include "cuda/kernels/launch.h"
+#include "cuda/launchers/launch.h"
 #include "cuda/plan/plan.h"
 #include "cuda/plan/plan_text.h"
 

@@ -1,7 +1,7 @@
-// The library executor, for the launchers in linear_*.cu and film_*.cu.
+// The library executor, for the launchers.
 #pragma once
 
-#include "cuda/kernels/launch.h"
+#include "cuda/library/matmul.h"
 
 namespace dgl_ext {
 

@@ -2,9 +2,20 @@
 // kernels. Nothing else in the project knows cuBLAS.
 #pragma once
 
-#include "cuda/kernels/launch.h"
+#include <cuda_runtime_api.h>
+
+#include "common/problem.h"
+#include "cuda/plan/plan.h"
+
+struct cublasContext;
 
 namespace dgl_ext {
+
+/// Where launches and products go: torch's cuBLAS handle has this stream set, and a workspace.
+struct Queue {
+  cudaStream_t stream = nullptr;
+  cublasContext* blas = nullptr;  ///< null where no plan says library
+};
 
 /// c (rows, columns) = alpha a b, or c += alpha a b where sums go on over chunks of rows; a is
 /// (rows, depth) and b (depth, columns), or stored the other way round where `transposed`. Strides

@@ -1,6 +1,6 @@
 #include "cuda/kernels/film_step.cuh"
 #include "cuda/kernels/instances.cuh"
-#include "cuda/kernels/launch.h"
+#include "cuda/launchers/launch.h"
 #include "cuda/library/library.h"
 
 namespace dgl_ext {

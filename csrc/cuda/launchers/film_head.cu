@@ -1,7 +1,7 @@
 #include "cuda/kernels/film_backward.cuh"
 #include "cuda/kernels/film_forward.cuh"
 #include "cuda/kernels/instances.cuh"
-#include "cuda/kernels/launch.h"
+#include "cuda/launchers/launch.h"
 #include "cuda/library/library.h"
 
 namespace dgl_ext {

@@ -1,7 +1,7 @@
 // A step's gradients times the gradient of its total, which is known on the device only. Zero stays
 // zero, times infinity and NaN too: rows that are absent or ignored have no gradient.
 #include "cuda/kernels/intrinsics.cuh"
-#include "cuda/kernels/launch.h"
+#include "cuda/launchers/launch.h"
 
 namespace dgl_ext {
 namespace {

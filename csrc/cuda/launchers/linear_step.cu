@@ -1,8 +1,8 @@
 #include <algorithm>
 
 #include "cuda/kernels/instances.cuh"
-#include "cuda/kernels/launch.h"
 #include "cuda/kernels/linear_step.cuh"
+#include "cuda/launchers/launch.h"
 #include "cuda/library/library.h"
 
 namespace dgl_ext {

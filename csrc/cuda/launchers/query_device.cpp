@@ -2,7 +2,7 @@
 #include <climits>
 #include <iterator>
 
-#include "cuda/kernels/launch.h"
+#include "cuda/launchers/launch.h"
 
 namespace dgl_ext {
 

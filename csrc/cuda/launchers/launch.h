@@ -7,20 +7,9 @@
 // device. Problems with nothing to do launch nothing.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
-#include "common/problem.h"
-#include "cuda/plan/plan.h"
-
-struct cublasContext;
+#include "cuda/library/matmul.h"
 
 namespace dgl_ext {
-
-/// Where launches and products go: torch's cuBLAS handle has this stream set, and a workspace.
-struct Queue {
-  cudaStream_t stream = nullptr;
-  cublasContext* blas = nullptr;  ///< null where no plan says library
-};
 
 /// Fills what plans need to know of the current device (not max_ctas). Slow: asks the occupancy of
 /// every kernel; callers keep the result per device.

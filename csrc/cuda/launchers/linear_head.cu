@@ -1,7 +1,7 @@
 #include "cuda/kernels/instances.cuh"
-#include "cuda/kernels/launch.h"
 #include "cuda/kernels/linear_backward.cuh"
 #include "cuda/kernels/linear_forward.cuh"
+#include "cuda/launchers/launch.h"
 #include "cuda/library/library.h"
 
 namespace dgl_ext {
