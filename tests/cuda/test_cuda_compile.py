@@ -54,7 +54,7 @@ def kernel_name(mangled: str) -> str | None:
     return " ".join(parts)
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.gate]
 
 
 def nvcc(*arguments: str | Path) -> str:
@@ -136,10 +136,7 @@ def each(*units: str) -> list:
 
 
 units = pytest.mark.parametrize("unit", each(*UNITS))
-architectures = pytest.mark.parametrize(
-    "architecture",
-    [pytest.param(a, marks=pytest.mark.gate if a == "sm_90" else ()) for a in ARCHITECTURES],
-)
+architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 
 @architectures
@@ -166,7 +163,6 @@ def test_kernels_without_tiles_compile_without_a_warning_or_a_spill(folder, unit
     assert set(re.findall(r"(\d+) bytes spill", messages)) == {"0"}
 
 
-@pytest.mark.gate
 @pytest.mark.parametrize("unit", each("linear_library", "film_library"))
 def test_the_rows_kernels_load_16_bytes_at_once(folder, unit):
     tool = disassembler()
@@ -213,7 +209,6 @@ def shared():
 
 
 @pytest.mark.emulator
-@pytest.mark.gate
 def test_shared_memory_as_recorded(shared):
     recorded = {k: v["shared"] for k, v in json.loads(TABLE.read_text()).items()}
     assert set(shared) == set(recorded), "the list of kernels changed: record the table anew"

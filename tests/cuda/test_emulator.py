@@ -13,7 +13,7 @@ from emulator.harness import Layout, Poison, Schedule
 from emulator.linear import LinearCase, LinearProblem
 from support.grids import mostly_slow
 
-pytestmark = pytest.mark.emulator
+pytestmark = [pytest.mark.emulator, pytest.mark.gate]
 
 ODD = Layout(aligned=False, gap=1)
 # Seeds per head, direction and tile.

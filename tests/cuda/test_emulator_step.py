@@ -15,7 +15,7 @@ from emulator.linear_step import LinearStepCase, LinearStepProblem
 from emulator.losses import LossCase
 from support.grids import mostly_slow, one_axis_at_a_time
 
-pytestmark = pytest.mark.emulator
+pytestmark = [pytest.mark.emulator, pytest.mark.gate]
 
 ODD = Layout(aligned=False, gap=1)
 TINY = LossCase(limit=1)  # chunks of one tile of rows
