@@ -131,7 +131,7 @@ def gencode(architectures: dict[str, list[str]]) -> list[str]:
 
 ARCH_LIST = os.environ.get("TORCH_CUDA_ARCH_LIST")
 GENCODE = gencode(SPEC["modules"]["_C_cuda"]["architectures"])
-BUILT_FOR = ARCH_LIST or " ".join(flag.split("code=")[1] for flag in GENCODE)
+BUILT_FOR = ARCH_LIST or " ".join(flag.rsplit("=", 1)[1] for flag in GENCODE)
 
 
 def extension(name: str, module: dict) -> Extension:

@@ -6,11 +6,13 @@ import ast
 import graphlib
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 
 import dgl_ext
 from dgl_ext._ops import extension as _extension
@@ -145,3 +147,19 @@ def test_importing_starts_no_cuda_context() -> None:
     code = "import dgl_ext, torch; print(torch.cuda.is_initialized())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize("named", [None, "", "9.0"])
+def test_kernels_are_built_for_four_architectures_or_for_those_named(monkeypatch, named) -> None:
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    if named is not None:
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", named)
+    build = runpy.run_path(str(ROOT / "setup.py"))
+    module = build["extension"]("_C_cuda", build["SPEC"]["modules"]["_C_cuda"])
+    flags = [flag for flag in module.extra_compile_args["nvcc"] if "arch" in flag]
+    codes = {"80": ["sm_80", "sm_90"], "100": ["sm_100", "sm_120", "compute_100"]}
+    ours = [f"-gencode=arch=compute_{p},code={c}" for p, names in codes.items() for c in names]
+    assert flags == ([] if named else ours)  # torch adds its own where there are none
+    assert build["BUILT_FOR"] == (named or "sm_80 sm_90 sm_100 sm_120 compute_100")
