@@ -20,7 +20,11 @@ from ._arguments.cross_entropy import CrossEntropy
 from ._arguments.heads import Biases, Features, Weights
 from .types import DecoupledLogits, DecoupledLoss
 
-Formula = Callable[[Features, Weights, Biases, float, float], tuple[Tensor, tuple[Tensor, ...]]]
+Parameters = tuple[Weights, Biases]
+Branches = tuple[Tensor, tuple[Tensor, ...]]  # the fused logits, and every modality's
+# Takes the features, and what of them feeds the fused logits; the parameters, and what of them is
+# left to the unimodal logits, where the method has cut.
+Formula = Callable[[Features, Features, Parameters, Parameters], Branches]
 
 
 def _leak(tensor: Tensor, share: float) -> Tensor:
@@ -35,60 +39,28 @@ def _leak(tensor: Tensor, share: float) -> Tensor:
     return tensor.detach() + share * zero
 
 
-def _leak_all(tensors: Biases, share: float) -> Biases:
-    return tuple(None if tensor is None else _leak(tensor, share) for tensor in tensors)
+def _concat(features: Features, fed: Features, whole: Parameters, cut: Parameters) -> Branches:
+    (weight,), (bias,) = whole
+    fused = F.linear(torch.cat(fed, dim=-1), weight, bias)  # (..., C)
+
+    (weight,), (bias,) = cut
+    columns = weight.split([h.shape[-1] for h in features], dim=1)
+    return fused, tuple(F.linear(h, w, bias) for h, w in zip(features, columns, strict=True))
 
 
-def _concat(
-    features: Features,
-    weights: Weights,
-    biases: Biases,
-    encoder_leak: float,
-    head_leak: float,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    (weight,), (bias,) = weights, biases
-    joined = torch.cat([_leak(h, encoder_leak) for h in features], dim=-1)  # (..., sum D)
-    fused = F.linear(joined, weight, bias)  # (..., C)
-
-    (shared_bias,) = _leak_all(biases, head_leak)
-    columns = _leak(weight, head_leak).split([h.shape[-1] for h in features], dim=1)
-    unimodal = tuple(F.linear(h, w, shared_bias) for h, w in zip(features, columns, strict=True))
-    return fused, unimodal
-
-
-def _sum(
-    features: Features,
-    weights: Weights,
-    biases: Biases,
-    encoder_leak: float,
-    head_leak: float,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    parts = [
-        F.linear(_leak(h, encoder_leak), w, b)
-        for h, w, b in zip(features, weights, biases, strict=True)
-    ]
-    unimodal = tuple(
-        F.linear(h, _leak(w, head_leak), b)
-        for h, w, b in zip(features, weights, _leak_all(biases, head_leak), strict=True)
-    )
+def _sum(features: Features, fed: Features, whole: Parameters, cut: Parameters) -> Branches:
+    parts = [F.linear(h, w, b) for h, w, b in zip(fed, *whole, strict=True)]
+    unimodal = tuple(F.linear(h, w, b) for h, w, b in zip(features, *cut, strict=True))
     return reduce(torch.add, parts), unimodal
 
 
-def _film(
-    features: Features,
-    weights: Weights,
-    biases: Biases,
-    encoder_leak: float,
-    head_leak: float,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    (x, y), (film_weight, out_weight), (film_bias, out_bias) = features, weights, biases
-    hidden = y.shape[-1]
-    film = F.linear(_leak(x, encoder_leak), film_weight, film_bias)  # (..., 2H)
-    gamma, beta = film.chunk(2, dim=-1)  # (..., H) each
-    fused = F.linear(gamma * _leak(y, encoder_leak) + beta, out_weight, out_bias)
+def _film(features: Features, fed: Features, whole: Parameters, cut: Parameters) -> Branches:
+    (x, y), ((film_weight, out_weight), (film_bias, out_bias)) = fed, whole
+    gamma, beta = F.linear(x, film_weight, film_bias).chunk(2, dim=-1)  # (..., H) each
+    fused = F.linear(gamma * y + beta, out_weight, out_bias)
 
-    film_weight, out_weight = _leak(film_weight, head_leak), _leak(out_weight, head_leak)
-    film_bias, out_bias = _leak_all((film_bias, out_bias), head_leak)
+    (x, y), ((film_weight, out_weight), (film_bias, out_bias)) = features, cut
+    hidden = y.shape[-1]
     if film_bias is None:
         film_bias = film_weight.new_zeros(2 * hidden)
     b_gamma, b_beta = film_bias.chunk(2)
@@ -112,8 +84,11 @@ def compute(
     """Applies a head's formula to arguments that were checked before; `present` may be empty."""
     if present:
         features = without_absent(features, present)
-    fused, unimodal = FORMULAS[fusion](features, weights, biases, encoder_leak, head_leak)
-    return DecoupledLogits(fused, unimodal)
+    fed = tuple(_leak(h, encoder_leak) for h in features)
+    cut_weights = tuple(_leak(w, head_leak) for w in weights)
+    cut_biases = tuple(None if b is None else _leak(b, head_leak) for b in biases)
+    formula = FORMULAS[fusion]
+    return DecoupledLogits(*formula(features, fed, (weights, biases), (cut_weights, cut_biases)))
 
 
 def without_absent(features: Features, present: Sequence[Tensor | None]) -> Features:
