@@ -27,6 +27,13 @@ class Executor(enum.IntEnum):
     LIBRARY = 2
 
 
+def split(flat: Sequence[Any], modalities: int, masks: int = 0) -> tuple[Any, Any, Any, Any]:
+    """Takes a flat sequence apart: features, weights, as many biases, and masks."""
+    last = len(flat) - masks
+    middle = (modalities + last) // 2
+    return flat[:modalities], flat[modalities:middle], flat[middle:last], flat[last:]
+
+
 # By name, as `register` fills it: a lookup in torch.ops costs 5 us where it is cold.
 _overloads: dict[str, Callable[..., list[Tensor]]] = {}
 
