@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _torch_private, reference
-from ._arguments.cross_entropy import CrossEntropy, check_numbers, unpack_if_plain
+from ._arguments.cross_entropy import CrossEntropy, LossNumbers, unpack_if_plain
 from ._arguments.heads import HEADS, Biases, Features, Head, Weights, get_head
 from ._arguments.modes import check_leaks, get_mode
 from ._arguments.validate import check_choice, check_present, is_foreign, plain_tuple
@@ -226,9 +226,9 @@ def fused_decouple_cross_entropy(
     """
     head = get_head(fusion)
     plain = _unpack_if_plain(backend, head, features, weight, bias, present)
-    tensors_of_loss = plain and unpack_if_plain(target, class_weight, sample_weight, plain[0][0][0])
+    constants = plain and unpack_if_plain(target, class_weight, sample_weight, plain[0][0][0])
     refusal = None
-    if plain is not None and tensors_of_loss is not None:
+    if plain is not None and constants is not None:
         tensors, masks = plain
         # To the cache 1 and True in a sequence are the same, and so is a tensor that has changed.
         numbers = (alpha, ignore_index, label_smoothing, encoder_leak, head_leak)
@@ -238,7 +238,7 @@ def fused_decouple_cross_entropy(
         options = check(
             fusion,
             len(tensors[0]),
-            len(tensors[1]),
+            len(masks),
             mode,
             alpha,
             reduction,
@@ -248,7 +248,7 @@ def fused_decouple_cross_entropy(
             head_leak,
         )
         try:
-            return step_op.run(options, *tensors, tensors_of_loss, masks)
+            return step_op.apply(options, *tensors, constants, masks)
         except RuntimeError as error:
             refusal = _refusal(error)
     tensors = head.check(features, weight, bias)
@@ -268,17 +268,18 @@ def fused_decouple_cross_entropy(
     if refusal:  # of what only an op can see, such as a target's values
         raise refusal
     executor = _choose_executor(backend, tensors)
-    step = (fusion, *tensors, loss, *leaks)
     if executor is None:
-        return reference.compute_cross_entropy(*step)
-    return step_op.apply(*step, executor)
+        return reference.compute_cross_entropy(fusion, *tensors, loss, *leaks)
+    masks = loss.present
+    options = StepOptions(head.op, executor, len(tensors[0]), len(masks), loss.numbers, leaks)
+    return step_op.apply(options, *tensors, loss[:3], masks)
 
 
 @functools.lru_cache(typed=True)  # a loop asks for the same step again and again
 def _checked_options(
     fusion: str,
     modalities: int,
-    parameters: int,
+    masks: int,
     mode: object,
     alpha: object,
     reduction: object,
@@ -290,12 +291,12 @@ def _checked_options(
     """Checks a step's numbers."""
     alpha = get_mode(mode).alpha if alpha is None else alpha
     return StepOptions(
-        f"{HEADS[fusion].op}_step",
+        HEADS[fusion].op,
         Executor.AUTO,
         modalities,
-        parameters,
-        *check_numbers(modalities, alpha, reduction, ignore_index, label_smoothing),
-        *check_leaks(mode, encoder_leak, head_leak),
+        masks,
+        LossNumbers.check(modalities, alpha, reduction, ignore_index, label_smoothing),
+        check_leaks(mode, encoder_leak, head_leak),
     )
 
 

@@ -124,7 +124,7 @@ def cross_entropy(logits: DecoupledLogits, loss: CrossEntropy) -> DecoupledLoss:
         for z, mask in zip((logits.fused, *logits.unimodal), (None, *masks), strict=True)
     ]
     values = [branch.sum for branch in branches]
-    if loss.mean:
+    if loss.numbers.mean:
         # No row counts: a mean is NaN. No counted row has a modality: it costs nothing.
         nothing = branches[0].divisor == 0
         values = [
@@ -132,7 +132,7 @@ def cross_entropy(logits: DecoupledLogits, loss: CrossEntropy) -> DecoupledLoss:
             for b in branches
         ]
     total = values[0] + sum(
-        alpha * value for alpha, value in zip(loss.alpha, values[1:], strict=True)
+        alpha * value for alpha, value in zip(loss.numbers.alpha, values[1:], strict=True)
     )
     fused, *unimodal = (value.detach() for value in values)
     per_branch = zip(*(b.results for b in branches), strict=True)
@@ -163,23 +163,24 @@ class _Branch(NamedTuple):
         if rows.dtype.itemsize == 2:
             rows = rows.float()
         soft = loss.target.is_floating_point()
+        ignore_index = loss.numbers.ignore_index
         if soft:
             target = loss.target.reshape(rows.shape).to(rows.dtype)
             counts = target.new_ones(rows.shape[0], dtype=torch.bool)
         else:
             target = loss.target.reshape(-1)
-            counts = target != loss.ignore_index
+            counts = target != ignore_index
         if mask is not None:
             counts = counts & mask.reshape(-1)
         if not soft:  # a row without the modality is left out as one that is to be ignored
-            target = target.masked_fill(~counts, loss.ignore_index)
+            target = target.masked_fill(~counts, ignore_index)
         losses = F.cross_entropy(
             rows,
             target,
             weight=loss.class_weight,
             reduction="none",
-            ignore_index=-100 if soft else loss.ignore_index,
-            label_smoothing=loss.label_smoothing,
+            ignore_index=-100 if soft else ignore_index,
+            label_smoothing=loss.numbers.label_smoothing,
         )
         losses = torch.where(counts, losses, 0.0)
         weights = counts if loss.sample_weight is None else counts * loss.sample_weight.reshape(-1)

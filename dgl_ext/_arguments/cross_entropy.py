@@ -23,6 +23,39 @@ from .validate import (
 )
 
 
+class LossNumbers(NamedTuple):
+    """What a loss takes besides tensors.
+
+    Attributes:
+        alpha: what each unimodal loss is multiplied by in the total.
+        mean: whether losses are averaged over the rows that count, or summed.
+        ignore_index: the target of rows that do not count.
+        label_smoothing: the share of the target that is spread over all classes.
+    """
+
+    alpha: tuple[float, ...]
+    mean: bool
+    ignore_index: int
+    label_smoothing: float
+
+    @classmethod
+    def check(
+        cls,
+        modalities: int,
+        alpha: object,
+        reduction: object,
+        ignore_index: object,
+        label_smoothing: object,
+    ) -> LossNumbers:
+        """Checks a user's arguments; each error names its own."""
+        return cls(
+            check_alpha(alpha, modalities),
+            check_reduction(reduction),
+            check_ignore_index(ignore_index),
+            check_share("label_smoothing", label_smoothing),
+        )
+
+
 class CrossEntropy(NamedTuple):
     """Cross-entropy of every branch with one target.
 
@@ -30,20 +63,13 @@ class CrossEntropy(NamedTuple):
         target: class indices, int64, of the features' leading shape, or soft targets `(..., C)`.
         class_weight: `(C,)`, in the loss's dtype, or None.
         sample_weight: of the leading shape, in the loss's dtype, or None.
-        alpha: what each unimodal loss is multiplied by in the total.
-        mean: whether losses are averaged over the rows that count, or summed.
-        ignore_index: the target of rows that do not count.
-        label_smoothing: the share of the target that is spread over all classes.
         present: one mask (or None) per modality; empty where there are none.
     """
 
     target: Tensor
     class_weight: Tensor | None
     sample_weight: Tensor | None
-    alpha: tuple[float, ...]
-    mean: bool
-    ignore_index: int
-    label_smoothing: float
+    numbers: LossNumbers
     present: tuple[Tensor | None, ...]
 
     @classmethod
@@ -65,7 +91,7 @@ class CrossEntropy(NamedTuple):
             check_target(target, features[0], classes),
             check_weight("class_weight", class_weight, features[0], (classes,)),
             check_weight("sample_weight", sample_weight, features[0], features[0].shape[:-1]),
-            *check_numbers(len(features), alpha, reduction, ignore_index, label_smoothing),
+            LossNumbers.check(len(features), alpha, reduction, ignore_index, label_smoothing),
             check_present(present, features),
         )
 
@@ -101,19 +127,3 @@ def unpack_if_plain(
             return None
     dtype = loss_dtype(like)
     return (first, *(None if weight is None else weight.to(dtype) for weight in weights))
-
-
-def check_numbers(
-    modalities: int,
-    alpha: object,
-    reduction: object,
-    ignore_index: object,
-    label_smoothing: object,
-) -> tuple[tuple[float, ...], bool, int, float]:
-    """Checks what a loss takes besides tensors, in the order of `CrossEntropy`."""
-    return (
-        check_alpha(alpha, modalities),
-        check_reduction(reduction),
-        check_ignore_index(ignore_index),
-        check_share("label_smoothing", label_smoothing),
-    )

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import _torch_private
-from .._arguments.cross_entropy import CrossEntropy
-from .._arguments.heads import HEADS, Biases, Features, Weights
+from .._arguments.cross_entropy import LossNumbers
+from .._arguments.heads import Biases, Features, Weights
 from ..settings import workspace_limit
 from ..types import DecoupledLoss, is_unit_gradient
 from . import library
@@ -28,41 +28,9 @@ class StepOptions(NamedTuple):
     op: str
     executor: Executor
     modalities: int
-    parameters: int  # weights, and as many biases
-    alpha: tuple[float, ...]
-    mean: bool
-    ignore_index: int
-    label_smoothing: float
-    encoder_leak: float
-    head_leak: float
-
-    def call(
-        self, limit: int, loss: Sequence[Any], tensors: Sequence[Any], needs: Sequence[bool]
-    ) -> list[Tensor]:
-        """Calls the op; `loss` are the target and its weights, `tensors` the head's and masks."""
-        weights = self.modalities
-        biases = weights + self.parameters
-        end = biases + self.parameters
-        return library.call(
-            self.op,
-            self.executor,
-            tensors[0],
-            tensors[:weights],
-            tensors[weights:biases],
-            tensors[biases:end],
-            *loss,
-            tensors[end:],
-            self.alpha,
-            self.mean,
-            self.ignore_index,
-            self.label_smoothing,
-            needs[:weights],
-            needs[weights:biases],
-            needs[biases:end],
-            self.encoder_leak,
-            self.head_leak,
-            limit,
-        )
+    masks: int
+    numbers: LossNumbers
+    leaks: tuple[float, float]
 
 
 # forward's arguments before the tensors of the head, which have no gradient.
@@ -88,8 +56,22 @@ class TrainingStep(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """Takes features, weights, biases and masks in one flat list; returns a `DecoupledLoss`."""
         needs = ctx.needs_input_grad[_OPTIONS:] if grad_enabled else (False,) * len(tensors)
-        loss = target, class_weight, sample_weight
-        results = options.call(limit, loss, tensors, needs)
+        *head, present = library.split(tensors, options.modalities, options.masks)
+        *head_needs, _ = library.split(needs, options.modalities, options.masks)
+        results = library.call(
+            f"{options.op}_step",
+            options.executor,
+            tensors[0],
+            *head,
+            target,
+            class_weight,
+            sample_weight,
+            present,
+            *options.numbers,
+            *head_needs,
+            *options.leaks,
+            limit,
+        )
         total, *parts = results[:_RESULTS]
         grads = results[_RESULTS:]
         ctx.set_materialize_grads(False)
@@ -148,46 +130,22 @@ def _scaled(ctx: Any, scale: Tensor) -> Sequence[Tensor]:
 
 
 def apply(
-    fusion: str,
-    features: Features,
-    weights: Weights,
-    biases: Biases,
-    loss: CrossEntropy,
-    encoder_leak: float,
-    head_leak: float,
-    executor: Executor = Executor.AUTO,
-) -> DecoupledLoss:
-    """Returns the loss of a head, with disentangled gradients behind its total."""
-    options = StepOptions(
-        f"{HEADS[fusion].op}_step",
-        executor,
-        len(features),
-        len(weights),
-        loss.alpha,
-        loss.mean,
-        loss.ignore_index,
-        loss.label_smoothing,
-        encoder_leak,
-        head_leak,
-    )
-    tensors = loss.target, loss.class_weight, loss.sample_weight
-    return run(options, features, weights, biases, tensors, loss.present)
-
-
-def run(
     options: StepOptions,
     features: Features,
     weights: Weights,
     biases: Biases,
-    loss: tuple[Tensor, Tensor | None, Tensor | None],
+    constants: tuple[Tensor, Tensor | None, Tensor | None],
     present: Sequence[Tensor | None],
 ) -> DecoupledLoss:
-    """Takes a step that `options` describe; `loss` are the target and its weights."""
+    """Returns the loss of a head, with disentangled gradients behind its total.
+
+    `constants` are the target, the class weight and the sample weight.
+    """
     total, branch_losses, *per_branch = TrainingStep.apply(
         options,
         workspace_limit() or 0,  # the device's default
         torch.is_grad_enabled(),
-        *loss,
+        *constants,
         *features,
         *weights,
         *biases,
