@@ -95,9 +95,15 @@ def without_absent(features: Features, present: Sequence[Tensor | None]) -> Feat
     """Returns the features with zeros in absent rows."""
     # Selected, not multiplied: what an absent row stores is never read, NaN included.
     return tuple(
-        h if mask is None else torch.where(mask.unsqueeze(-1), h, 0.0)
+        h if mask is None else torch.where(extended(mask, h.dim()), h, 0.0)
         for h, mask in zip(features, present, strict=True)
     )
+
+
+def extended(mask: Tensor, dimensions: int) -> Tensor:
+    """Returns a mask with dimensions of one at its end, as many as it lacks."""
+    index = (..., *(None,) * (dimensions - mask.dim()))
+    return mask[index]
 
 
 def compute_cross_entropy(

@@ -12,9 +12,9 @@ from .heads import Features
 from .validate import (
     INDEX_DTYPES,
     check_alpha,
+    check_choice,
     check_ignore_index,
     check_present,
-    check_reduction,
     check_share,
     check_target,
     check_weight,
@@ -50,7 +50,7 @@ class LossNumbers(NamedTuple):
         """Checks a user's arguments; each error names its own."""
         return cls(
             check_alpha(alpha, modalities),
-            check_reduction(reduction),
+            check_choice("reduction", reduction, ("mean", "sum")) == "mean",
             check_ignore_index(ignore_index),
             check_share("label_smoothing", label_smoothing),
         )

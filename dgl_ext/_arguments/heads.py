@@ -17,6 +17,7 @@ from .validate import (
     cast,
     check_choice,
     check_features,
+    check_length,
     check_like,
     check_parameter,
     check_sequence,
@@ -65,7 +66,7 @@ class Head:
             tensors = tuple(cast(tensor, dtype) for tensor in tensors)
         like = tensors[0]
         for i in range(1, len(tensors)):
-            check_like("features", i, tensors[i], like)
+            check_like(f"features[{i}]", tensors[i], like)
 
         shapes = self.weight_shapes([tensor.shape[-1] for tensor in tensors])
         weights = self._sequence("weight", weight, len(shapes))
@@ -76,18 +77,18 @@ class Head:
         checked_weights = []
         checked_biases: list[Tensor | None] = []
         for i, (rows, columns) in enumerate(shapes):
-            index = None if self.single_weight else i
+            index = "" if self.single_weight else f"[{i}]"
             expected = classes if rows is None else rows
-            value = check_parameter("weight", index, weights[i], dtype, like)
-            check_shape("weight", index, value, (expected, columns))
+            value = check_parameter(f"weight{index}", weights[i], dtype, like)
+            check_shape(f"weight{index}", value, (expected, columns))
             checked_weights.append(value)
             if rows is None:
                 expected = classes = value.shape[0]
             if biases[i] is None:
                 checked_biases.append(None)
                 continue
-            value = check_parameter("bias", index, biases[i], dtype, like)
-            check_shape("bias", index, value, (expected,))
+            value = check_parameter(f"bias{index}", biases[i], dtype, like)
+            check_shape(f"bias{index}", value, (expected,))
             checked_biases.append(value)
         return tensors, tuple(checked_weights), tuple(checked_biases)
 
@@ -123,13 +124,9 @@ class Head:
     def _sequence(self, argument: str, value: object, length: int) -> tuple[object, ...]:
         if self.single_weight:
             return (value,)
-        values = check_sequence(
-            argument, value, f'a sequence of {length} tensors for fusion="{self.name}"'
-        )
-        if len(values) != length:
-            raise ValueError(
-                f'{argument}: expected {length} tensors for fusion="{self.name}", got {len(values)}'
-            )
+        what = f'tensors for fusion="{self.name}"'
+        values = check_sequence(argument, value, f"a sequence of {length} {what}")
+        check_length(argument, values, length, f" {what}")
         return values
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numbers
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence, Sized
 from typing import Any
 
 import torch
@@ -34,14 +34,8 @@ _PLAIN_OR_NONE = _PLAIN | {type(None)}
 Shape = tuple[int | None, ...]
 
 
-def label(argument: str, index: int | None) -> str:
-    """The name of an argument, or of one entry of it."""
-    return argument if index is None else f"{argument}[{index}]"
-
-
-def check_tensor(argument: str, index: int | None, value: object) -> Tensor:
+def check_tensor(name: str, value: object) -> Tensor:
     """Returns `value` if it is a dense floating-point tensor of a supported dtype."""
-    name = label(argument, index)
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if isinstance(value, _LAZY):
@@ -82,6 +76,12 @@ def check_sequence(name: str, value: object, what: str) -> tuple[object, ...]:
     return tuple(value[i] for i in range(len(value)))
 
 
+def check_length(name: str, values: Sized, count: int, what: str) -> None:
+    """Raises unless there are `count` values; in the message `what` follows on that number."""
+    if len(values) != count:
+        raise ValueError(f"{name}: expected {count}{what}, got {len(values)}")
+
+
 def plain_tuple(value: object, or_none: bool = False) -> tuple[Any, ...] | None:
     """Returns the entries of a list or tuple if all are tensors (or None, if so asked), else None.
 
@@ -106,24 +106,27 @@ def is_foreign(value: object) -> bool:
     return acts and not isinstance(value, ours)
 
 
-def check_features(features: object) -> tuple[Tensor, ...]:
-    """Returns the features as a tuple: one tensor per modality, equal leading shape."""
+def check_tensors(features: object) -> tuple[Tensor, ...]:
+    """Returns the features as a tuple of tensors, one per modality."""
     values = check_sequence("features", features, "a sequence of tensors, one per modality")
     if not values:
         raise ValueError("features: expected at least one tensor, got none")
-    leading = None
-    for i, value in enumerate(values):
-        shape = check_tensor("features", i, value).shape
-        if not shape:
+    return tuple(check_tensor(f"features[{i}]", value) for i, value in enumerate(values))
+
+
+def check_features(features: object) -> tuple[Tensor, ...]:
+    """Returns the features as a tuple: one tensor per modality, equal leading shape."""
+    tensors = check_tensors(features)
+    leading = tensors[0].shape[:-1]
+    for i, tensor in enumerate(tensors):
+        if not tensor.dim():
             raise ValueError(f"features[{i}]: expected shape (..., D), got a scalar")
-        if leading is None:
-            leading = shape[:-1]
-        elif shape[:-1] != leading:
+        if tensor.shape[:-1] != leading:
             raise ValueError(
                 f"features[{i}]: expected leading shape {tuple(leading)} as features[0], "
-                f"got {tuple(shape[:-1])}"
+                f"got {tuple(tensor.shape[:-1])}"
             )
-    return values  # type: ignore[return-value]
+    return tensors
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -141,9 +144,7 @@ def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype)
 
 
-def check_parameter(
-    argument: str, index: int | None, value: object, dtype: torch.dtype | None, like: Tensor
-) -> Tensor:
+def check_parameter(name: str, value: object, dtype: torch.dtype | None, like: Tensor) -> Tensor:
     """Returns a weight or bias, cast to `dtype` if there is one, if it then is like `like`."""
     if (
         dtype is None
@@ -154,25 +155,22 @@ def check_parameter(
         and value.layout is torch.strided
     ):
         return value
-    tensor = cast(check_tensor(argument, index, value), dtype)
-    check_like(argument, index, tensor, like)
+    tensor = cast(check_tensor(name, value), dtype)
+    check_like(name, tensor, like)
     return tensor
 
 
-def check_like(argument: str, index: int | None, tensor: Tensor, like: Tensor) -> None:
+def check_like(name: str, tensor: Tensor, like: Tensor) -> None:
     """Raises unless `tensor` has the dtype and device of `like`, which is `features[0]`."""
     if tensor.dtype != like.dtype:
-        raise TypeError(
-            f"{label(argument, index)}: expected {like.dtype} as features[0], got {tensor.dtype}"
-        )
+        raise TypeError(f"{name}: expected {like.dtype} as features[0], got {tensor.dtype}")
     if tensor.device != like.device:
         raise ValueError(
-            f"{label(argument, index)}: expected device {like.device} as features[0], "
-            f"got {tensor.device}"
+            f"{name}: expected device {like.device} as features[0], got {tensor.device}"
         )
 
 
-def check_shape(argument: str, index: int | None, tensor: Tensor, expected: Shape) -> None:
+def check_shape(name: str, tensor: Tensor, expected: Shape) -> None:
     """Raises unless the shape is `expected`, where `None` stands for C, any number of outputs."""
     shape = tensor.shape
     if shape == expected:
@@ -182,7 +180,7 @@ def check_shape(argument: str, index: int | None, tensor: Tensor, expected: Shap
     ):
         sizes = ["C" if size is None else str(size) for size in expected]
         text = ", ".join(sizes) + ("," if len(sizes) == 1 else "")
-        raise ValueError(f"{label(argument, index)}: expected shape ({text}), got {tuple(shape)}")
+        raise ValueError(f"{name}: expected shape ({text}), got {tuple(shape)}")
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> str:
@@ -211,21 +209,16 @@ def check_share(name: str, value: object) -> float:
     return float(value)
 
 
-def check_present(present: object, features: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """Returns one bool tensor of the leading shape, or None, per modality."""
+def check_masks(present: object, features: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Returns one bool tensor, or None, per modality; of what shapes is for the caller to check."""
     if present is None:  # not nothing: exported programs lose an empty list of optional tensors
         return (None,) * len(features)
-    values = check_sequence("present", present, "a sequence of bool tensors, one per modality")
-    if len(values) != len(features):
-        raise ValueError(
-            f"present: expected {len(features)} entries, one per modality, got {len(values)}"
-        )
-    masks: list[Tensor | None] = []
-    for i, (mask, feature) in enumerate(zip(values, features, strict=True)):
-        name = f"present[{i}]"
+    masks = check_sequence("present", present, "a sequence of bool tensors, one per modality")
+    check_length("present", masks, len(features), " entries, one per modality")
+    for i, (mask, feature) in enumerate(zip(masks, features, strict=True)):
         if mask is None:
-            masks.append(None)
             continue
+        name = f"present[{i}]"
         if not isinstance(mask, Tensor):
             raise TypeError(f"{name}: expected a bool tensor or None, got {type(mask).__name__}")
         if mask.dtype != torch.bool:
@@ -233,13 +226,20 @@ def check_present(present: object, features: Sequence[Tensor]) -> tuple[Tensor |
         check_dense(name, mask)
         if mask.device != feature.device:
             raise ValueError(f"{name}: expected device {feature.device}, got {mask.device}")
-        if mask.shape != feature.shape[:-1]:
+    return masks  # type: ignore[return-value]
+
+
+def check_present(present: object, features: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Returns one bool tensor of the leading shape, or None, per modality."""
+    masks = check_masks(present, features)
+    leading = features[0].shape[:-1]
+    for i, mask in enumerate(masks):
+        if mask is not None and mask.shape != leading:
             raise ValueError(
-                f"{name}: expected shape {tuple(feature.shape[:-1])}, the features' leading "
-                f"shape, got {tuple(mask.shape)}"
+                f"present[{i}]: expected shape {tuple(leading)}, the features' leading shape, "
+                f"got {tuple(mask.shape)}"
             )
-        masks.append(mask)
-    return tuple(masks)
+    return masks
 
 
 def loss_dtype(like: Tensor) -> torch.dtype:
@@ -302,10 +302,7 @@ def check_alpha(alpha: object, modalities: int) -> tuple[float, ...]:
     if isinstance(alpha, (int, float)) and not isinstance(alpha, bool):
         return (_check_finite("alpha", alpha),) * modalities
     values = check_sequence("alpha", alpha, "a number, or a sequence of one per modality")
-    if len(values) != modalities:
-        raise ValueError(
-            f"alpha: expected {modalities} numbers, one per modality, got {len(values)}"
-        )
+    check_length("alpha", values, modalities, " numbers, one per modality")
     return tuple(_check_finite(f"alpha[{i}]", value) for i, value in enumerate(values))
 
 
@@ -354,11 +351,8 @@ def check_per_output(name: str, value: object, modalities: int) -> tuple[Callabl
     if callable(value):
         return (value,) * (modalities + 1)
     functions = check_sequence(name, value, "a function or a sequence of them")
-    if len(functions) != modalities + 1:
-        raise ValueError(
-            f"{name}: expected {modalities + 1} functions, for the fused output and one per "
-            f"modality, got {len(functions)}"
-        )
+    what = " functions, for the fused output and one per modality"
+    check_length(name, functions, modalities + 1, what)
     for k, function in enumerate(functions):
         if not callable(function):
             raise TypeError(f"{name}[{k}]: expected a function, got {type(function).__name__}")
@@ -372,8 +366,7 @@ def check_names(names: object, modalities: int) -> tuple[str, ...]:
     values = () if isinstance(names, str) else check_sequence("names", names, "a sequence of str")
     if isinstance(names, str) or not all(isinstance(name, str) for name in values):
         raise TypeError(f"names: expected a sequence of str, got {names!r}")
-    if len(values) != modalities:
-        raise ValueError(f"names: expected {modalities}, one per modality, got {len(values)}")
+    check_length("names", values, modalities, ", one per modality")
     if len({*values, "fused", "total"}) < modalities + 2:
         raise ValueError(f'names: expected each once, and no "fused" or "total", got {names!r}')
     return values  # type: ignore[return-value]
@@ -386,13 +379,6 @@ def check_loss(name: str, loss: object) -> Tensor:
     if loss.numel() != 1:
         raise ValueError(f"{name}: expected a scalar tensor, got shape {tuple(loss.shape)}")
     return loss
-
-
-def check_reduction(reduction: object) -> bool:
-    """Returns whether losses are averaged; they are summed otherwise."""
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f'reduction: expected "mean" or "sum", got {reduction!r}')
-    return reduction == "mean"
 
 
 def check_ignore_index(value: object) -> int:

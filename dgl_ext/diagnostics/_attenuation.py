@@ -10,12 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._arguments.validate import (
-    check_alpha,
-    check_sequence,
-    check_tensor,
-    check_width,
-)
+from .._arguments.validate import check_alpha, check_length, check_tensors, check_width
 from ..nn.decoupled import Decoupled
 from ..nn.heads import _Fusion
 from ..types import DecoupledLogits
@@ -96,7 +91,7 @@ def attenuation(
         >>> found.ratio.shape
         torch.Size([2])
     """
-    tensors = _check_features(features)
+    tensors = check_tensors(features)
     alphas = check_alpha(alpha, len(tensors))
     kept = buffers_kept(head) if isinstance(head, nn.Module) else contextlib.nullcontext()
     with (
@@ -109,11 +104,8 @@ def attenuation(
         plain = [h.clone() if h.is_inference() else h for h in tensors]
         leaves = tuple(h.detach().requires_grad_() for h in plain)
         losses = named_losses(loss_fn, lambda *given: _uncut(head, given, present), leaves)
-        if len(losses) != len(leaves) + 1:
-            raise ValueError(
-                f"loss_fn: expected {len(leaves) + 1} losses, the fused output's and one per "
-                f"modality, got {len(losses)}"
-            )
+        what = " losses, the fused output's and one per modality"
+        check_length("loss_fn", losses, len(leaves) + 1, what)
         values = list(losses.values())
         # The outputs may share a graph.
         fused = _gradients(values[0], leaves)
@@ -220,13 +212,6 @@ def _compare(
     return Attenuation(fused_norm, unimodal_norm, fused_norm / unimodal_norm, cosine)
 
 
-def _check_features(features: object) -> tuple[Tensor, ...]:
-    values = check_sequence("features", features, "a sequence of tensors, one per modality")
-    if not values:
-        raise ValueError("features: expected at least one tensor, got none")
-    return tuple(check_tensor("features", i, value) for i, value in enumerate(values))
-
-
 def plot_attenuation(
     history: AttenuationMonitor | Sequence[tuple[int, Attenuation]],
     path_or_ax: str | os.PathLike[str] | Any,
@@ -256,8 +241,7 @@ def plot_attenuation(
     curves = Attenuation(*(torch.stack(column, dim=1).cpu() for column in columns))
     count = len(curves.ratio)
     labels = [f"modality {i}" for i in range(count)] if names is None else list(names)
-    if len(labels) != count:
-        raise ValueError(f"names: expected {count}, one per modality, got {len(labels)}")
+    check_length("names", labels, count, ", one per modality")
 
     def draw(axes: Any, values: Any, style: str, suffix: str = "") -> None:
         for i, label in enumerate(labels):

@@ -11,8 +11,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .. import _torch_private
-from .._arguments.validate import check_sequence, check_tensor
-from ..reference import _leak
+from .._arguments.validate import (
+    check_length,
+    check_masks,
+    check_sequence,
+    check_tensor,
+    check_tensors,
+)
+from ..reference import _leak, extended, without_absent
 from ..types import DecoupledLogits
 from ._cut import Passes, check_not_sharded, exclusive
 from ._mode import HasMode
@@ -241,10 +247,7 @@ class Decoupled(HasMode):
         slots = check_sequence(
             "substitute", self.substitute(inputs, i), "a sequence of tensors, one per modality"
         )
-        if len(slots) != len(inputs):
-            raise ValueError(
-                f"substitute: expected {len(inputs)} features, one per modality, got {len(slots)}"
-            )
+        check_length("substitute", slots, len(inputs), " features, one per modality")
         if slots[i] is not own:
             raise ValueError(
                 f"substitute: expected features[{i}] itself in slot {i} of its own pass, "
@@ -252,7 +255,7 @@ class Decoupled(HasMode):
             )
         # Only the feature itself may pass gradients; a parameter returned as it is would, too.
         return tuple(
-            (own if slot is own else check_tensor("substitute", j, slot).detach()).clone()
+            (own if slot is own else check_tensor(f"substitute[{j}]", slot).detach()).clone()
             for j, slot in enumerate(slots)
         )
 
@@ -261,9 +264,7 @@ class Decoupled(HasMode):
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
         """Returns features with absent rows as zeros, and masks; raises unless everything fits."""
         check_not_sharded("fusion", self.fusion, "the Decoupled module")
-        if not features:
-            raise ValueError("features: expected at least one tensor, got none")
-        inputs = tuple(check_tensor("features", i, value) for i, value in enumerate(features))
+        inputs = check_tensors(features)
         if self.substitute == "self":
             for i, value in enumerate(inputs):
                 if value.shape != inputs[0].shape:
@@ -271,18 +272,14 @@ class Decoupled(HasMode):
                         f"features[{i}]: expected shape {tuple(inputs[0].shape)} as features[0] "
                         f'for substitute="self", got {tuple(value.shape)}'
                     )
-        if present is None:
-            return inputs, (None,) * len(inputs)
-        masks = check_sequence("present", present, "a sequence of bool tensors, one per modality")
-        if len(masks) != len(inputs):
-            raise ValueError(
-                f"present: expected {len(inputs)} entries, one per modality, got {len(masks)}"
-            )
-        values = tuple(
-            value if mask is None else _masked(i, value, mask)
-            for i, (value, mask) in enumerate(zip(inputs, masks, strict=True))
-        )
-        return values, masks  # type: ignore[return-value]
+        masks = check_masks(present, inputs)
+        for i, (value, mask) in enumerate(zip(inputs, masks, strict=True)):
+            if mask is not None and (not mask.dim() or mask.shape != value.shape[: mask.dim()]):
+                raise ValueError(
+                    f"present[{i}]: expected the first dimensions of features[{i}], which is "
+                    f"{tuple(value.shape)}, got shape {tuple(mask.shape)}"
+                )
+        return without_absent(inputs, masks), masks
 
     def extra_repr(self) -> str:
         """The substitute, and the leaks that are open."""
@@ -303,27 +300,6 @@ def _copied(value: Any, share: float) -> Any:
     return _torch_private.tree_map(copy, value)
 
 
-def _masked(index: int, feature: Tensor, mask: object) -> Tensor:
-    """Selects, does not multiply: what an absent row stores is never read, NaN included."""
-    name = f"present[{index}]"
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name}: expected a bool tensor or None, got {type(mask).__name__}")
-    if mask.dtype != torch.bool:
-        raise TypeError(f"{name}: expected torch.bool, got {mask.dtype}")
-    if mask.device != feature.device:
-        raise ValueError(f"{name}: expected device {feature.device}, got {mask.device}")
-    if mask.dim() == 0 or mask.shape != feature.shape[: mask.dim()]:
-        raise ValueError(
-            f"{name}: expected the first dimensions of features[{index}], which is "
-            f"{tuple(feature.shape)}, got shape {tuple(mask.shape)}"
-        )
-    return torch.where(_to_dimensions(mask, feature.dim()), feature, 0.0)
-
-
-def _to_dimensions(mask: Tensor, count: int) -> Tensor:
-    return mask.reshape(mask.shape + (1,) * (count - mask.dim()))
-
-
 def _takes_present(fusion: nn.Module) -> bool:
     """Whether the module's forward has a parameter of the name `present`."""
     return "present" in inspect.signature(fusion.forward).parameters
@@ -338,7 +314,7 @@ def _masks(
         whole = mask is not None and mask.dim() == feature.dim()
         shape = feature.shape if whole else feature.shape[:-1]
         value = torch.full(shape, alone in (None, i), dtype=torch.bool, device=feature.device)
-        values.append(value if mask is None else value & _to_dimensions(mask, len(shape)))
+        values.append(value if mask is None else value & extended(mask, len(shape)))
     return tuple(values)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .._arguments.cross_entropy import LOSS_OPTIONS
 from .._arguments.heads import get_head
 from .._arguments.modes import get_mode
-from .._arguments.validate import check_sequence, check_width
+from .._arguments.validate import check_length, check_sequence, check_width
 from ..functional import check_backend, fused_decouple, fused_decouple_cross_entropy
 from ..types import DecoupledLogits, DecoupledLoss
 from . import _layers
@@ -189,11 +189,7 @@ class _Fusion(HasMode, abc.ABC):
         return loss
 
     def _check_widths(self, features: Sequence[Tensor]) -> None:
-        if len(features) != len(self.in_features):
-            raise ValueError(
-                f"features: expected {len(self.in_features)} tensors as in_features, "
-                f"got {len(features)}"
-            )
+        check_length("features", features, len(self.in_features), " tensors as in_features")
         for i, (feature, width) in enumerate(zip(features, self.in_features, strict=True)):
             # What is no tensor with a width is an error of the functions.
             if isinstance(feature, Tensor) and feature.dim() and feature.shape[-1] != width:

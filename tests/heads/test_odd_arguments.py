@@ -118,7 +118,7 @@ STEPS = {
     "a list for reduction": (
         {"reduction": ["mean"]},
         ValueError,
-        'reduction: expected "mean" or "sum", got [\'mean\']',
+        'reduction: expected one of "mean", "sum", got [\'mean\']',
     ),
 }
 PLAIN = {"features": PROBLEM.features, "weight": PROBLEM.weights, "fusion": "sum"}

@@ -129,7 +129,7 @@ CASES = {
     "reduction none": (
         {"reduction": "none"},
         ValueError,
-        'reduction: expected "mean" or "sum", got \'none\'',
+        'reduction: expected one of "mean", "sum", got \'none\'',
     ),
     "ignore_index a float": (
         {"ignore_index": -100.0},
