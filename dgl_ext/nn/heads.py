@@ -67,6 +67,11 @@ class _Fusion(HasMode, abc.ABC):
     def _layers(self) -> Sequence[nn.Linear]:
         """The layers in the order of the arguments of `fused_decouple`."""
 
+    def reset_parameters(self) -> None:
+        """Draws the parameters as `nn.Linear` does."""
+        for layer in self._layers():
+            layer.reset_parameters()
+
     def forward(
         self,
         *features: Tensor,
@@ -240,10 +245,6 @@ class ConcatFusion(_Fusion):
         self.linear = nn.Linear(sum(self.in_features), self.out_features, bias, **factory)
         self.register_load_state_dict_pre_hook(_take_plain_names)
 
-    def reset_parameters(self) -> None:
-        """Draws new values, as `nn.Linear` does."""
-        self.linear.reset_parameters()
-
     def _layers(self) -> Sequence[nn.Linear]:
         return (self.linear,)
 
@@ -283,13 +284,7 @@ class SumFusion(_Fusion):
         in_features: one width per modality.
         out_features: number of outputs C.
         bias: whether every modality has a bias.
-        mode: "dgl"; "joint", where the fused loss alone trains all; or "joint+unimodal", where all
-            losses train all. Sets the leaks, and alpha of the loss, where they are None.
-        encoder_leak: see `dgl_ext.fused_decouple`.
-        head_leak: see `dgl_ext.fused_decouple`.
-        backend: see `dgl_ext.fused_decouple`.
-        device: of the parameters.
-        dtype: of the parameters.
+        mode, encoder_leak, head_leak, backend, device, dtype: as in `ConcatFusion`.
 
     Attributes:
         linears: one `nn.Linear(in_features[i], out_features)` per modality.
@@ -309,11 +304,6 @@ class SumFusion(_Fusion):
             nn.Linear(width, self.out_features, bias, **factory) for width in self.in_features
         )
 
-    def reset_parameters(self) -> None:
-        """Draws the parameters as `nn.Linear` does."""
-        for linear in self.linears:
-            linear.reset_parameters()
-
     def _layers(self) -> Sequence[nn.Linear]:
         return list(self.linears)
 
@@ -329,13 +319,7 @@ class FiLMFusion(_Fusion):
         bias: whether `out` has a bias. `film` always has one: its first half, `b_gamma`, starts at
             1, so that y passes where x is absent; without it y alone would give no logits to
             learn from.
-        mode: "dgl"; "joint", where the fused loss alone trains all; or "joint+unimodal", where all
-            losses train all. Sets the leaks, and alpha of the loss, where they are None.
-        encoder_leak: see `dgl_ext.fused_decouple`.
-        head_leak: see `dgl_ext.fused_decouple`.
-        backend: see `dgl_ext.fused_decouple`.
-        device: of the parameters.
-        dtype: of the parameters.
+        mode, encoder_leak, head_leak, backend, device, dtype: as in `ConcatFusion`.
 
     Attributes:
         film: `nn.Linear(D_x, 2 * D_y)`, which makes `[gamma | beta]`.
@@ -358,8 +342,7 @@ class FiLMFusion(_Fusion):
 
     def reset_parameters(self) -> None:
         """Draws the parameters as `nn.Linear` does and sets `b_gamma` to 1."""
-        self.film.reset_parameters()
-        self.out.reset_parameters()
+        super().reset_parameters()
         with torch.no_grad():
             self.film.bias[: self.in_features[1]] = 1
 
