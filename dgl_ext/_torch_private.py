@@ -30,15 +30,6 @@ def _resolve(name: str, path: str, fallback: Any) -> Any:
         return fallback
 
 
-def _any_requires_grad(*args: Any) -> bool:
-    def one(arg: Any) -> bool:
-        if isinstance(arg, (list, tuple)):
-            return any(map(one, arg))
-        return isinstance(arg, Tensor) and arg.requires_grad
-
-    return one(args)
-
-
 def _map(function: Callable[[Any], Any], tree: Any) -> Any:
     if isinstance(tree, (list, tuple)):
         return type(tree)(_map(function, entry) for entry in tree)
@@ -53,7 +44,6 @@ class _Never:
 
 # Past the kernels that check for autograd; within an autograd.Function they find nothing anyway.
 below_autograd = _resolve("below_autograd", "torch._C._AutoDispatchBelowAutograd", torch.no_grad)
-any_requires_grad = _resolve("any_requires_grad", "torch._C._any_requires_grad", _any_requires_grad)
 # Whether the backward pass that runs keeps its graph: then nothing may be written in place.
 keeps_graph = _resolve(
     "keeps_graph", "torch._C._autograd:_get_current_graph_task_keep_graph", lambda: True

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch_private
+from .._arguments.validate import loss_dtype
 
 
 class Executor(enum.IntEnum):
@@ -81,7 +82,7 @@ def _register(
     overload = _overloads[name] = getattr(torch.ops.dgl_ext, name).default
 
     def refuse_autograd(keyset: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and _torch_private.any_requires_grad(*args):
+        if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(args)):
             raise RuntimeError(
                 f"dgl_ext::{name} is not differentiable on its own: call dgl_ext.fused_decouple. "
                 "For second derivatives, and for exported programs that are trained, use "
@@ -165,12 +166,17 @@ def arguments_of(name: str, args: Sequence[Any]) -> SimpleNamespace:
     return SimpleNamespace(**dict(zip(names, args, strict=False)))
 
 
+def _tensors(args: Sequence[Any]) -> list[Tensor]:
+    """Returns the tensors among an op's arguments, those in lists too."""
+    flat = chain.from_iterable(arg if isinstance(arg, (list, tuple)) else (arg,) for arg in args)
+    return [arg for arg in flat if isinstance(arg, Tensor)]
+
+
 def _fake_kernel(name: str, fake: Callable[[SimpleNamespace], Any]) -> Callable[..., Any]:
     """Has a fake kernel check what a real one does: with one meta tensor, only this one runs."""
 
     def checked(*args: Any) -> Any:
-        flat = chain.from_iterable(arg if isinstance(arg, list) else (arg,) for arg in args)
-        tensors = [arg for arg in flat if isinstance(arg, Tensor)]
+        tensors = _tensors(args)
         for tensor in tensors[1:]:
             if tensor.device != tensors[0].device:
                 raise RuntimeError(
@@ -182,26 +188,17 @@ def _fake_kernel(name: str, fake: Callable[[SimpleNamespace], Any]) -> Callable[
     return checked
 
 
-def _sum_dtype(like: Tensor) -> torch.dtype:
-    return torch.float64 if like.dtype == torch.float64 else torch.float32
-
-
-def _logits(call: SimpleNamespace, classes: int) -> list[Tensor]:
+def _logits(call: SimpleNamespace) -> list[Tensor]:
     like = call.features[0]
-    shape = (*like.shape[:-1], classes)
+    shape = (*like.shape[:-1], call.weights[-1].shape[0])
     return [like.new_empty(shape) for _ in range(len(call.features) + 1)]
 
 
-def _linear_head_forward(call: SimpleNamespace) -> list[Tensor]:
-    return _logits(call, call.weights[0].shape[0])
-
-
 def _film_head_forward(call: SimpleNamespace) -> list[Tensor]:
-    film_weight, out_weight = call.weights
     like = call.features[0]
     # gamma and beta, kept for backward in the dtype that they were computed in.
-    shape = (*like.shape[:-1], film_weight.shape[0])
-    return [*_logits(call, out_weight.shape[0]), like.new_empty(shape, dtype=_sum_dtype(like))]
+    shape = (*like.shape[:-1], call.weights[0].shape[0])
+    return [*_logits(call), like.new_empty(shape, dtype=loss_dtype(like))]
 
 
 def _head_backward(call: SimpleNamespace) -> list[Tensor]:
@@ -215,7 +212,7 @@ def _head_backward(call: SimpleNamespace) -> list[Tensor]:
 
 def _head_step(call: SimpleNamespace) -> list[Tensor]:
     like, branches = call.features[0], len(call.features) + 1
-    dtype = _sum_dtype(like)
+    dtype = loss_dtype(like)
     grads = _head_backward(call)
     if like.dtype == torch.float16:  # they wait for the upstream scale in float32
         grads = [grad.new_empty(grad.shape, dtype=dtype) for grad in grads]
@@ -236,7 +233,7 @@ def _scale_gradients(call: SimpleNamespace) -> list[Tensor]:
 
 
 FAKE_KERNELS: dict[str, Callable[[SimpleNamespace], Any]] = {
-    "linear_head_forward": _linear_head_forward,
+    "linear_head_forward": _logits,
     "linear_head_backward": _head_backward,
     "linear_head_step": _head_step,
     "film_head_forward": _film_head_forward,

@@ -61,18 +61,8 @@ def test_a_name_that_is_gone():
     assert found == [fallback] * 3
 
 
-def test_the_stand_ins_answer_as_what_they_stand_in_for():
-    leaf, other = torch.zeros(2, requires_grad=True), torch.zeros(2)
-    for args in ([leaf], [other], [[other, None], 3], [[other, leaf]], []):
-        answers = {
-            function(*args)
-            for function in (
-                _torch_private.any_requires_grad,
-                _torch_private.FALLBACKS["any_requires_grad"],
-            )
-        }
-        assert len(answers) == 1
-    tree = ([other, 1], (2, None))
+def test_the_stand_in_answers_as_what_it_stands_in_for():
+    tree = ([torch.zeros(2), 1], (2, None))
     for function in (_torch_private.tree_map, _torch_private.FALLBACKS["tree_map"]):
         assert function(type, tree) == ([torch.Tensor, int], (int, type(None)))
 
