@@ -48,11 +48,15 @@ def environment() -> dict[str, Any]:
 
 def report(env: dict[str, Any]) -> str:
     """The environment as lines for a person."""
-    build = env["build"]
+    build, cuda_version = env["build"], env["torch_cuda"]
+    built_for = f"built for CUDA {cuda_version}" if cuda_version else "built without CUDA"
+    cuda_part = "loaded"
+    if not env["cuda_extension_loaded"]:
+        cuda_part = f"not loaded: {env['cuda_extension_error'].splitlines()[0]}"
     lines = [
         ("dgl_ext", f"{env['dgl_ext']} in {env['location']}"),
         ("Python", f"{env['python']} on {env['platform']}"),
-        ("torch", f"{env['torch']}, {_cuda_build(env['torch_cuda'])}"),
+        ("torch", f"{env['torch']}, {built_for}"),
         ("CPU", f"{env['cpu_capability']}, {env['threads']} threads"),
         ("GPUs", ", ".join(env["gpus"]) or "none visible"),
     ]
@@ -69,18 +73,10 @@ def report(env: dict[str, Any]) -> str:
         ]
     lines += [
         ("C++ extension", "loaded" if env["extension_loaded"] else f"NO: {env['extension_error']}"),
-        ("CUDA part", "loaded" if env["cuda_extension_loaded"] else _first_line(env)),
+        ("CUDA part", cuda_part),
         ("backends", ", ".join(env["backends"])),
     ]
     return "\n".join(f"{name + ':':<15}{text}" for name, text in lines)
-
-
-def _cuda_build(version: str | None) -> str:
-    return f"built for CUDA {version}" if version else "built without CUDA"
-
-
-def _first_line(env: dict[str, Any]) -> str:
-    return f"not loaded: {env['cuda_extension_error'].splitlines()[0]}"
 
 
 def main() -> None:

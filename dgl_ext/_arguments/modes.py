@@ -20,11 +20,6 @@ class Mode(NamedTuple):
     head_leak: float
     alpha: float
 
-    @property
-    def leaks(self) -> tuple[tuple[str, float], ...]:
-        """By their names."""
-        return ("encoder_leak", self.encoder_leak), ("head_leak", self.head_leak)
-
 
 MODES = {
     "dgl": Mode(0.0, 0.0, 1.0),

@@ -48,11 +48,8 @@ def _film_terms(call: SimpleNamespace, forward: bool, backward: bool) -> int:
     return terms
 
 
-def _register(name: str, terms: Terms) -> None:
-    step = name.endswith("step")
-
+def _register(name: str, terms: Terms, forward: bool, backward: bool) -> None:
     def count(*args: Any, **_: Any) -> int:
-        forward, backward = step or name.endswith("forward"), step or name.endswith("backward")
         return 2 * terms(arguments_of(name, args), forward, backward)
 
     register_flop_formula(getattr(torch.ops.dgl_ext, name))(count)
@@ -61,5 +58,6 @@ def _register(name: str, terms: Terms) -> None:
 def register() -> None:
     """Tells PyTorch how many flop the ops of each head take."""
     for head, terms in (("linear_head", _linear_terms), ("film_head", _film_terms)):
-        for kind in ("forward", "backward", "step"):
-            _register(f"{head}_{kind}", terms)
+        _register(f"{head}_forward", terms, forward=True, backward=False)
+        _register(f"{head}_backward", terms, forward=False, backward=True)
+        _register(f"{head}_step", terms, forward=True, backward=True)

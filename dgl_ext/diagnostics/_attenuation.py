@@ -97,7 +97,7 @@ def attenuation(
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        random_state_kept(tensors[0].device),
+        random_state_kept([tensors[0].device]),
         kept,
     ):
         # What inference mode has made can take part in no graph.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -40,6 +40,17 @@ class Route:
         return [loss for loss, norm in self.norms.items() if norm is not None]
 
     @property
+    def leaked(self) -> list[str]:
+        """The losses that arrive and are not among those expected."""
+        expected = self.expected
+        return [] if expected is None else [n for n in self.reached_by if n not in expected]
+
+    @property
+    def missing(self) -> list[str]:
+        """The losses that are expected and do not arrive."""
+        return [name for name in self.expected or () if self.norms[name] is None]
+
+    @property
     def remarks(self) -> list[str]:
         """What is worth a look."""
         remarks = []
@@ -47,10 +58,8 @@ class Route:
             remarks.append("frozen")
         elif not self.reached_by:
             remarks.append("unreached")
-        if self.expected is not None:
-            remarks += [f"leaked: {name}" for name in self.reached_by if name not in self.expected]
-            remarks += [f"missing: {name}" for name in self.expected if self.norms[name] is None]
-        return remarks
+        remarks += [f"leaked: {name}" for name in self.leaked]
+        return remarks + [f"missing: {name}" for name in self.missing]
 
 
 @dataclass(frozen=True)
@@ -81,23 +90,12 @@ class Routing:
     @property
     def leaked(self) -> list[tuple[str, str]]:
         """Pairs (parameter, loss): it arrives and is not among those expected."""
-        return [
-            (row.name, loss)
-            for row in self.rows
-            if row.expected is not None
-            for loss in row.reached_by
-            if loss not in row.expected
-        ]
+        return [(row.name, loss) for row in self.rows for loss in row.leaked]
 
     @property
     def missing(self) -> list[tuple[str, str]]:
         """Pairs (parameter, loss): it is expected and does not arrive."""
-        return [
-            (row.name, loss)
-            for row in self.rows
-            for loss in row.expected or ()
-            if row.norms[loss] is None
-        ]
+        return [(row.name, loss) for row in self.rows for loss in row.missing]
 
     @property
     def zero(self) -> list[tuple[str, str]]:
@@ -186,36 +184,28 @@ def routing(
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     model = _unwrapped(model)
     named = {name.replace(_COMPILED, ""): p for name, p in model.named_parameters()}
-    trainable = [p for p in named.values() if p.requires_grad]
-    norms: dict[str, dict[str, float | None]] = {}
-    devices = {p.device for p in named.values()}
-    with torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as stack:
-        for device in devices or {torch.device("cpu")}:
-            stack.enter_context(random_state_kept(device))
-        stack.enter_context(buffers_kept(model))
+    trainable = {name: p for name, p in named.items() if p.requires_grad}
+    norms: dict[str, dict[str, float | None]] = {name: {} for name in named}
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        random_state_kept({p.device for p in named.values()}),
+        buffers_kept(model),
         # A compiled graph has zeros for what a loss does not reach.
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for loss_name, loss in named_losses(loss_fn, model, batch).items():
+        torch.compiler.set_stance("force_eager"),
+    ):
+        losses = named_losses(loss_fn, model, batch)
+        for loss_name, loss in losses.items():
             found: Sequence[Tensor | None] = [None] * len(trainable)
             if loss.requires_grad and trainable:
-                found = torch.autograd.grad(loss, trainable, retain_graph=True, allow_unused=True)
-            by_parameter = dict(zip(map(id, trainable), found, strict=True))
-            norms[loss_name] = {
-                name: _norm(by_parameter.get(id(parameter))) for name, parameter in named.items()
-            }
-    expected = _expected(expect, list(named), list(norms))
-    return Routing(
-        tuple(norms),
-        tuple(
-            Route(
-                name,
-                parameter.requires_grad,
-                {loss_name: norms[loss_name][name] for loss_name in norms},
-                expected.get(name),
-            )
-            for name, parameter in named.items()
-        ),
-    )
+                leaves = list(trainable.values())
+                found = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+            grads = dict(zip(trainable, found, strict=True))
+            for name in named:
+                norms[name][loss_name] = _norm(grads.get(name))
+    expected = _expected(expect, list(named), list(losses))
+    rows = [Route(n, p.requires_grad, norms[n], expected.get(n)) for n, p in named.items()]
+    return Routing(tuple(losses), tuple(rows))
 
 
 def named_losses(loss_fn: LossFunction, model: Any, batch: Any) -> dict[str, Tensor]:
@@ -286,7 +276,7 @@ def _expected(expect: object, names: list[str], losses: list[str]) -> dict[str, 
     return expected
 
 
-@contextlib.contextmanager
+@contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
     """Has a model read and write copies of its buffers, and gives it back its own afterwards.
 
@@ -308,12 +298,7 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
             module._buffers.update(buffers)
 
 
-@contextlib.contextmanager
-def random_state_kept(device: torch.device) -> Iterator[None]:
-    """Puts the random state of the CPU and the device back, without waiting for the device."""
-    if device.type != "cuda":
-        with torch.random.fork_rng(devices=[]):
-            yield
-        return
-    with torch.random.fork_rng(devices=[device], device_type=device.type):
-        yield
+def random_state_kept(devices: Iterable[torch.device]) -> AbstractContextManager[None]:
+    """Puts the random state of the CPU and the devices back, without waiting for a device."""
+    gpus = [device for device in devices if device.type == "cuda"]
+    return torch.random.fork_rng(gpus, device_type="cuda")

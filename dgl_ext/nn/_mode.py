@@ -25,5 +25,6 @@ class HasMode(nn.Module):
 
     def _mode_repr(self) -> list[str]:
         """The mode, and the leaks that are not as it sets them."""
-        named = (("mode", "dgl"), *get_mode(self.mode).leaks)
-        return [f"{n}={getattr(self, n)!r}" for n, default in named if getattr(self, n) != default]
+        mode = get_mode(self.mode)
+        usual = {"mode": "dgl", "encoder_leak": mode.encoder_leak, "head_leak": mode.head_leak}
+        return [f"{n}={getattr(self, n)!r}" for n, v in usual.items() if getattr(self, n) != v]
