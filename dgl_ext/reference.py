@@ -21,10 +21,10 @@ from ._arguments.heads import Biases, Features, Weights
 from .types import DecoupledLogits, DecoupledLoss
 
 Parameters = tuple[Weights, Biases]
-Branches = tuple[Tensor, tuple[Tensor, ...]]  # the fused logits, and every modality's
-# Takes the features, and what of them feeds the fused logits; the parameters, and what of them is
-# left to the unimodal logits, where the method has cut.
-Formula = Callable[[Features, Features, Parameters, Parameters], Branches]
+Logits = tuple[Tensor, tuple[Tensor, ...]]  # fused, and one per modality
+# Takes the features, and those that the fused logits are fed; the parameters whole, and cut off as
+# the unimodal logits get them.
+Formula = Callable[[Features, Features, Parameters, Parameters], Logits]
 
 
 def _leak(tensor: Tensor, share: float) -> Tensor:
@@ -39,7 +39,7 @@ def _leak(tensor: Tensor, share: float) -> Tensor:
     return tensor.detach() + share * zero
 
 
-def _concat(features: Features, fed: Features, whole: Parameters, cut: Parameters) -> Branches:
+def _concat(features: Features, fed: Features, whole: Parameters, cut: Parameters) -> Logits:
     (weight,), (bias,) = whole
     fused = F.linear(torch.cat(fed, dim=-1), weight, bias)  # (..., C)
 
@@ -48,13 +48,13 @@ def _concat(features: Features, fed: Features, whole: Parameters, cut: Parameter
     return fused, tuple(F.linear(h, w, bias) for h, w in zip(features, columns, strict=True))
 
 
-def _sum(features: Features, fed: Features, whole: Parameters, cut: Parameters) -> Branches:
+def _sum(features: Features, fed: Features, whole: Parameters, cut: Parameters) -> Logits:
     parts = [F.linear(h, w, b) for h, w, b in zip(fed, *whole, strict=True)]
     unimodal = tuple(F.linear(h, w, b) for h, w, b in zip(features, *cut, strict=True))
     return reduce(torch.add, parts), unimodal
 
 
-def _film(features: Features, fed: Features, whole: Parameters, cut: Parameters) -> Branches:
+def _film(features: Features, fed: Features, whole: Parameters, cut: Parameters) -> Logits:
     (x, y), ((film_weight, out_weight), (film_bias, out_bias)) = fed, whole
     gamma, beta = F.linear(x, film_weight, film_bias).chunk(2, dim=-1)  # (..., H) each
     fused = F.linear(gamma * y + beta, out_weight, out_bias)

@@ -99,7 +99,7 @@ class FusionHead(torch.autograd.Function):
         # The masks, which come last, have no gradient.
         ctx.needs = needs = ctx.needs_input_grad[_OPTIONS : len(ctx.needs_input_grad) - masks]
         if not any(needs) or (all(needs[:modalities]) and any(needs[modalities:])):
-            return outputs  # as nearly always: without gradients, or each of them reaches something
+            return outputs  # nearly always: nothing needs one, or every branch's reaches something
         # The logits whose gradient could reach nothing do not require grad, as if the reference had
         # computed them from detached tensors.
         count = modalities + 1
