@@ -351,6 +351,12 @@ X, Y = torch.ones(6, 5), torch.ones(6, 4)
         ),
         (
             (X, Y),
+            {"present": [torch.tensor(True), None]},
+            ValueError,
+            r"present\[0\]: expected the first dimensions of features\[0\], .* got shape \(\)",
+        ),
+        (
+            (X, Y),
             {"present": [torch.ones(6, dtype=torch.bool, device="meta"), None]},
             ValueError,
             r"present\[0\]: expected device cpu, got meta",
