@@ -32,6 +32,14 @@ struct Matrix {
   int64_t stride = 0;
 };
 
+/// The same matrix, `elements` further on.
+inline ConstMatrix moved(const ConstMatrix& m, int64_t elements, Dtype dtype) {
+  return {static_cast<const char*>(m.data) + elements * element_size(dtype), m.stride};
+}
+inline Matrix moved(const Matrix& m, int64_t elements, Dtype dtype) {
+  return {static_cast<char*>(m.data) + elements * element_size(dtype), m.stride};
+}
+
 /// Shares of the gradients that the truncations let through (method.md, "Leaks").
 struct Leaks {
   double encoder = 0;  ///< of the fused branch's gradient, to the features
@@ -46,16 +54,16 @@ struct LinearHead {
   int64_t width[kMaxModalities] = {};
   ConstMatrix feature[kMaxModalities];  ///< (rows, width[i])
   ConstMatrix weight[kMaxModalities];   ///< (classes, width[i])
+  /// Concat: the shared bias, added once to z. Null: z gets the sum of the branch biases.
+  const void* fused_bias = nullptr;
+  const void* branch_bias[kMaxModalities] = {};  ///< concat: the shared bias M times; sum: b_i
   const uint8_t* present[kMaxModalities] = {};
 };
 
 struct LinearHeadForward {
   LinearHead head;
-  /// Concat: the shared bias, added once to z. Null: z gets the sum of the branch biases.
-  const void* fused_bias = nullptr;
-  const void* branch_bias[kMaxModalities] = {};  ///< concat: the shared bias M times; sum: b_i
-  Matrix fused;                                  ///< (rows, classes)
-  Matrix unimodal[kMaxModalities];               ///< (rows, classes) each
+  Matrix fused;                     ///< (rows, classes)
+  Matrix unimodal[kMaxModalities];  ///< (rows, classes) each
 };
 
 /// With g, g_i the incoming gradients:
@@ -63,7 +71,7 @@ struct LinearHeadForward {
 ///   grad_weight[i]      = (g + head g_i)^T h_i
 ///   grad_fused_bias     = sum over rows of g + head * sum_i g_i     (concat's only bias)
 ///   grad_branch_bias[i] = sum over rows of g + head * g_i           (sum's biases)
-/// A wanted gradient into which nothing flows is left unwritten (see the *_flows functions).
+/// A gradient into which nothing flows must not be wanted (see the *_flows functions).
 struct LinearHeadBackward {
   LinearHead head;
   Leaks leaks;
@@ -150,8 +158,6 @@ struct CrossEntropy {
 /// i; gradients are then those of LinearHeadBackward.
 struct LinearHeadStep : LinearHeadBackward {  // but no gradient comes in
   CrossEntropy loss;
-  const void* fused_bias = nullptr;  ///< as in LinearHeadForward
-  const void* branch_bias[kMaxModalities] = {};
 };
 
 /// The same for FiLM.
@@ -171,7 +177,7 @@ struct ScaledGradients {
   bool to_float16 = false;  ///< float32 gradients, rounded to float16
 };
 
-/// Does any incoming gradient reach this one? Where not, autograd must give None, not zeros.
+/// Does any incoming gradient reach this one?
 inline bool feature_flows(const LinearHeadBackward& p, int i) {
   return p.grad_unimodal[i].data || (p.grad_fused.data && p.leaks.encoder != 0);
 }

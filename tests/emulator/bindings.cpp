@@ -69,6 +69,8 @@ void read(const py::dict& d, LinearHead& head) {
   std::copy(widths.begin(), widths.end(), head.width);
   matrices_of(d, "feature", head.feature);
   matrices_of(d, "weight", head.weight);
+  head.fused_bias = reinterpret_cast<void*>(address_of(d, "fused_bias"));
+  pointers_of(d, "branch_bias", head.branch_bias);
   read_present(d, head.present);
 }
 void read(const py::dict& d, Leaks& leaks) {
@@ -77,8 +79,6 @@ void read(const py::dict& d, Leaks& leaks) {
 }
 void read(const py::dict& d, LinearHeadForward& p) {
   read(d, p.head);
-  p.fused_bias = reinterpret_cast<void*>(address_of(d, "fused_bias"));
-  pointers_of(d, "branch_bias", p.branch_bias);
   p.fused = matrix_of<Matrix>(d, "fused");
   matrices_of(d, "unimodal", p.unimodal);
 }
@@ -115,8 +115,6 @@ void read(const py::dict& d, CrossEntropy& loss) {
 void read(const py::dict& d, LinearHeadStep& p) {
   read(d, static_cast<LinearHeadBackward&>(p));
   read(d, p.loss);
-  p.fused_bias = reinterpret_cast<void*>(address_of(d, "fused_bias"));
-  pointers_of(d, "branch_bias", p.branch_bias);
 }
 void read(const py::dict& d, FilmHead& head) {
   head.rows = d["rows"].cast<int64_t>();
@@ -212,7 +210,7 @@ void add_kernels(py::dict& all, const char* name, ConfigList<Configs...>) {
   py::dict kernels;
   const auto add = [&](auto config) {
     using C = decltype(config);
-    const auto key = py::make_tuple(DtypeOf<typename C::T>::value, C::kTile, C::kAligned);
+    const auto key = py::make_tuple(kDtypeOf<typename C::T>, C::kTile, C::kAligned);
     kernels[key] = py::make_tuple(Head<C>::kSharedBytes, C::kShape.min_ctas);
   };
   (add(Configs{}), ...);
@@ -258,10 +256,8 @@ void bind_plans(py::module_& m) {
   py::class_<PlanRequest>(m, "PlanRequest")
       .def(py::init([](const py::object& executor, const py::object& tile, int64_t splits) {
              PlanRequest r;
-             r.choose_executor = !executor.is_none();
-             if (r.choose_executor) r.executor = executor.cast<Executor>();
-             r.choose_tile = !tile.is_none();
-             if (r.choose_tile) r.tile = tile.cast<Tile>();
+             if (!executor.is_none()) r.executor = executor.cast<Executor>();
+             if (!tile.is_none()) r.tile = tile.cast<Tile>();
              r.splits = splits;
              return r;
            }),

@@ -170,7 +170,7 @@ class FilmProblem:
             "grad_fused": pairs[0],
             "grad_unimodal": pairs[1:],
         }
-        for name in case.wanted:
+        for name in self._reached():
             out = outs[name]
             problem["grad_" + name] = out.buffer.address if "bias" in name else out.pair
         memory.check_poison()
@@ -190,6 +190,18 @@ class FilmProblem:
                 check_untouched(out)
         memory.check_surroundings()
         return plan, list(outs.values())
+
+    def _reached(self) -> list[str]:
+        """What is wanted and reached by some gradient; nobody may ask for more."""
+        fused, of_x, of_y = self.case.arrives
+        to_features, to_head = fused and self.case.encoder_leak, self.case.head_leak
+        reached = {
+            "condition": of_x or to_features,
+            "target": of_y or to_features,
+            "film_weight": fused or (of_x and to_head),
+        }
+        parameters = fused or ((of_x or of_y) and to_head)
+        return [name for name in self.case.wanted if reached.get(name, parameters)]
 
     def _outputs(self, dtype: str):
         case = self.case

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -158,7 +159,7 @@ class LinearProblem:
         case, memory = self.case, self.memory
         count = len(case.widths)
         arrives = case.arrives or (True,) * (count + 1)
-        wanted = case.wanted or (True,) * (2 * count + 1)
+        wanted = self._reached(case.wanted or (True,) * (2 * count + 1), arrives)
         incoming = [
             memory.input(f"incoming {k}", (case.rows, case.classes), layout=case.gradient_layout)
             if here
@@ -225,6 +226,14 @@ class LinearProblem:
             check(out, total.sum_rows().rounded(case.dtype))
         memory.check_surroundings()
         return plan, [*grad_features, *grad_weights, *grad_biases]
+
+    def _reached(self, wanted: Sequence[bool], arrives: Sequence[bool]) -> tuple[bool, ...]:
+        """What is wanted and reached by some gradient; nobody may ask for more."""
+        fused, *unimodal = arrives
+        features = [own or (fused and self.case.encoder_leak) for own in unimodal]
+        weights = [fused or (own and self.case.head_leak) for own in unimodal]
+        reached = (*features, *weights, any(weights))
+        return tuple(bool(w and r) for w, r in zip(wanted, reached, strict=True))
 
     def _mix(self, main: Bounded | None, other: Bounded | None, leak: float):
         """main + leak * other as a GEMM operand, and the factor of the product; None: no flow."""

@@ -49,11 +49,11 @@ BUGS = [
     ),
     Bug(
         "no barrier in the epilogue", TILE,
-        "      spill(out, first);\n      __syncthreads();", "      spill(out, first);", RACE,
+        "    spill(out);\n    __syncthreads();", "    spill(out);", RACE,
     ),
     Bug(
         "no barrier after the epilogue", TILE,
-        "kRun)));\n      }\n      __syncthreads();", "kRun)));\n      }", RACE,
+        "kRun)));\n    }\n    __syncthreads();", "kRun)));\n    }", RACE,
     ),
     Bug(
         "no barrier in a column sum", PHASES,
@@ -163,8 +163,8 @@ BUGS = [
         GRID_RACE,
     ),
     Bug(
-        "a film row split is left out", FILM_GRADIENTS,
-        "column), args.plan.row_splits, plane", "column), args.plan.row_splits - 1, plane", WRONG,
+        "a weight's row split is left out", SUMS,
+        "column, splits, plane, count, v);", "column, splits - 1, plane, count, v);", WRONG,
     ),
     Bug(
         "idle CTAs leave before the grid sync", FORWARD,
@@ -230,7 +230,7 @@ BUGS = [
     ),
     Bug(
         "no grid sync before the rows of a film step", FILM_STEP,
-        "      grid_sync();\n      Losses::run_rows", "      Losses::run_rows", GRID_RACE,
+        "      grid_sync();\n      hide_origin(rows.begin);", "      hide_origin(rows.begin);", GRID_RACE,
     ),
     Bug(
         "no grid sync before a step's combine", FILM_STEP,
@@ -276,7 +276,7 @@ BUGS = [
         "read_run(from.data + row * from.stride + column, count, v)", WRONG,
     ),
     Bug(
-        "absent rows get the leak's gradient", GRADIENTS,
+        "absent rows get the leak's gradient", SUMS,
         "v[e] = absent ? Accumulator(0) : v[e] * scale;", "v[e] *= scale;", WRONG,
     ),
     Bug(
@@ -288,8 +288,8 @@ BUGS = [
         "is_absent(head.present[1], row) ? 0 : count, v", "count, v", WRONG,
     ),
     Bug(
-        "every branch is scaled like the fused one", "cuda/plan/plan_linear.cpp",
-        "const int branch = plan_.step.mixed ? 0 : i + 1;", "const int branch = 0;", WRONG,
+        "every branch is scaled like the fused one", PLAN_LINEAR,
+        "const int branch = step.mixed ? 0 : i + 1;", "const int branch = 0;", WRONG,
     ),
     # ---- rows in one pass
     Bug(
@@ -374,7 +374,7 @@ BUGS = [
     ),
     Bug(
         "a bias split is left out", SUMS,
-        "0, splits, columns, item", "0, splits - 1, columns, item", WRONG,
+        "{0, splits}, columns, item", "{0, splits - 1}, columns, item", WRONG,
     ),
     # ---- the library executor
     Bug(
@@ -396,8 +396,8 @@ BUGS = [
     ),
     Bug(
         "library: a branch of FiLM lies elsewhere", FILM_LIBRARY,
-        "k * plan_.plane_rows * plan_.padded_hidden, product.result",
-        "k * rows.count * plan_.padded_hidden, product.result", WRONG + "|uninitialised",
+        "k * plan.plane_rows * plan.padded_hidden, product.result",
+        "k * rows.count * plan.padded_hidden, product.result", WRONG + "|uninitialised",
     ),
     Bug(
         "operands are not swapped", MATMUL,

@@ -106,7 +106,7 @@ inline void log_plan(const std::string& line) {
 class Call {
  public:
   Call(const char* op, const Tensor& like)
-      : op_(op), like_(like), index_(like.get_device_index()), guard_(index_) {}
+      : op_(op), index_(like.get_device_index()), guard_(index_) {}
 
   // (..., D) with contiguous columns and one row stride that is no less than a row, as the library
   // needs it; a copy where the tensor is not like that.
@@ -147,8 +147,7 @@ class Call {
   void run(Planner planner, Launcher launcher, const Problem& problem, Precision precision,
            int64_t executor, Limit... limit) {
     PlanRequest request;
-    request.choose_executor = executor != 0;
-    request.executor = executor == 2 ? Executor::kLibrary : Executor::kFused;
+    if (executor != 0) request.executor = executor == 2 ? Executor::kLibrary : Executor::kFused;
     cudaError_t status = launch(planner, launcher, problem, precision, device(), request, limit...);
     if (status == cudaErrorCooperativeLaunchTooLarge) {
       cudaGetLastError();  // it has been dealt with
@@ -157,7 +156,6 @@ class Call {
     }
     if (status == cudaErrorCooperativeLaunchTooLarge) {
       cudaGetLastError();
-      request.choose_executor = true;
       request.executor = Executor::kLibrary;
       status = launch(planner, launcher, problem, precision, device(), request, limit...);
     }
@@ -187,7 +185,6 @@ class Call {
   }
 
   const char* op_;
-  const Tensor& like_;
   const int32_t index_;
   const DeviceGuard guard_;
   std::vector<Tensor> kept_;
@@ -196,13 +193,6 @@ class Call {
 // The kernels' view of a row-major result; null where it has no elements to write.
 inline Matrix result_rows(const Tensor& tensor) {
   return {tensor.numel() == 0 ? nullptr : tensor.data_ptr(), tensor.size(tensor.dim() - 1)};
-}
-
-inline const void* at_column(const void* data, int64_t column, Dtype dtype) {
-  return static_cast<const char*>(data) + column * element_size(dtype);
-}
-inline void* at_column(void* data, int64_t column, Dtype dtype) {
-  return data ? static_cast<char*>(data) + column * element_size(dtype) : nullptr;
 }
 
 // What an op returns, in order, as the kernels' view of it.
@@ -217,12 +207,13 @@ class Results {
   int64_t* add_indices(const Shape& shape) {
     return static_cast<int64_t*>(add(shape, ScalarType::Long).data_ptr());
   }
-  // A gradient, where it is asked for; zeros where nothing flows into it.
-  Matrix gradient(bool needed, const Shape& shape, bool flows = true) {
+  // A gradient, where it is asked for; where nothing flows into it, zeros that nobody writes.
+  Matrix gradient(bool needed, const Shape& shape, bool flows) {
     if (!needed) return {};
     Tensor& result = add(shape, gradients_);
-    if (!flows) torch::stable::zero_(result);
-    return result_rows(result);
+    if (flows) return result_rows(result);
+    torch::stable::zero_(result);
+    return {};
   }
   Dtype dtype() const { return dtype_of(gradients_); }
   // Has two results of one shape, the last ones, lie in memory as `ascending` says, so that the
@@ -249,10 +240,10 @@ void set_masks(Call& call, const OptionalTensors& present, Head& head) {
 
 // ---- concat and sum ----
 
-inline LinearHead make_head(Call& call, const LinearSizes& sizes,
-                            const std::vector<Tensor>& features, const std::vector<Tensor>& weights,
-                            const OptionalTensors& present) {
-  LinearHead head;
+// Backward has no biases.
+inline void set_head(Call& call, const LinearSizes& sizes, const std::vector<Tensor>& features,
+                     const std::vector<Tensor>& weights, const OptionalTensors& biases,
+                     const OptionalTensors& present, LinearHead& head) {
   head.rows = sizes.rows;
   head.classes = sizes.classes;
   head.modalities = static_cast<int>(features.size());
@@ -261,26 +252,15 @@ inline LinearHead make_head(Call& call, const LinearSizes& sizes,
     head.width[i] = features[i].size(features[i].dim() - 1);
     head.feature[i] = call.matrix(features[i]);
     if (i == 0 || !sizes.shared) weight = call.matrix(weights[i]);
-    head.weight[i] = {at_column(weight.data, sizes.begin[i], dtype_of(features[0].scalar_type())),
-                      weight.stride};
+    head.weight[i] = moved(weight, sizes.begin[i], dtype_of(features[0].scalar_type()));
+    if (!biases.empty()) head.branch_bias[i] = call.vector(biases[sizes.shared ? 0 : i]);
   }
+  if (sizes.shared) head.fused_bias = head.branch_bias[0];
   set_masks(call, present, head);
-  return head;
 }
 
-// The head and the biases of LinearHeadForward or of LinearHeadStep.
-template <class Problem>
-void set_head(Call& call, const LinearSizes& sizes, const std::vector<Tensor>& features,
-              const std::vector<Tensor>& weights, const OptionalTensors& biases,
-              const OptionalTensors& present, Problem& problem) {
-  problem.head = make_head(call, sizes, features, weights, present);
-  for (int i = 0; i < problem.head.modalities; ++i) {
-    problem.branch_bias[i] = call.vector(biases[sizes.shared ? 0 : i]);
-  }
-  if (sizes.shared) problem.fused_bias = problem.branch_bias[0];
-}
-
-// Makes the gradients that are asked for. In a step something flows into each.
+// Makes the gradients that are asked for. In a step something flows into each; else concat's weight
+// may be reached in part.
 inline void make_gradients(Results& results, const LinearSizes& sizes,
                            const std::vector<Tensor>& features, const std::vector<Tensor>& weights,
                            const Needs& needs, bool in_step, LinearHeadBackward& p) {
@@ -296,12 +276,14 @@ inline void make_gradients(Results& results, const LinearSizes& sizes,
   for (size_t w = 0; w < weights.size(); ++w) {
     const int first = sizes.shared ? 0 : static_cast<int>(w);
     const int last = sizes.shared ? p.head.modalities : first + 1;
-    bool flows = true;
-    for (int i = first; i < last; ++i) flows = flows && (in_step || weight_flows(p, i));
-    const Matrix grad = results.gradient(needs.weights[w], shape_of(weights[w]), flows);
+    const Matrix grad = results.gradient(needs.weights[w], shape_of(weights[w]), true);
     for (int i = first; i < last; ++i) {
-      if (p.head.width[i] == 0) continue;
-      p.grad_weight[i] = {at_column(grad.data, sizes.begin[i], results.dtype()), grad.stride};
+      if (!grad.data || p.head.width[i] == 0) continue;
+      if (in_step || weight_flows(p, i)) {
+        p.grad_weight[i] = moved(grad, sizes.begin[i], results.dtype());
+      } else {
+        torch::stable::zero_(results.tensors.back());
+      }
     }
   }
   if (pair && in_step && !sizes.shared)
@@ -316,11 +298,9 @@ inline void make_gradients(Results& results, const LinearSizes& sizes,
 
 // ---- FiLM ----
 
-template <class Problem>
-void set_head(Call& call, const FilmSizes& sizes, const std::vector<Tensor>& features,
-              const std::vector<Tensor>& weights, const OptionalTensors& biases,
-              const OptionalTensors& present, Problem& problem) {
-  FilmHead& head = problem.head;
+inline void set_head(Call& call, const FilmSizes& sizes, const std::vector<Tensor>& features,
+                     const std::vector<Tensor>& weights, const OptionalTensors& biases,
+                     const OptionalTensors& present, FilmHead& head) {
   head.rows = sizes.rows;
   head.condition_width = features[0].size(features[0].dim() - 1);
   head.hidden = sizes.hidden;

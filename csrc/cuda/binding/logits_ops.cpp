@@ -9,27 +9,47 @@
 namespace dgl_ext {
 namespace {
 
-std::vector<Tensor> linear_forward(std::vector<Tensor> features, std::vector<Tensor> weights,
-                                   OptionalTensors biases, OptionalTensors present, bool allow_tf32,
-                                   int64_t executor) {
-  const Checks checks("linear_head_forward", kOnCuda, true);
+struct LinearForwardOp {
+  static constexpr const char* kName = "linear_head_forward";
+  static constexpr auto kCheck = &Checks::linear;
+  static constexpr auto kPlan = plan_linear_forward;
+  static constexpr auto kLaunch = linear_head_forward;
+  using Problem = LinearHeadForward;
+};
+
+struct FilmForwardOp {
+  static constexpr const char* kName = "film_head_forward";
+  static constexpr auto kCheck = &Checks::film;
+  static constexpr auto kPlan = plan_film_forward;
+  static constexpr auto kLaunch = film_head_forward;
+  using Problem = FilmHeadForward;
+};
+
+template <class Op>
+std::vector<Tensor> forward(std::vector<Tensor> features, std::vector<Tensor> weights,
+                            OptionalTensors biases, OptionalTensors present, bool allow_tf32,
+                            int64_t executor) {
+  const Checks checks(Op::kName, kOnCuda, true);
   checks.executor(executor);
-  const LinearSizes sizes = checks.linear(features, weights);
+  const auto sizes = (checks.*Op::kCheck)(features, weights);
   checks.biases(biases, weights, features[0]);
   checks.masks(present, features.size(), sizes.leading, features[0]);
 
-  Call call("linear_head_forward", features[0]);
-  LinearHeadForward problem;
-  set_head(call, sizes, features, weights, biases, present, problem);
+  Call call(Op::kName, features[0]);
+  typename Op::Problem problem;
+  set_head(call, sizes, features, weights, biases, present, problem.head);
   const ScalarType dtype = features[0].scalar_type();
-  Results logits(call, dtype);
-  problem.fused = result_rows(logits.add(sizes.with(sizes.classes), dtype));
-  for (int i = 0; i < problem.head.modalities; ++i) {
-    problem.unimodal[i] = result_rows(logits.add(sizes.with(sizes.classes), dtype));
+  Results results(call, dtype);
+  problem.fused = result_rows(results.add(sizes.with(sizes.classes), dtype));
+  for (size_t i = 0; i < features.size(); ++i) {
+    problem.unimodal[i] = result_rows(results.add(sizes.with(sizes.classes), dtype));
   }
-  const Precision precision{dtype_of(features[0].scalar_type()), allow_tf32};
-  call.run(plan_linear_forward, linear_head_forward, problem, precision, executor);
-  return logits.tensors;
+  if constexpr (std::is_same_v<Op, FilmForwardOp>) {
+    problem.modulation =
+        result_rows(results.add(sizes.with(2 * sizes.hidden), compute_dtype(dtype)));
+  }
+  call.run(Op::kPlan, Op::kLaunch, problem, {dtype_of(dtype), allow_tf32}, executor);
+  return results.tensors;
 }
 
 std::vector<Tensor> linear_backward(OptionalTensors grad_outputs, std::vector<Tensor> features,
@@ -48,7 +68,7 @@ std::vector<Tensor> linear_backward(OptionalTensors grad_outputs, std::vector<Te
 
   Call call("linear_head_backward", features[0]);
   LinearHeadBackward problem;
-  problem.head = make_head(call, sizes, features, weights, present);
+  set_head(call, sizes, features, weights, {}, present, problem.head);
   problem.leaks = {encoder_leak, head_leak};
   problem.grad_fused = call.matrix(grad_outputs[0]);
   for (int i = 0; i < problem.head.modalities; ++i) {
@@ -59,30 +79,6 @@ std::vector<Tensor> linear_backward(OptionalTensors grad_outputs, std::vector<Te
   make_gradients(grads, sizes, features, weights, needs, false, problem);
   call.run(plan_linear_backward, linear_head_backward, problem, precision, executor);
   return grads.tensors;
-}
-
-std::vector<Tensor> film_forward(std::vector<Tensor> features, std::vector<Tensor> weights,
-                                 OptionalTensors biases, OptionalTensors present, bool allow_tf32,
-                                 int64_t executor) {
-  const Checks checks("film_head_forward", kOnCuda, true);
-  checks.executor(executor);
-  const FilmSizes sizes = checks.film(features, weights);
-  checks.biases(biases, weights, features[0]);
-  checks.masks(present, features.size(), sizes.leading, features[0]);
-
-  Call call("film_head_forward", features[0]);
-  FilmHeadForward problem;
-  set_head(call, sizes, features, weights, biases, present, problem);
-  const ScalarType dtype = features[0].scalar_type();
-  Results results(call, dtype);
-  problem.fused = result_rows(results.add(sizes.with(sizes.classes), dtype));
-  for (Matrix& unimodal : problem.unimodal) {
-    unimodal = result_rows(results.add(sizes.with(sizes.classes), dtype));
-  }
-  problem.modulation = result_rows(results.add(sizes.with(2 * sizes.hidden), compute_dtype(dtype)));
-  const Precision precision{dtype_of(features[0].scalar_type()), allow_tf32};
-  call.run(plan_film_forward, film_head_forward, problem, precision, executor);
-  return results.tensors;
 }
 
 std::vector<Tensor> film_backward(OptionalTensors grad_outputs, std::vector<Tensor> features,
@@ -105,7 +101,7 @@ std::vector<Tensor> film_backward(OptionalTensors grad_outputs, std::vector<Tens
 
   Call call("film_head_backward", features[0]);
   FilmHeadBackward problem;
-  set_head(call, sizes, features, weights, biases, present, problem);
+  set_head(call, sizes, features, weights, biases, present, problem.head);
   problem.leaks = {encoder_leak, head_leak};
   problem.modulation = call.matrix(film);
   problem.grad_fused = call.matrix(grad_outputs[0]);
@@ -120,9 +116,9 @@ std::vector<Tensor> film_backward(OptionalTensors grad_outputs, std::vector<Tens
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dgl_ext, DGL_EXT_DISPATCH_KEY, m) {
-  m.impl("linear_head_forward", DGL_EXT_CUDA_OP(&linear_forward));
+  m.impl(LinearForwardOp::kName, DGL_EXT_CUDA_OP(&forward<LinearForwardOp>));
   m.impl("linear_head_backward", DGL_EXT_CUDA_OP(&linear_backward));
-  m.impl("film_head_forward", DGL_EXT_CUDA_OP(&film_forward));
+  m.impl(FilmForwardOp::kName, DGL_EXT_CUDA_OP(&forward<FilmForwardOp>));
   m.impl("film_head_backward", DGL_EXT_CUDA_OP(&film_backward));
 }
 

@@ -41,7 +41,7 @@ std::vector<Tensor> step(std::vector<Tensor> features, std::vector<Tensor> weigh
 
   Call call(Op::kName, features[0]);
   typename Op::Problem problem;
-  set_head(call, sizes, features, weights, biases, present, problem);
+  set_head(call, sizes, features, weights, biases, present, problem.head);
   problem.leaks = {encoder_leak, head_leak};
   const ScalarType dtype = features[0].scalar_type();
   const auto branches = static_cast<int64_t>(features.size()) + 1;

@@ -414,7 +414,7 @@ struct StepLosses : StepCounts<C> {
                                                          const RowOf& row, const Row& logits) {
 #pragma unroll 1
     for (int i = 0; i < step.plan.plane_count; ++i) {
-      const StepPlane& plane = step.plan.planes[i];
+      const GradientPlane& plane = step.plan.planes[i];
       T* to = plane_row(step, i, rows, row.index);
       const auto leaks = [&](int k) { return k >= plane.begin && k < plane.end; };
 #pragma unroll 1

@@ -9,7 +9,6 @@ struct FilmForwardArguments {
   FilmHeadForward problem;
   FilmForwardPlan plan;
   void* workspace;
-  TileGrid film{}, head{};
 };
 
 /// A run of y, zeros where y is absent.
@@ -26,12 +25,6 @@ struct FilmForward {
   using Tile = GemmTile<C, Major::kDepth, Major::kDepth>;
   using Arguments = FilmForwardArguments;
   static constexpr int kSharedBytes = Tile::kSharedBytes;
-
-  static void count_tiles(Arguments& args) {
-    const FilmHead& head = args.problem.head;
-    args.film = TileGrid::of<C>(args.plan.plane_rows, head.hidden);
-    args.head = TileGrid::of<C>(args.plan.plane_rows, head.classes);
-  }
 
   static __device__ __forceinline__ void run(const Arguments& args) {
     T* shared = shared_memory<C>();
@@ -70,26 +63,22 @@ struct FilmForward {
   static __device__ __forceinline__ void multiply_film(const Arguments& args, T* shared,
                                                        RowRange rows) {
     const FilmHead& head = args.problem.head;
-    const TileGrid& grid = args.film;
-    const int64_t items = args.plan.film_splits * 2 * grid.count;
+    const TileGrid& tiles = args.plan.film;
+    const int64_t items = args.plan.film_splits * 2 * tiles.count;
 #pragma unroll 1
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-      const int64_t index = item % grid.count, half = item / grid.count % 2;
-      const int64_t split = item / grid.count / 2;
-      const int64_t m0 = grid.row<C>(index), n0 = grid.column<C>(index);
-      if (m0 >= rows.count) continue;  // the last chunk of rows may be short
+      const int64_t half = item / tiles.count % 2, split = item / tiles.count / 2;
       const int64_t begin = split * args.plan.film_depth;
       Operand<T> weight = operand<T>(head.film_weight);
       weight.data += half * head.hidden * weight.stride;
-      Tile tile;
-      tile.clear();
-      tile.accumulate(shared, operand<T>(head.condition, rows.begin), weight, m0, rows.count, n0,
-                      head.hidden, begin,
-                      smaller(begin + args.plan.film_depth, head.condition_width));
-      tile.for_each_run(shared, m0, rows.count, n0, head.hidden,
-                        [&](int m, int n, Accumulator(&v)[kRun], int count) {
-                          write_run(film_partial(args, split, half, m0 + m, n0 + n), v, count);
-                        });
+      multiply_tile<Tile, C>(
+          shared, tiles, item % tiles.count, operand<T>(head.condition, rows.begin), weight,
+          rows.count, head.hidden, begin,
+          smaller(begin + args.plan.film_depth, head.condition_width), [&] {
+            return [&](int64_t row, int64_t column, Accumulator(&v)[kRun], int count) {
+              write_run(film_partial(args, split, half, row, column), v, count);
+            };
+          });
     }
   }
 
@@ -129,29 +118,25 @@ struct FilmForward {
   static __device__ __forceinline__ void multiply_head(const Arguments& args, T* shared,
                                                        RowRange rows) {
     const FilmHeadForward& p = args.problem;
-    const TileGrid& grid = args.head;
-    const int64_t items = args.plan.head_splits * 3 * grid.count;
+    const TileGrid& tiles = args.plan.head;
+    const int64_t items = args.plan.head_splits * 3 * tiles.count;
 #pragma unroll 1
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-      const int64_t index = item % grid.count, branch = item / grid.count % 3;
-      const int64_t split = item / grid.count / 3;
-      const int64_t m0 = grid.row<C>(index), n0 = grid.column<C>(index);
-      if (m0 >= rows.count) continue;
+      const int64_t branch = item / tiles.count % 3, split = item / tiles.count / 3;
       const int64_t begin = split * args.plan.head_depth;
-      Tile tile;
-      tile.clear();
-      tile.accumulate(shared, {features(args, branch), args.plan.padded_hidden},
-                      operand<T>(p.head.out_weight), m0, rows.count, n0, p.head.classes, begin,
-                      smaller(begin + args.plan.head_depth, p.head.hidden));
-      tile.for_each_run(shared, m0, rows.count, n0, p.head.classes,
-                        [&](int m, int n, Accumulator(&v)[kRun], int count) {
-                          if (kPartial || args.plan.head_splits > 1) {
-                            write_run(head_partial(args, split, branch, m0 + m, n0 + n), v, count);
-                          } else {
-                            add_bias(p, n0 + n, v, count);
-                            write_run(address<T>(logits(p, branch), m0 + m, n0 + n), v, count);
-                          }
-                        });
+      multiply_tile<Tile, C>(
+          shared, tiles, item % tiles.count, {features(args, branch), args.plan.padded_hidden},
+          operand<T>(p.head.out_weight), rows.count, p.head.classes, begin,
+          smaller(begin + args.plan.head_depth, p.head.hidden), [&] {
+            return [&](int64_t row, int64_t column, Accumulator(&v)[kRun], int count) {
+              if (kPartial || args.plan.head_splits > 1) {
+                write_run(head_partial(args, split, branch, row, column), v, count);
+              } else {
+                add_bias(p, column, v, count);
+                write_run(address<T>(logits(p, branch), row, column), v, count);
+              }
+            };
+          });
     }
   }
 

@@ -8,57 +8,114 @@
 // In a step the g_k are planes of residuals, scaled in the end, and rows may come in chunks.
 #pragma once
 
-#include "cuda/kernels/film_planes.cuh"
+#include "cuda/kernels/film_forward.cuh"
+#include "cuda/kernels/row_sums.cuh"
 
 namespace dgl_ext {
 
+struct FilmBackwardArguments {
+  FilmHeadBackward problem;
+  FilmBackwardPlan plan;
+  void* workspace;
+  int64_t totals_offset = 0;  ///< in a step: where the workspace has the branches' scales
+};
+
+/// kStep: gradients are those of a training step, whose rows may come in chunks.
 template <class C, bool kStep>
-struct FilmGradients : FilmPlanes<C, kStep> {
-  using Planes = FilmPlanes<C, kStep>;
+struct FilmGradients : RowSums<C, kStep> {
+  using Sums = RowSums<C, kStep>;
   using T = typename C::T;
   using Accumulator = typename C::Accumulator;
-  using WeightTile = GemmTile<C, Major::kOuter, Major::kOuter>;   // g^T h: k = rows
-  using FeatureTile = GemmTile<C, Major::kDepth, Major::kOuter>;  // g W
-  using Output = typename Planes::Output;
+  using Output = typename Sums::Output;
   using Arguments = FilmBackwardArguments;
-  using Planes::add_branch;
-  using Planes::bias_partial;
-  using Planes::branch_at;
-  using Planes::features;
-  using Planes::film_weight_partial;
-  using Planes::for_encoder;
-  using Planes::for_parameters;
-  using Planes::gradient;
-  using Planes::gradient_copy;
-  using Planes::incoming;
-  using Planes::masked_condition;
-  using Planes::multiply_all;
-  using Planes::out_weight_partial;
-  using Planes::read_branch;
-  using Planes::scale_of;
-  using Planes::write_sum;
-  static constexpr int kSharedBytes = WeightTile::kSharedBytes > FeatureTile::kSharedBytes
-                                          ? WeightTile::kSharedBytes
-                                          : FeatureTile::kSharedBytes;
 
-  static void count_tiles(Arguments& args) {
-    const FilmHeadBackward& p = args.problem;
-    args.out_weight = TileGrid::of<C>(p.head.classes, p.head.hidden);
-    args.branch = TileGrid::of<C>(args.plan.plane_rows, p.head.hidden);
-    args.film_weight = TileGrid::of<C>(p.head.hidden, p.head.condition_width);
-    args.condition = TileGrid::of<C>(args.plan.plane_rows, p.head.condition_width);
-    const int64_t splits = args.plan.row_splits;
-    int branches = 0;
-    for (int k = 0; k < 3; ++k) branches += args.plan.need_branch[k];
-    args.out_weight_end = p.grad_out_weight.data ? args.out_weight.count * args.plan.out_splits : 0;
-    args.branch_end = args.out_weight_end + branches * args.branch.count;
-    args.head_end =
-        args.branch_end + (p.grad_out_bias ? ceil_div(p.head.classes, kColumnTile) * splits : 0);
-    args.film_weight_end = p.grad_film_weight.data ? 2 * args.film_weight.count * splits : 0;
-    args.condition_end = args.film_weight_end + (p.grad_condition.data ? args.condition.count : 0);
-    args.film_end = args.condition_end +
-                    (p.grad_film_bias ? 2 * ceil_div(p.head.hidden, kColumnTile) * splits : 0);
+  // ---- what the workspace holds, and where
+
+  static __device__ __forceinline__ const ConstMatrix& incoming(const FilmHeadBackward& p,
+                                                                int branch) {
+    return branch == 0 ? p.grad_fused : p.grad_unimodal[branch - 1];
   }
+  static __device__ __forceinline__ T* gradient_copy(const Arguments& args, int branch,
+                                                     RowRange rows) {
+    return workspace_at<T>(args.workspace, args.plan.gradients_offset) +
+           args.plan.slot[branch] * rows.count * args.plan.padded_classes;
+  }
+  static __device__ __forceinline__ Operand<T> gradient(const Arguments& args, int branch,
+                                                        RowRange rows) {
+    if (kStep || args.plan.copy_gradients) {
+      return {gradient_copy(args, branch, rows), args.plan.padded_classes};
+    }
+    return operand<T>(incoming(args.problem, branch));
+  }
+  /// h, head_leak h_x, head_leak h_y: what grad_out_weight multiplies the gradients with.
+  static __device__ __forceinline__ T* features(const Arguments& args, int branch, RowRange rows) {
+    return workspace_at<T>(args.workspace, args.plan.features_offset) +
+           args.plan.slot[branch] * rows.count * args.plan.padded_hidden;
+  }
+  static __device__ __forceinline__ Accumulator* branch_at(const Arguments& args, int branch,
+                                                           int64_t row, int64_t column) {
+    return workspace_at<Accumulator>(args.workspace, args.plan.branches_offset) +
+           (branch * args.plan.plane_rows + row) * args.plan.padded_hidden + column;
+  }
+  /// A run of d[branch] where it was computed, else zeros: nothing arrives from that branch.
+  static __device__ __forceinline__ void read_branch(const Arguments& args, int branch, int64_t row,
+                                                     int64_t column, int count,
+                                                     Accumulator (&v)[kRun]) {
+    const Accumulator* from = branch_at(args, branch, row, column);
+    read_run(from, args.plan.need_branch[branch] ? count : 0, v);
+  }
+  static __device__ __forceinline__ void add_branch(const Arguments& args, int branch, int64_t row,
+                                                    int64_t column, int count, Accumulator factor,
+                                                    Accumulator (&v)[kRun]) {
+    Accumulator more[kRun];
+    read_branch(args, branch, row, column, count, more);
+#pragma unroll
+    for (int e = 0; e < kRun; ++e) v[e] += factor * more[e];
+  }
+  /// Gradients of [gamma|beta] as the parameters receive them, in halves of padded_hidden, and as
+  /// x receives them: [gamma|beta] without a gap, or beta alone when the leak is closed.
+  static __device__ __forceinline__ T* for_parameters(const Arguments& args) {
+    return workspace_at<T>(args.workspace, args.plan.parameters_offset);
+  }
+  static __device__ __forceinline__ T* for_encoder(const Arguments& args) {
+    return workspace_at<T>(args.workspace, args.plan.encoder_offset);
+  }
+
+  static __device__ __forceinline__ T* masked_condition(const Arguments& args) {
+    return workspace_at<T>(args.workspace, args.plan.masked.offset);
+  }
+
+  /// What a step multiplies sums of branch k's residuals with. Where a leak is open the planes are
+  /// weighted, and all of them have the fused branch's scale.
+  static __device__ __forceinline__ Accumulator scale_of(const Arguments& args, int k) {
+    if constexpr (kStep) {
+      if (args.plan.weighted) k = 0;
+      return workspace_at<StepTotals>(args.workspace, args.totals_offset)[k].scale;
+    } else {
+      return 1;
+    }
+  }
+  static __device__ __forceinline__ Accumulator* out_weight_partial(const Arguments& args,
+                                                                    int64_t split) {
+    return workspace_at<Accumulator>(args.workspace, args.plan.out_weight_partial_offset) +
+           split * args.problem.head.classes * args.plan.padded_hidden;
+  }
+  static __device__ __forceinline__ int64_t film_weight_pitch(const Arguments& args) {
+    return round_up(args.problem.head.condition_width, 8);
+  }
+  static __device__ __forceinline__ Accumulator* film_weight_partial(const Arguments& args,
+                                                                     int64_t row) {
+    return workspace_at<Accumulator>(args.workspace, args.plan.film_weight_partial_offset) +
+           row * film_weight_pitch(args);
+  }
+  /// Columns: [gamma|beta] of the film bias, then the output's bias.
+  static __device__ __forceinline__ Accumulator* bias_partial(const Arguments& args, int64_t split,
+                                                              int64_t column) {
+    const FilmHead& head = args.problem.head;
+    return workspace_at<Accumulator>(args.workspace, args.plan.bias_partial_offset) +
+           split * (2 * head.hidden + head.classes) + column;
+  }
+
   // ---- prepare
 
   static __device__ __forceinline__ void copy_gradients(const Arguments& args, RowRange rows) {
@@ -116,13 +173,13 @@ struct FilmGradients : FilmPlanes<C, kStep> {
                                                         RowRange rows) {
     // No memory holds the operands of 2^31 tiles, and a wide counter was one register too many.
 #pragma unroll 1
-    for (int item = blockIdx.x; item < int(args.head_end); item += gridDim.x) {
-      if (item < args.out_weight_end) {
+    for (int item = blockIdx.x; item < int(args.plan.head_end); item += gridDim.x) {
+      if (item < args.plan.out_weight_end) {
         out_weight_tile(args, shared, item, rows);
-      } else if (item < args.branch_end) {
-        branch_tile(args, shared, item - args.out_weight_end, rows);
+      } else if (item < args.plan.branch_end) {
+        branch_tile(args, shared, item - args.plan.out_weight_end, rows);
       } else {
-        out_bias_tile(args, shared, item - args.branch_end, rows);
+        out_bias_tile(args, shared, item - args.plan.branch_end, rows);
       }
     }
   }
@@ -130,48 +187,37 @@ struct FilmGradients : FilmPlanes<C, kStep> {
   static __device__ __forceinline__ void out_weight_tile(const Arguments& args, T* shared,
                                                          int64_t item, RowRange rows) {
     const FilmHeadBackward& p = args.problem;
-    const int64_t split = item / args.out_weight.count, index = item % args.out_weight.count;
-    const int64_t m0 = args.out_weight.row<C>(index), n0 = args.out_weight.column<C>(index);
-    const int64_t begin = split * args.plan.out_rows_per_split;
-    const int64_t end =
-        smaller(begin + args.plan.out_rows_per_split, args.plan.out_branches * rows.count);
+    const int64_t split = item / args.plan.out_weight.count;
     int first = 0;  // the branch in slot 0
     while (!args.plan.to_out_weight[first]) ++first;
-    WeightTile tile;
-    tile.clear();
-    tile.accumulate(shared, gradient(args, first, rows),
-                    {features(args, first, rows), args.plan.padded_hidden}, m0, p.head.classes, n0,
-                    p.head.hidden, begin, end);
-    const Accumulator scale = scale_of(args, 0);
-    tile.for_each_run(
-        shared, m0, p.head.classes, n0, p.head.hidden,
-        [&](int m, int n, Accumulator(&v)[kRun], int count) {
-          multiply_all(v, scale);
-          if (args.plan.out_partials) {
-            write_sum(out_weight_partial(args, split, m0 + m, n0 + n), v, count, rows);
-          } else {
-            write_sum(address<Output>(p.grad_out_weight, m0 + m, n0 + n), v, count, rows);
-          }
+    Sums::weight_tile(
+        shared, args.plan.out_weight, item % args.plan.out_weight.count,
+        gradient(args, first, rows), {features(args, first, rows), args.plan.padded_hidden},
+        p.head.classes, p.head.hidden,
+        Sums::split_of(split, args.plan.out_rows_per_split, args.plan.out_branches * rows.count),
+        rows, [&] {
+          return typename Sums::WeightTarget{
+              static_cast<Output*>(p.grad_out_weight.data), p.grad_out_weight.stride,
+              args.plan.out_partials ? out_weight_partial(args, split) : nullptr,
+              args.plan.padded_hidden, scale_of(args, 0)};
         });
   }
 
   static __device__ __forceinline__ void branch_tile(const Arguments& args, T* shared,
                                                      int64_t index, RowRange rows) {
     const FilmHead& head = args.problem.head;
+    const TileGrid& tiles = args.plan.branch;
     int k = 0;  // the branch: the needed ones follow each other
-    for (; !args.plan.need_branch[k] || index >= args.branch.count; ++k) {
-      if (args.plan.need_branch[k]) index -= args.branch.count;
+    for (; !args.plan.need_branch[k] || index >= tiles.count; ++k) {
+      if (args.plan.need_branch[k]) index -= tiles.count;
     }
-    const int64_t m0 = args.branch.row<C>(index), n0 = args.branch.column<C>(index);
-    if (m0 >= rows.count) return;  // the last chunk of rows may be short
-    FeatureTile tile;
-    tile.clear();
-    tile.accumulate(shared, gradient(args, k, rows), operand<T>(head.out_weight), m0, rows.count,
-                    n0, head.hidden, 0, head.classes);
-    tile.for_each_run(shared, m0, rows.count, n0, head.hidden,
-                      [&](int m, int n, Accumulator(&v)[kRun], int count) {
-                        write_run(branch_at(args, k, m0 + m, n0 + n), v, count);
-                      });
+    multiply_tile<typename Sums::FeatureTile, C>(
+        shared, tiles, index, gradient(args, k, rows), operand<T>(head.out_weight), rows.count,
+        head.hidden, 0, head.classes, [&] {
+          return [&](int64_t row, int64_t column, Accumulator(&v)[kRun], int count) {
+            write_run(branch_at(args, k, row, column), v, count);
+          };
+        });
   }
 
   static __device__ __forceinline__ void out_bias_tile(const Arguments& args, T* shared,
@@ -179,14 +225,13 @@ struct FilmGradients : FilmPlanes<C, kStep> {
     const FilmHeadBackward& p = args.problem;
     const int64_t across = ceil_div(p.head.classes, kColumnTile);
     const int64_t split = item / across, index = item % across;
-    const int64_t begin = split * args.plan.rows_per_split;
-    Planes::bias_tile(shared, rows, begin, smaller(begin + args.plan.rows_per_split, rows.count),
-                      p.head.classes, index, scale_of(args, 0),
-                      args.plan.partials ? bias_partial(args, split, 2 * p.head.hidden) : nullptr,
-                      p.grad_out_bias,
-                      [&](int64_t row, int64_t column, int count, Accumulator(&v)[kRun]) {
-                        out_bias_gradient(args, row, column, count, rows, v);
-                      });
+    Sums::bias_tile(shared, rows, Sums::split_of(split, args.plan.rows_per_split, rows.count),
+                    p.head.classes, index, scale_of(args, 0),
+                    args.plan.partials ? bias_partial(args, split, 2 * p.head.hidden) : nullptr,
+                    p.grad_out_bias,
+                    [&](int64_t row, int64_t column, int count, Accumulator(&v)[kRun]) {
+                      out_bias_gradient(args, row, column, count, rows, v);
+                    });
   }
   /// What the gradient of the output's bias is summed from.
   static __device__ __forceinline__ void out_bias_gradient(const Arguments& args, int64_t row,
@@ -274,7 +319,7 @@ struct FilmGradients : FilmPlanes<C, kStep> {
 #pragma unroll
         for (int e = 0; e < kRun; ++e) v[e] += encoder * gamma[e] * fused[e];
       }
-      multiply_all(v, scale_of(args, 2));
+      Sums::multiply_all(v, scale_of(args, 2));
     }
     write_run(address<Output>(p.grad_target, rows.begin + row, column), v, count);
   }
@@ -284,13 +329,13 @@ struct FilmGradients : FilmPlanes<C, kStep> {
   static __device__ __forceinline__ void run_film_tiles(const Arguments& args, T* shared,
                                                         RowRange rows) {
 #pragma unroll 1
-    for (int item = blockIdx.x; item < int(args.film_end); item += gridDim.x) {
-      if (item < args.film_weight_end) {
+    for (int item = blockIdx.x; item < int(args.plan.film_end); item += gridDim.x) {
+      if (item < args.plan.film_weight_end) {
         film_weight_tile(args, shared, item, rows);
-      } else if (item < args.condition_end) {
-        condition_tile(args, shared, item - args.film_weight_end, rows);
+      } else if (item < args.plan.condition_end) {
+        condition_tile(args, shared, item - args.plan.film_weight_end, rows);
       } else {
-        film_bias_tile(args, shared, item - args.condition_end, rows);
+        film_bias_tile(args, shared, item - args.plan.condition_end, rows);
       }
     }
   }
@@ -299,58 +344,38 @@ struct FilmGradients : FilmPlanes<C, kStep> {
   static __device__ __forceinline__ void film_weight_tile(const Arguments& args, T* shared,
                                                           int64_t item, RowRange rows) {
     const FilmHeadBackward& p = args.problem;
-    const int64_t index = item % args.film_weight.count;
-    const int64_t half = item / args.film_weight.count % 2;
-    const int64_t split = item / args.film_weight.count / 2;
-    const int64_t begin = split * args.plan.rows_per_split;
-    const int64_t end = smaller(begin + args.plan.rows_per_split, rows.count);
-    const int64_t m0 = args.film_weight.row<C>(index), n0 = args.film_weight.column<C>(index);
+    const TileGrid& tiles = args.plan.film_weight;
+    const int64_t half = item / tiles.count % 2, split = item / tiles.count / 2;
     const Operand<T> gradient{for_parameters(args) + half * args.plan.padded_hidden,
                               2 * args.plan.padded_hidden};
     const Operand<T> condition = args.plan.masked.pitch > 0
                                      ? Operand<T>{masked_condition(args), args.plan.masked.pitch}
                                      : operand<T>(p.head.condition, rows.begin);
-    WeightTile tile;
-    tile.clear();
-    tile.accumulate(shared, gradient, condition, m0, p.head.hidden, n0, p.head.condition_width,
-                    begin, end);
-    const Accumulator scale = scale_of(args, 0);
-    tile.for_each_run(shared, m0, p.head.hidden, n0, p.head.condition_width,
-                      [&](int m, int n, Accumulator(&v)[kRun], int count) {
-                        const int64_t row = half * p.head.hidden + m0 + m;
-                        multiply_all(v, scale);
-                        if (args.plan.partials) {
-                          write_sum(film_weight_partial(args, split, row, n0 + n), v, count, rows);
-                        } else {
-                          write_sum(address<Output>(p.grad_film_weight, row, n0 + n), v, count,
-                                    rows);
-                        }
-                      });
+    Sums::weight_tile(
+        shared, tiles, item % tiles.count, gradient, condition, p.head.hidden,
+        p.head.condition_width, Sums::split_of(split, args.plan.rows_per_split, rows.count), rows,
+        [&] {
+          const int64_t first_row = half * p.head.hidden;
+          return typename Sums::WeightTarget{
+              address<Output>(p.grad_film_weight, first_row, 0), p.grad_film_weight.stride,
+              args.plan.partials ? film_weight_partial(args, split * 2 * p.head.hidden + first_row)
+                                 : nullptr,
+              film_weight_pitch(args), scale_of(args, 0)};
+        });
   }
 
   static __device__ __forceinline__ void condition_tile(const Arguments& args, T* shared,
                                                         int64_t index, RowRange rows) {
     const FilmHeadBackward& p = args.problem;
-    const int64_t m0 = args.condition.row<C>(index), n0 = args.condition.column<C>(index);
-    if (m0 >= rows.count) return;
     const int64_t first_half = args.plan.condition_leak ? 0 : 1;
     Operand<T> weight = operand<T>(p.head.film_weight);
     weight.data += first_half * p.head.hidden * weight.stride;
-    FeatureTile tile;
-    tile.clear();
-    tile.accumulate(shared, {for_encoder(args), args.plan.encoder_pitch}, weight, m0, rows.count,
-                    n0, p.head.condition_width, 0, (2 - first_half) * p.head.hidden);
-    const Accumulator scale = scale_of(args, 1);
-    tile.for_each_run(shared, m0, rows.count, n0, p.head.condition_width,
-                      [&](int m, int n, Accumulator(&v)[kRun], int count) {
-                        const int64_t row = rows.begin + m0 + m;
-                        const bool absent = is_absent(p.head.present[0], row);
-#pragma unroll
-                        for (int e = 0; e < kRun; ++e) {
-                          v[e] = absent ? Accumulator(0) : kStep ? v[e] * scale : v[e];
-                        }
-                        write_run(address<Output>(p.grad_condition, row, n0 + n), v, count);
-                      });
+    Sums::feature_tile(
+        shared, args.plan.condition, index, {for_encoder(args), args.plan.encoder_pitch}, weight,
+        (2 - first_half) * p.head.hidden, p.head.condition_width, rows, [&] {
+          return
+              typename Sums::FeatureTarget{p.grad_condition, p.head.present[0], scale_of(args, 1)};
+        });
   }
 
   static __device__ __forceinline__ void film_bias_tile(const Arguments& args, T* shared,
@@ -358,15 +383,14 @@ struct FilmGradients : FilmPlanes<C, kStep> {
     const FilmHeadBackward& p = args.problem;
     const int64_t across = ceil_div(p.head.hidden, kColumnTile);
     const int64_t index = item % across, half = item / across % 2, split = item / across / 2;
-    const int64_t begin = split * args.plan.rows_per_split;
     const int64_t first = half * p.head.hidden;
-    Planes::bias_tile(shared, rows, begin, smaller(begin + args.plan.rows_per_split, rows.count),
-                      p.head.hidden, index, scale_of(args, 0),
-                      args.plan.partials ? bias_partial(args, split, first) : nullptr,
-                      static_cast<Output*>(p.grad_film_bias) + first,
-                      [&](int64_t row, int64_t column, int count, Accumulator(&v)[kRun]) {
-                        film_bias_gradient(args, half, row, column, count, rows, v);
-                      });
+    Sums::bias_tile(shared, rows, Sums::split_of(split, args.plan.rows_per_split, rows.count),
+                    p.head.hidden, index, scale_of(args, 0),
+                    args.plan.partials ? bias_partial(args, split, first) : nullptr,
+                    static_cast<Output*>(p.grad_film_bias) + first,
+                    [&](int64_t row, int64_t column, int count, Accumulator(&v)[kRun]) {
+                      film_bias_gradient(args, half, row, column, count, rows, v);
+                    });
   }
 
   /// What the gradient of the film bias, gamma's or beta's half, is summed from.
@@ -398,23 +422,15 @@ struct FilmGradients : FilmPlanes<C, kStep> {
     const FilmHeadBackward& p = args.problem;
     const int64_t hidden = p.head.hidden, classes = p.head.classes;
     if (p.grad_out_weight.data && args.plan.out_partials) {
-      const auto add = [&](int64_t row, int64_t column, int count) {
-        Accumulator v[kRun] = {};
-        add_splits(out_weight_partial(args, 0, row, column), args.plan.out_splits,
-                   classes * args.plan.padded_hidden, count, v);
-        write_run(address<Output>(p.grad_out_weight, row, column), v, count);
-      };
-      for_each_run_of<C::kThreads>(classes, hidden, add);
+      Sums::add_weight(p.grad_out_weight, classes, hidden, out_weight_partial(args, 0),
+                       args.plan.out_splits, classes * args.plan.padded_hidden,
+                       args.plan.padded_hidden);
     }
     if (p.grad_film_weight.data && args.plan.partials) {
-      const int64_t plane = 2 * hidden * round_up(p.head.condition_width, 8);
-      const auto add = [&](int64_t row, int64_t column, int count) {
-        Accumulator v[kRun] = {};
-        add_splits(film_weight_partial(args, 0, row, column), args.plan.row_splits, plane, count,
-                   v);
-        write_run(address<Output>(p.grad_film_weight, row, column), v, count);
-      };
-      for_each_run_of<C::kThreads>(2 * hidden, p.head.condition_width, add);
+      const int64_t pitch = film_weight_pitch(args);
+      Sums::add_weight(p.grad_film_weight, 2 * hidden, p.head.condition_width,
+                       film_weight_partial(args, 0), args.plan.row_splits, 2 * hidden * pitch,
+                       pitch);
     }
   }
 
@@ -423,10 +439,19 @@ struct FilmGradients : FilmPlanes<C, kStep> {
     const FilmHeadBackward& p = args.problem;
     const int64_t film = 2 * p.head.hidden, pitch = film + p.head.classes;
     int64_t item = blockIdx.x;
-    Planes::add_bias(shared, scale, p.grad_film_bias, bias_partial(args, 0, 0),
-                     args.plan.bias_splits, pitch, film, item);
-    Planes::add_bias(shared, scale, p.grad_out_bias, bias_partial(args, 0, film),
-                     args.plan.bias_splits, pitch, p.head.classes, item);
+    Sums::add_bias(shared, scale, p.grad_film_bias, bias_partial(args, 0, 0), args.plan.bias_splits,
+                   pitch, film, item);
+    Sums::add_bias(shared, scale, p.grad_out_bias, bias_partial(args, 0, film),
+                   args.plan.bias_splits, pitch, p.head.classes, item);
+  }
+
+  /// The end of a library launch: sums that the workspace has, and zeros for absent rows.
+  static __device__ __forceinline__ void finish(const Arguments& args, T* shared) {
+    const FilmHeadBackward& p = args.problem;
+    add_weight_splits(args);
+    add_bias_splits(args, shared, scale_of(args, 0));
+    clear_absent<C, Output>(p.grad_condition, p.head.rows, p.head.condition_width,
+                            p.head.present[0]);
   }
 
   /// Sums of the biases' gradients over this CTA's rows of a chunk, as its partial sums.
@@ -436,16 +461,16 @@ struct FilmGradients : FilmPlanes<C, kStep> {
     const int64_t hidden = p.head.hidden;
 #pragma unroll 1
     for (int half = 0; half < 2 && p.grad_film_bias; ++half) {
-      Planes::sum_own_rows(shared, rows, hidden, bias_partial(args, blockIdx.x, half * hidden),
-                           [&](int64_t row, int64_t column, int count, Accumulator(&v)[kRun]) {
-                             film_bias_gradient(args, half, row, column, count, rows, v);
-                           });
+      Sums::sum_own_rows(shared, rows, hidden, bias_partial(args, blockIdx.x, half * hidden),
+                         [&](int64_t row, int64_t column, int count, Accumulator(&v)[kRun]) {
+                           film_bias_gradient(args, half, row, column, count, rows, v);
+                         });
     }
     if (!p.grad_out_bias) return;
-    Planes::sum_own_rows(shared, rows, p.head.classes, bias_partial(args, blockIdx.x, 2 * hidden),
-                         [&](int64_t row, int64_t column, int count, Accumulator(&v)[kRun]) {
-                           out_bias_gradient(args, row, column, count, rows, v);
-                         });
+    Sums::sum_own_rows(shared, rows, p.head.classes, bias_partial(args, blockIdx.x, 2 * hidden),
+                       [&](int64_t row, int64_t column, int count, Accumulator(&v)[kRun]) {
+                         out_bias_gradient(args, row, column, count, rows, v);
+                       });
   }
 };
 

@@ -15,8 +15,7 @@ namespace dgl_ext {
 struct FilmStepArguments {
   FilmForwardArguments forward;
   FilmBackwardArguments backward;
-  CrossEntropy loss;
-  StepPlan plan;
+  StepContext step;
 };
 
 /// Where rows.cuh finds the logits of FiLM: a part per branch.
@@ -51,17 +50,12 @@ struct FilmStep {
   static constexpr int kSharedBytes =
       greatest(Forward::kSharedBytes, Gradients::kSharedBytes, Losses::kSharedBytes);
 
-  static void count_tiles(Arguments& args) {
-    Forward::count_tiles(args.forward);
-    Gradients::count_tiles(args.backward);
-  }
-
   static __device__ __forceinline__ void run(const Arguments& args) {
     T* shared = shared_memory<C>();
-    const StepContext step = context_of(args);
+    const StepContext& step = args.step;
     Losses::count(step, shared);
 #pragma unroll 1
-    for (int chunk = 0; chunk < args.plan.chunks; ++chunk) {
+    for (int chunk = 0; chunk < step.plan.chunks; ++chunk) {
       RowRange rows = step.chunk(chunk);
       Forward::multiply_film(args.forward, shared, rows);
       grid_sync();
@@ -69,12 +63,12 @@ struct FilmStep {
       grid_sync();
       Forward::template multiply_head<true>(args.forward, shared, rows);
       grid_sync();
+      hide_origin(rows.begin);
+      hide_origin(rows.count);
       Losses::run_rows(step, shared, rows, FilmLogits<C>{args.forward});
-      if (args.plan.gradients) Gradients::prepare_features(args.backward, rows);
+      if (step.plan.gradients) Gradients::prepare_features(args.backward, rows);
       grid_sync();
-      if (args.plan.gradients) {
-        hide_origin(rows.begin);
-        hide_origin(rows.count);
+      if (step.plan.gradients) {
         Gradients::run_head_tiles(args.backward, shared, rows);
         grid_sync();
         Gradients::combine(args.backward, rows);
@@ -82,7 +76,7 @@ struct FilmStep {
         Gradients::run_film_tiles(args.backward, shared, rows);
       }
     }
-    if (blockIdx.x == args.backward.film_end % gridDim.x) Losses::finish(step, shared);
+    if (blockIdx.x == args.backward.plan.film_end % gridDim.x) Losses::finish(step, shared);
     if (args.backward.plan.partials || args.backward.plan.out_partials) {
       grid_sync();
       Gradients::add_row_splits(args.backward, shared);

@@ -72,21 +72,15 @@ class GemmTile {
   static constexpr int vector_of(Major major, int count) {
     return major == Major::kDepth ? 1 : count < kVector ? count : kVector;
   }
-  // With many accumulators, loads hoisted over the next k would cost registers that are not there.
-  static constexpr int kSimtUnroll = kThreadM * kThreadN >= 64 ? 1 : C::kDepth / kVector;
+  static constexpr int kSimtUnroll = C::kDepth / kVector;
   static constexpr int kVectorM = vector_of(kMajorA, kThreadM);
   static constexpr int kVectorN = vector_of(kMajorB, kThreadN);
   static constexpr int kAccumulators =
       kTensorCores ? kFragmentsM * kFragmentsN * 4 : kThreadM * kThreadN;
 
-  // The epilogue passes through shared memory, as many rows at a time as fit beside nothing else.
+  // The epilogue passes through shared memory, which the pipeline no longer needs.
   static constexpr int kOutPitch = C::kColumns + 8;
-  static constexpr int out_rows() {
-    int rows = C::kRows;
-    while (rows * kOutPitch * int(sizeof(Accumulator)) > kPipelineBytes) rows /= 2;
-    return rows;
-  }
-  static constexpr int kOutRows = out_rows();
+  static_assert(C::kRows * kOutPitch * int(sizeof(Accumulator)) <= kPipelineBytes);
 
  public:
   static constexpr int kSharedBytes = kPipelineBytes;
@@ -142,22 +136,18 @@ class GemmTile {
     auto* out = reinterpret_cast<Accumulator*>(shared);
     const int rows = int(smaller(m_end - m0, C::kRows));
     const int columns = int(smaller(n_end - n0, C::kColumns));
+    spill(out);
+    __syncthreads();
 #pragma unroll 1
-    for (int first = 0; first < rows; first += kOutRows) {
-      spill(out, first);
-      __syncthreads();
-      const int here = int(smaller(rows - first, kOutRows));
-#pragma unroll 1
-      for (int i = threadIdx.x; i < here * (C::kColumns / kRun); i += C::kThreads) {
-        const int m = i / (C::kColumns / kRun), n = i % (C::kColumns / kRun) * kRun;
-        if (n >= columns) continue;
-        Accumulator v[kRun];
+    for (int i = threadIdx.x; i < rows * (C::kColumns / kRun); i += C::kThreads) {
+      const int m = i / (C::kColumns / kRun), n = i % (C::kColumns / kRun) * kRun;
+      if (n >= columns) continue;
+      Accumulator v[kRun];
 #pragma unroll
-        for (int e = 0; e < kRun; ++e) v[e] = out[m * kOutPitch + n + e];
-        f(first + m, n, v, int(smaller(columns - n, kRun)));
-      }
-      __syncthreads();
+      for (int e = 0; e < kRun; ++e) v[e] = out[m * kOutPitch + n + e];
+      f(m, n, v, int(smaller(columns - n, kRun)));
     }
+    __syncthreads();
   }
 
  private:
@@ -332,12 +322,8 @@ class GemmTile {
 
   // ---- epilogue
 
-  /// Writes this thread's accumulators that lie in rows [first, first + kOutRows) to `out`.
-  __device__ __forceinline__ void spill(Accumulator* out, int first) {
-    const auto put = [&](int m, int n, Accumulator v) {
-      const int row = m - first;
-      if (kOutRows == C::kRows || (row >= 0 && row < kOutRows)) out[row * kOutPitch + n] = v;
-    };
+  __device__ __forceinline__ void spill(Accumulator* out) {
+    const auto put = [&](int m, int n, Accumulator v) { out[m * kOutPitch + n] = v; };
     if constexpr (kTensorCores) {
       const int m0 = warp_m() * kFragmentsM * 16 + lane() / 4;
       const int n0 = warp_n() * kFragmentsN * 8 + lane() % 4 * 2;

@@ -28,23 +28,10 @@ using ElementConfigs =
                Config<bf16, Tile::kHalfSmall, false>, Config<f16, Tile::kHalfSmall, false>>;
 
 template <class T>
-struct DtypeOf;
-template <>
-struct DtypeOf<double> {
-  static constexpr Dtype value = Dtype::kFloat64;
-};
-template <>
-struct DtypeOf<float> {
-  static constexpr Dtype value = Dtype::kFloat32;
-};
-template <>
-struct DtypeOf<bf16> {
-  static constexpr Dtype value = Dtype::kBFloat16;
-};
-template <>
-struct DtypeOf<f16> {
-  static constexpr Dtype value = Dtype::kFloat16;
-};
+constexpr Dtype kDtypeOf = std::is_same_v<T, double>  ? Dtype::kFloat64
+                           : std::is_same_v<T, float> ? Dtype::kFloat32
+                           : std::is_same_v<T, bf16>  ? Dtype::kBFloat16
+                                                      : Dtype::kFloat16;
 
 /// The one way from a function object to a kernel: Head<Config>::run as a __global__ function.
 // Arguments come in constant memory, of which every driver gives 4 KiB.
@@ -58,16 +45,15 @@ __global__ void __launch_bounds__(C::kThreads, C::kShape.min_ctas)
 /// the list.
 template <template <class> class Head, class Arguments, class... Configs>
 cudaError_t launch_head(ConfigList<Configs...>, Dtype dtype, const LaunchShape& shape,
-                        Arguments arguments, cudaStream_t stream) {
+                        const Arguments& arguments, cudaStream_t stream) {
   cudaError_t status = cudaErrorNotSupported;
   const auto try_config = [&](auto config) {
     using C = decltype(config);
     static_assert(sizeof(Arguments) <= 4096, "kernel arguments");
-    if (DtypeOf<typename C::T>::value != dtype || C::kTile != shape.tile ||
+    if (kDtypeOf<typename C::T> != dtype || C::kTile != shape.tile ||
         C::kAligned != shape.aligned) {
       return;
     }
-    Head<C>::count_tiles(arguments);
     status = launch_kernel<Arguments>(&head_kernel<Head, C>, shape.grid, C::kThreads,
                                       Head<C>::kSharedBytes, shape.cooperative, arguments, stream);
   };

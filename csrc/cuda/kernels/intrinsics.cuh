@@ -1,5 +1,6 @@
-// The device instructions the kernels use, one wrapper each: PTX for nvcc, the emulator for g++
-// (tests/emulator). Nothing else in the kernels knows which of the two compiles them.
+// The device instructions the kernels use, one wrapper each: PTX for nvcc. For g++ the emulator has
+// the same wrappers (tests/emulator/intrinsics.h). Nothing else in the kernels knows which of the
+// two compiles them.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,7 +14,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #else
-#include "warp_instructions.h"
+#include <intrinsics.h>
 #endif
 
 namespace dgl_ext {
@@ -104,15 +105,11 @@ __device__ __forceinline__ uint32_t round_to_tf32(uint32_t bits) {
   return rounded;
 }
 
-/// The value of lane `lane ^ mask`, of lane `from`, and of how many lanes the predicate holds; all
-/// 32 lanes take part.
+/// The value of lane `lane ^ mask`, and of how many lanes the predicate holds; all 32 lanes take
+/// part.
 template <class V>
 __device__ __forceinline__ V warp_exchange(V value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
-}
-template <class V>
-__device__ __forceinline__ V warp_broadcast(V value, int from) {
-  return __shfl_sync(0xffffffffu, value, from);
 }
 __device__ __forceinline__ int warp_count(bool predicate) {
   return __popc(__ballot_sync(0xffffffffu, predicate));
@@ -158,72 +155,9 @@ cudaError_t occupancy(void (*kernel)(Arguments), int block, int shared_bytes, in
   return cudaOccupancyMaxActiveBlocksPerMultiprocessor(ctas, function, block, shared_bytes);
 }
 
-#else  // the emulator's side
-
-inline unsigned char* dynamic_shared_memory() { return emulator::context->shared; }
-inline void grid_sync(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  emulator::grid_barrier(file, line);
-}
-// forced inline: the emulator reports the return address as the place of the copy
-template <int kBytes>
-[[gnu::always_inline]] inline void copy_async(void* shared, const void* global, int source_bytes) {
-  emulator::copy_async(shared, global, kBytes, source_bytes);
-}
-inline void copy_async_commit() { emulator::copy_async_commit(); }
-template <int kPending>
-void copy_async_wait() {
-  emulator::copy_async_wait(kPending);
-}
-template <bool kTransposed>
-void load_matrices(uint32_t (&r)[4], const void* row) {
-  emulator::ldmatrix_x4(r, row, kTransposed);
-}
-template <class T>
-void multiply_fragments(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  if constexpr (std::is_same_v<T, float>) {
-    emulator::mma_1688_tf32(d, a, b);
-  } else {
-    emulator::mma_16816<T>(d, a, b);
-  }
-}
-inline uint32_t round_to_tf32(uint32_t bits) {
-  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;  // the sum would carry into the exponent
-  return nan ? bits : (bits + 0x1000u) & 0xffffe000u;
-}
-
-template <class V>
-V warp_exchange(V value, int mask) {
-  return emulator::shuffle(value, int(threadIdx.x % 32) ^ mask);
-}
-template <class V>
-V warp_broadcast(V value, int from) {
-  return emulator::shuffle(value, from);
-}
-inline void warp_sync() { emulator::sync_warp(); }
-inline void hide_origin(int64_t&) {}
-inline int warp_count(bool predicate) { return emulator::count_lanes(predicate); }
-inline void require(bool condition, const char* what) {
-  if (!condition) emulator::fail(std::string("device-side assertion: ") + what);
-}
-
-template <class Arguments>
-cudaError_t launch_kernel(void (*kernel)(Arguments), int grid, int block, int shared_bytes,
-                          bool cooperative, Arguments arguments, cudaStream_t) {
-  const int limit = emulator::cooperative_limit();
-  if (cooperative && limit > 0 && grid > limit) return cudaErrorCooperativeLaunchTooLarge;
-  emulator::launch(dim3{unsigned(grid)}, dim3{unsigned(block)}, shared_bytes, cooperative,
-                   [&] { kernel(arguments); });
-  return cudaSuccess;
-}
-template <class Arguments>
-cudaError_t occupancy(void (*)(Arguments), int, int, int* ctas) {
-  *ctas = 1;
-  return cudaSuccess;
-}
-
 #endif
 
-// ---- arithmetic types: the same on both sides
+// ---- arithmetic types: the same for both
 
 /// The type that sums are kept in.
 template <class T>
@@ -258,7 +192,9 @@ struct alignas(sizeof(T) * kCount) Vector {
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-constexpr int greatest(int a, int b, int c) { return a > b ? (a > c ? a : c) : (b > c ? b : c); }
+constexpr int greatest(int a, int b, int c = 0) {
+  return a > b ? (a > c ? a : c) : (b > c ? b : c);
+}
 __host__ __device__ constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 }  // namespace dgl_ext

@@ -36,8 +36,9 @@ struct LinearBackward : LinearGradients<C, false> {
       const auto make = [&](int64_t row, int64_t column, int count) {
         Accumulator v[kRun];
         read_run<T>(Gradients::gradient(p, job.first), row, column, count, v);
-        if (job.second >= 0) {
-          add_run<T>(Gradients::gradient(p, job.second), row, column, count, job.scale, v);
+#pragma unroll 1
+        for (int k = job.begin; k < job.end; ++k) {
+          add_run<T>(Gradients::gradient(p, k), row, column, count, job.leak, v);
         }
         write_run(out + row * args.plan.padded_classes + column, v, count);
       };

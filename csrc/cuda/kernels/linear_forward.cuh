@@ -9,8 +9,6 @@ struct LinearForwardArguments {
   LinearHeadForward problem;
   LinearForwardPlan plan;
   void* workspace;
-  TileGrid grid{};
-  int64_t items = 0;  ///< tiles, or tiles times all splits
 };
 
 template <class C>
@@ -20,14 +18,6 @@ struct LinearForward {
   using Tile = GemmTile<C, Major::kDepth, Major::kDepth>;
   using Arguments = LinearForwardArguments;
   static constexpr int kSharedBytes = Tile::kSharedBytes;
-
-  static void count_tiles(Arguments& args) {
-    const LinearHead& head = args.problem.head;
-    args.grid = TileGrid::of<C>(head.rows, head.classes);
-    int64_t splits = 0;
-    for (int i = 0; i < head.modalities; ++i) splits += args.plan.splits[i];
-    args.items = args.grid.count * (args.plan.direct ? 1 : splits);
-  }
 
   static __device__ __forceinline__ void run(const Arguments& args) {
     T* shared = shared_memory<C>();
@@ -43,13 +33,10 @@ struct LinearForward {
   static __device__ __forceinline__ void multiply(const Arguments& args, T* shared, RowRange rows) {
     const LinearHead& head = args.problem.head;
     const LinearForwardPlan& plan = args.plan;
-    const TileGrid& grid = args.grid;
     const bool direct = kMayBeDirect && plan.direct;
 #pragma unroll 1
-    for (int64_t item = blockIdx.x; item < args.items; item += gridDim.x) {
-      const int64_t split = item / grid.count, tile_index = item % grid.count;
-      const int64_t m0 = grid.row<C>(tile_index), n0 = grid.column<C>(tile_index);
-      if (m0 >= rows.count) continue;  // the last chunk of rows may be short
+    for (int64_t item = blockIdx.x; item < plan.items; item += gridDim.x) {
+      const int64_t split = item / plan.tiles.count, index = item % plan.tiles.count;
       int i = 0;
       int64_t first_split = 0;  // of modality i
       while (!direct && split - first_split >= plan.splits[i]) first_split += plan.splits[i++];
@@ -58,18 +45,17 @@ struct LinearForward {
         const int64_t width = head.width[i];
         const int64_t begin = direct ? 0 : (split - first_split) * plan.split_depth;
         const int64_t end = direct ? width : smaller(begin + plan.split_depth, width);
-        Tile tile;
-        tile.clear();
-        tile.accumulate(shared, operand<T>(head.feature[i], rows.begin), operand<T>(head.weight[i]),
-                        m0, rows.count, n0, head.classes, begin, end);
-        tile.for_each_run(shared, m0, rows.count, n0, head.classes,
-                          [&](int m, int n, Accumulator(&v)[kRun], int count) {
-                            if (direct) {
-                              store_direct(args, i, m0 + m, n0 + n, v, count);
-                            } else {
-                              write_run(partial(args, split, m0 + m, n0 + n), v, count);
-                            }
-                          });
+        multiply_tile<Tile, C>(
+            shared, plan.tiles, index, operand<T>(head.feature[i], rows.begin),
+            operand<T>(head.weight[i]), rows.count, head.classes, begin, end, [&] {
+              return [&](int64_t row, int64_t column, Accumulator(&v)[kRun], int count) {
+                if (direct) {
+                  store_direct(args, i, row, column, v, count);
+                } else {
+                  write_run(partial(args, split, row, column), v, count);
+                }
+              };
+            });
         ++i;
       } while (direct && i < head.modalities);
     }
@@ -83,14 +69,14 @@ struct LinearForward {
   }
 
   /// Bias of the fused logits, a run of it: concat has one, sum adds those of all branches.
-  static __device__ __forceinline__ void read_fused_bias(const LinearHeadForward& p, int64_t column,
+  static __device__ __forceinline__ void read_fused_bias(const LinearHead& head, int64_t column,
                                                          int count, Accumulator (&v)[kRun]) {
-    read_bias<T>(p.fused_bias, column, count, v);
-    if (p.fused_bias) return;
+    read_bias<T>(head.fused_bias, column, count, v);
+    if (head.fused_bias) return;
 #pragma unroll 1
-    for (int i = 0; i < p.head.modalities; ++i) {
+    for (int i = 0; i < head.modalities; ++i) {
       Accumulator more[kRun];
-      read_bias<T>(p.branch_bias[i], column, count, more);
+      read_bias<T>(head.branch_bias[i], column, count, more);
 #pragma unroll
       for (int e = 0; e < kRun; ++e) v[e] += more[e];
     }
@@ -103,7 +89,7 @@ struct LinearForward {
     for_each_run_of<C::kThreads>(
         rows.count, p.head.classes, [&](int64_t row, int64_t column, int count) {
           Accumulator fused[kRun];
-          read_fused_bias(p, column, count, fused);
+          read_fused_bias(p.head, column, count, fused);
           int64_t split = 0;
 #pragma unroll 1
           for (int i = 0; i < p.head.modalities; ++i) {
@@ -111,7 +97,7 @@ struct LinearForward {
             if (!is_absent(p.head.present[i], rows.begin + row)) {
               add_splits(partial(args, split, row, column), args.plan.splits[i], plane, count, sum);
             }
-            read_bias<T>(p.branch_bias[i], column, count, z);
+            read_bias<T>(p.head.branch_bias[i], column, count, z);
 #pragma unroll
             for (int e = 0; e < kRun; ++e) {
               fused[e] += sum[e];
@@ -135,7 +121,7 @@ struct LinearForward {
     Accumulator* kept = partial(args, 0, row, column);
     const bool last = i == p.head.modalities - 1;
     const bool absent = is_absent(p.head.present[i], row);
-    read_bias<T>(p.branch_bias[i], column, count, logits);
+    read_bias<T>(p.head.branch_bias[i], column, count, logits);
     if (i > 0) read_run(kept, count, sum);
 #pragma unroll
     for (int e = 0; e < kRun; ++e) {
@@ -145,7 +131,7 @@ struct LinearForward {
     }
     if (last) {
       Accumulator bias[kRun];
-      read_fused_bias(p, column, count, bias);
+      read_fused_bias(p.head, column, count, bias);
 #pragma unroll
       for (int e = 0; e < kRun; ++e) sum[e] += bias[e];
     }

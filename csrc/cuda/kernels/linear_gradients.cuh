@@ -10,10 +10,6 @@ struct LinearBackwardArguments {
   LinearHeadBackward problem;
   LinearBackwardPlan plan;
   void* workspace;
-  TileGrid weight[kMaxModalities]{}, feature[kMaxModalities]{};  ///< count 0: not wanted
-  int64_t weight_tiles = 0, bias_tiles = 0;                      ///< of one row split
-  /// Work items by kind: each kind ends where the next begins.
-  int64_t weight_end = 0, feature_end = 0, bias_end = 0;
   int64_t totals_offset = 0;  ///< in a step: where the workspace has the branches' scales
 };
 
@@ -24,33 +20,7 @@ struct LinearGradients : RowSums<C, kStep> {
   using T = typename C::T;
   using Accumulator = typename C::Accumulator;
   using Output = typename Sums::Output;
-  using Sums::write_sum;
-  using WeightTile = GemmTile<C, Major::kOuter, Major::kOuter>;   // g^T h: k = rows
-  using FeatureTile = GemmTile<C, Major::kDepth, Major::kOuter>;  // g W: k = classes
   using Arguments = LinearBackwardArguments;
-  static constexpr int kSharedBytes = WeightTile::kSharedBytes > FeatureTile::kSharedBytes
-                                          ? WeightTile::kSharedBytes
-                                          : FeatureTile::kSharedBytes;
-
-  static void count_tiles(Arguments& args) {
-    const LinearHeadBackward& p = args.problem;
-    int64_t feature_tiles = 0;
-    int biases = p.grad_fused_bias != nullptr;
-    args.weight_tiles = 0;
-    for (int i = 0; i < p.head.modalities; ++i) {
-      args.weight[i] = TileGrid::of<C>(p.head.classes, p.head.width[i]);
-      args.feature[i] = TileGrid::of<C>(args.plan.plane_rows, p.head.width[i]);
-      if (!p.grad_weight[i].data) args.weight[i].count = 0;
-      if (!p.grad_feature[i].data) args.feature[i].count = 0;
-      args.weight_tiles += args.weight[i].count;
-      feature_tiles += args.feature[i].count;
-      biases += p.grad_branch_bias[i] != nullptr;
-    }
-    args.bias_tiles = biases * ceil_div(p.head.classes, kColumnTile);
-    args.weight_end = args.weight_tiles * args.plan.row_splits;
-    args.feature_end = args.weight_end + feature_tiles;
-    args.bias_end = args.feature_end + args.bias_tiles * args.plan.row_splits;
-  }
 
   /// Bias targets: 0 is the fused bias, i + 1 the bias of branch i.
   static __device__ __forceinline__ void* bias_target(const LinearHeadBackward& p, int target) {
@@ -103,15 +73,16 @@ struct LinearGradients : RowSums<C, kStep> {
   /// Weight tiles come first: their k, the number of rows, is usually the longest.
   static __device__ __forceinline__ void run_tiles(const Arguments& args, T* shared,
                                                    RowRange rows) {
+    const LinearBackwardPlan& plan = args.plan;
 #pragma unroll 1
-    for (int64_t item = blockIdx.x; item < args.bias_end; item += gridDim.x) {
-      if (item < args.weight_end) {
-        weight_tile(args, shared, item % args.weight_tiles, item / args.weight_tiles, rows);
-      } else if (item < args.feature_end) {
-        feature_tile(args, shared, item - args.weight_end, rows);
+    for (int64_t item = blockIdx.x; item < plan.bias_end; item += gridDim.x) {
+      if (item < plan.weight_end) {
+        weight_tile(args, shared, item % plan.weight_tiles, item / plan.weight_tiles, rows);
+      } else if (item < plan.feature_end) {
+        feature_tile(args, shared, item - plan.weight_end, rows);
       } else {
-        const int64_t rest = item - args.feature_end;
-        bias_tile(args, shared, rest % args.bias_tiles, rest / args.bias_tiles, rows);
+        const int64_t rest = item - plan.feature_end;
+        bias_tile(args, shared, rest % plan.bias_tiles, rest / plan.bias_tiles, rows);
       }
     }
   }
@@ -119,56 +90,35 @@ struct LinearGradients : RowSums<C, kStep> {
   static __device__ __forceinline__ void weight_tile(const Arguments& args, T* shared,
                                                      int64_t index, int64_t split, RowRange rows) {
     const LinearHeadBackward& p = args.problem;
+    const LinearBackwardPlan& plan = args.plan;
     int i = 0;
     int64_t first_column = 0;  // of modality i in the partial sums
-    for (; index >= args.weight[i].count; ++i) {
-      index -= args.weight[i].count;
+    for (; index >= plan.weight[i].count; ++i) {
+      index -= plan.weight[i].count;
       first_column += round_up(p.head.width[i], kRun);
     }
-    const int64_t m0 = args.weight[i].row<C>(index), n0 = args.weight[i].column<C>(index);
-    const int64_t begin = split * args.plan.rows_per_split;
-    const int64_t end = smaller(begin + args.plan.rows_per_split, rows.count);
-    WeightTile tile;
-    tile.clear();
-    tile.accumulate(shared, source(args, args.plan.to_weight[i], rows), feature(args, i, rows), m0,
-                    p.head.classes, n0, p.head.width[i], begin, end);
-    const Accumulator scale = scale_of(args, args.plan.to_weight[i]);
-    tile.for_each_run(
-        shared, m0, p.head.classes, n0, p.head.width[i],
-        [&](int m, int n, Accumulator(&v)[kRun], int count) {
-#pragma unroll
-          for (int e = 0; e < kRun; ++e) v[e] *= scale;
-          if (args.plan.partials) {
-            write_sum(weight_partial(args, split, m0 + m, first_column + n0 + n), v, count, rows);
-          } else {
-            write_sum(address<Output>(p.grad_weight[i], m0 + m, n0 + n), v, count, rows);
-          }
-        });
+    Sums::weight_tile(shared, plan.weight[i], index, source(args, plan.to_weight[i], rows),
+                      feature(args, i, rows), p.head.classes, p.head.width[i],
+                      Sums::split_of(split, plan.rows_per_split, rows.count), rows, [&] {
+                        const Matrix& output = p.grad_weight[i];
+                        return typename Sums::WeightTarget{
+                            static_cast<Output*>(output.data), output.stride,
+                            plan.partials ? weight_partial(args, split, first_column) : nullptr,
+                            plan.weight_partial_columns, scale_of(args, plan.to_weight[i])};
+                      });
   }
 
   static __device__ __forceinline__ void feature_tile(const Arguments& args, T* shared,
                                                       int64_t index, RowRange rows) {
     const LinearHeadBackward& p = args.problem;
+    const LinearBackwardPlan& plan = args.plan;
     int i = 0;
-    for (; index >= args.feature[i].count; ++i) index -= args.feature[i].count;
-    const int64_t m0 = args.feature[i].row<C>(index), n0 = args.feature[i].column<C>(index);
-    if (m0 >= rows.count) return;  // the last chunk of rows may be short
-    FeatureTile tile;
-    tile.clear();
-    tile.accumulate(shared, source(args, args.plan.to_feature[i], rows),
-                    operand<T>(p.head.weight[i]), m0, rows.count, n0, p.head.width[i], 0,
-                    p.head.classes);
-    const Accumulator scale = scale_of(args, args.plan.to_feature[i]);
-    tile.for_each_run(shared, m0, rows.count, n0, p.head.width[i],
-                      [&](int m, int n, Accumulator(&v)[kRun], int count) {
-                        const int64_t row = rows.begin + m0 + m;
-                        const bool absent = is_absent(p.head.present[i], row);
-#pragma unroll
-                        for (int e = 0; e < kRun; ++e) {
-                          v[e] = absent ? Accumulator(0) : v[e] * scale;
-                        }
-                        write_run(address<Output>(p.grad_feature[i], row, n0 + n), v, count);
-                      });
+    for (; index >= plan.feature[i].count; ++i) index -= plan.feature[i].count;
+    Sums::feature_tile(shared, plan.feature[i], index, source(args, plan.to_feature[i], rows),
+                       operand<T>(p.head.weight[i]), p.head.classes, p.head.width[i], rows, [&] {
+                         return typename Sums::FeatureTarget{p.grad_feature[i], p.head.present[i],
+                                                             scale_of(args, plan.to_feature[i])};
+                       });
   }
 
   static __device__ __forceinline__ void bias_tile(const Arguments& args, T* shared, int64_t index,
@@ -181,14 +131,13 @@ struct LinearGradients : RowSums<C, kStep> {
       if (index < across) break;
       index -= across;
     }
-    const int64_t begin = split * args.plan.rows_per_split;
-    const int64_t end = smaller(begin + args.plan.rows_per_split, rows.count);
-    Sums::bias_tile(
-        shared, rows, begin, end, p.head.classes, index, scale_of(args, GradientSource{0, 0, 1}),
-        args.plan.partials ? bias_partial(args, split, target) : nullptr, bias_target(p, target),
-        [&](int64_t row, int64_t column, int count, Accumulator(&v)[kRun]) {
-          bias_gradient(args, target, row, column, count, rows, v);
-        });
+    Sums::bias_tile(shared, rows, Sums::split_of(split, args.plan.rows_per_split, rows.count),
+                    p.head.classes, index, scale_of(args, GradientSource{0, 0, 1}),
+                    args.plan.partials ? bias_partial(args, split, target) : nullptr,
+                    bias_target(p, target),
+                    [&](int64_t row, int64_t column, int count, Accumulator(&v)[kRun]) {
+                      bias_gradient(args, target, row, column, count, rows, v);
+                    });
   }
 
   /// What the gradient of a bias is summed from: a run of one row.
@@ -212,11 +161,11 @@ struct LinearGradients : RowSums<C, kStep> {
     }
   }
 
+  /// Of the modality that begins at that column.
   static __device__ __forceinline__ Accumulator* weight_partial(const Arguments& args,
-                                                                int64_t split, int64_t row,
-                                                                int64_t column) {
+                                                                int64_t split, int64_t column) {
     return workspace_at<Accumulator>(args.workspace, args.plan.weight_partial_offset) +
-           (split * args.problem.head.classes + row) * args.plan.weight_partial_columns + column;
+           split * args.problem.head.classes * args.plan.weight_partial_columns + column;
   }
   static __device__ __forceinline__ Accumulator* bias_partial(const Arguments& args, int64_t split,
                                                               int target) {
@@ -230,20 +179,27 @@ struct LinearGradients : RowSums<C, kStep> {
   }
   static __device__ __forceinline__ void add_weight_splits(const Arguments& args) {
     const LinearHeadBackward& p = args.problem;
-    const int64_t splits = args.plan.row_splits;
-    const int64_t plane = p.head.classes * args.plan.weight_partial_columns;
+    const int64_t pitch = args.plan.weight_partial_columns;
     int64_t first_column = 0;
 #pragma unroll 1
     for (int i = 0; i < p.head.modalities; ++i) {
       if (p.grad_weight[i].data) {
-        const auto add = [&](int64_t row, int64_t column, int count) {
-          Accumulator v[kRun] = {};
-          add_splits(weight_partial(args, 0, row, first_column + column), splits, plane, count, v);
-          write_run(address<Output>(p.grad_weight[i], row, column), v, count);
-        };
-        for_each_run_of<C::kThreads>(p.head.classes, p.head.width[i], add);
+        Sums::add_weight(p.grad_weight[i], p.head.classes, p.head.width[i],
+                         weight_partial(args, 0, first_column), args.plan.row_splits,
+                         p.head.classes * pitch, pitch);
       }
       first_column += round_up(p.head.width[i], kRun);
+    }
+  }
+
+  /// The end of a library launch: sums that the workspace has, and zeros for absent rows.
+  static __device__ __forceinline__ void finish(const Arguments& args, T* shared) {
+    const LinearHeadBackward& p = args.problem;
+    if (args.plan.partials) add_weight_splits(args);
+    add_bias_splits(args, shared, scale_of(args, GradientSource{0, 0, 1}));
+#pragma unroll 1
+    for (int i = 0; i < p.head.modalities; ++i) {
+      clear_absent<C, Output>(p.grad_feature[i], p.head.rows, p.head.width[i], p.head.present[i]);
     }
   }
 

@@ -14,8 +14,7 @@ namespace dgl_ext {
 struct LinearStepArguments {
   LinearForwardArguments forward;
   LinearBackwardArguments backward;
-  CrossEntropy loss;
-  StepPlan plan;
+  StepContext step;
 };
 
 /// Where rows.cuh finds the logits of concat and sum: a part per modality.
@@ -33,10 +32,10 @@ struct LinearLogits {
     return LinearForward<C>::partial(args, 0, row, column);
   }
   __device__ void read_fused_bias(int64_t column, int count, Accumulator (&v)[kRun]) const {
-    LinearForward<C>::read_fused_bias(args.problem, column, count, v);
+    LinearForward<C>::read_fused_bias(args.problem.head, column, count, v);
   }
   __device__ void read_bias_of(int i, int64_t column, int count, Accumulator (&v)[kRun]) const {
-    read_bias<typename C::T>(args.problem.branch_bias[i], column, count, v);
+    read_bias<typename C::T>(args.problem.head.branch_bias[i], column, count, v);
   }
 };
 
@@ -51,17 +50,12 @@ struct LinearStep {
   static constexpr int kSharedBytes =
       greatest(Forward::kSharedBytes, Gradients::kSharedBytes, Losses::kSharedBytes);
 
-  static void count_tiles(Arguments& args) {
-    Forward::count_tiles(args.forward);
-    Gradients::count_tiles(args.backward);
-  }
-
   static __device__ __forceinline__ void run(const Arguments& args) {
     T* shared = shared_memory<C>();
-    const StepContext step = context_of(args);
+    const StepContext& step = args.step;
     Losses::count(step, shared);
 #pragma unroll 1
-    for (int chunk = 0; chunk < args.plan.chunks; ++chunk) {
+    for (int chunk = 0; chunk < step.plan.chunks; ++chunk) {
       RowRange rows = step.chunk(chunk);
       Forward::template multiply<false>(args.forward, shared, rows);
       grid_sync();
@@ -70,9 +64,9 @@ struct LinearStep {
       Losses::run_rows(step, shared, rows, LinearLogits<C>{args.forward});
       Gradients::copy_masked(args.backward, rows);
       grid_sync();
-      if (args.plan.gradients) Gradients::run_tiles(args.backward, shared, rows);
+      if (step.plan.gradients) Gradients::run_tiles(args.backward, shared, rows);
     }
-    if (blockIdx.x == args.backward.bias_end % gridDim.x) Losses::finish(step, shared);
+    if (blockIdx.x == args.backward.plan.bias_end % gridDim.x) Losses::finish(step, shared);
     if (args.backward.plan.partials) {
       grid_sync();
       Gradients::add_row_splits(args.backward, shared);

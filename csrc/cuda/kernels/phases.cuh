@@ -5,8 +5,6 @@
 
 namespace dgl_ext {
 
-constexpr int kColumnTile = 32;  ///< columns of one bias sum
-
 template <class C>
 __device__ __forceinline__ typename C::T* shared_memory() {
   return reinterpret_cast<typename C::T*>(dynamic_shared_memory());
@@ -32,26 +30,26 @@ __device__ __forceinline__ bool is_absent(const uint8_t* present, int64_t row) {
   return present && present[row] == 0;
 }
 
-/// The row-major matrix of tiles that covers an output. Counted on the host (count_tiles of each
-/// head) and passed as a kernel argument: the tile loops then read it from constant memory, where
-/// values computed in the kernel would sit in registers next to the accumulators.
-struct TileGrid {
-  int64_t across = 0, count = 0;
-
-  template <class C>
-  static TileGrid of(int64_t rows, int64_t columns) {
-    const int64_t across = ceil_div(columns, C::kColumns);
-    return {across, ceil_div(rows, C::kRows) * across};
-  }
-  template <class C>
-  __device__ int64_t row(int64_t tile) const {
-    return tile / across * C::kRows;
-  }
-  template <class C>
-  __device__ int64_t column(int64_t tile) const {
-    return tile % across * C::kColumns;
-  }
-};
+/// One tile of a (rows, columns) output: its products over [begin, end), by runs of neighbours.
+/// When they are there, epilogue() returns what takes the runs, f(row, column, v, count): nothing
+/// that it works out sits in registers next to the accumulators.
+template <class Tile, class C, class Epilogue>
+__device__ __forceinline__ void multiply_tile(typename C::T* shared, const TileGrid& grid,
+                                              int64_t index, const Operand<typename C::T>& a,
+                                              const Operand<typename C::T>& b, int64_t rows,
+                                              int64_t columns, int64_t begin, int64_t end,
+                                              Epilogue&& epilogue) {
+  const int64_t m0 = index / grid.across * C::kRows, n0 = index % grid.across * C::kColumns;
+  if (m0 >= rows) return;  // the last chunk of rows may be short
+  Tile tile;
+  tile.clear();
+  tile.accumulate(shared, a, b, m0, rows, n0, columns, begin, end);
+  auto f = epilogue();
+  tile.for_each_run(shared, m0, rows, n0, columns,
+                    [&](int m, int n, typename C::Accumulator(&v)[kRun], int count) {
+                      f(m0 + m, n0 + n, v, count);
+                    });
+}
 
 /// Calls f(row, column, count) for every run of `kRun` neighbours of a matrix (the last of a row
 /// may be shorter), flattened over the grid: all threads have work, whatever the shape.
@@ -75,12 +73,13 @@ __device__ __forceinline__ void for_each_run_of(int64_t rows, int64_t columns, F
   }
 }
 
-/// A run of neighbours, widened, and zeros beyond `count`; at once where the address allows it.
-template <class O>
+/// A run of neighbours, widened, and zeros beyond `count`; at once where the address allows it, as
+/// it does in planes of the workspace (kAligned).
+template <bool kAligned = false, class O>
 __device__ __forceinline__ void read_run(const O* from, int count, accumulator_t<O> (&v)[kRun]) {
   constexpr int kBytes = int(sizeof(O)) * kRun < 16 ? int(sizeof(O)) * kRun : 16;
   constexpr int kCount = kBytes / int(sizeof(O));
-  if (count == kRun && reinterpret_cast<uintptr_t>(from) % kBytes == 0) {
+  if (count == kRun && (kAligned || reinterpret_cast<uintptr_t>(from) % kBytes == 0)) {
 #pragma unroll
     for (int part = 0; part < kRun; part += kCount) {
       const auto loaded = *reinterpret_cast<const Vector<O, kCount>*>(from + part);
@@ -92,19 +91,6 @@ __device__ __forceinline__ void read_run(const O* from, int count, accumulator_t
 #pragma unroll
   for (int e = 0; e < kRun; ++e) v[e] = e < count ? widen(from[e]) : accumulator_t<O>(0);
 }
-/// The same of a plane of the workspace, whose runs are aligned.
-template <class Accumulator>
-__device__ __forceinline__ void read_plane_run(const Accumulator* from, int count,
-                                               Accumulator (&v)[kRun]) {
-  if (count == kRun) {
-    const auto loaded = *reinterpret_cast<const Vector<Accumulator, kRun>*>(from);
-#pragma unroll
-    for (int e = 0; e < kRun; ++e) v[e] = loaded.v[e];
-    return;
-  }
-#pragma unroll
-  for (int e = 0; e < kRun; ++e) v[e] = e < count ? from[e] : Accumulator(0);
-}
 /// v += the sum of a run over `count` split planes, `stride` elements apart, in order.
 template <class Accumulator>
 __device__ __forceinline__ void add_splits(const Accumulator* p, int64_t splits, int64_t stride,
@@ -115,7 +101,7 @@ __device__ __forceinline__ void add_splits(const Accumulator* p, int64_t splits,
     Accumulator ahead[kAhead][kRun];
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
-      read_plane_run(p + (s + a) * stride, s + a < splits ? count : 0, ahead[a]);
+      read_run<true>(p + (s + a) * stride, s + a < splits ? count : 0, ahead[a]);
     }
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
@@ -131,25 +117,26 @@ __device__ __forceinline__ void read_bias(const void* bias, int64_t column, int 
   read_run(static_cast<const T*>(bias) + column, bias ? count : 0, v);
 }
 
-/// Sums over rows [begin, end) for the columns of one tile of `width` runs, a power of two up to
+/// Sums over `rows` for the columns of one tile of `width` runs, a power of two up to
 /// the number of threads: value(row, column, count, v) gives a run of one row, and done(column,
 /// sum) gets each sum. Threads beyond `width` take other rows; theirs are added in order at the
 /// end. Short stretches are summed in the accumulator type and those in double: one running float32
 /// sum over 200,000 rows was off by 3e-6.
 template <class C, class Value, class Done>
-__device__ __forceinline__ void column_sums(typename C::T* shared, int width, int64_t begin,
-                                            int64_t end, int64_t columns, int64_t tile,
-                                            Value&& value, Done&& done) {
+__device__ __forceinline__ void column_sums(typename C::T* shared, int width, RowRange rows,
+                                            int64_t columns, int64_t tile, Value&& value,
+                                            Done&& done) {
   using Accumulator = typename C::Accumulator;
   constexpr int kStretch = 32;
   auto* partial = reinterpret_cast<double*>(shared);
   const int lanes = C::kThreads / width, lane = threadIdx.x / width;
   const int64_t column = (tile * width + threadIdx.x % width) * kRun;
   const int count = int(smaller(columns - column, kRun));
+  const int64_t end = rows.begin + rows.count;
   double sum[kRun] = {};
   if (count > 0) {
 #pragma unroll 1
-    for (int64_t first = begin + lane; first < end; first += kStretch * lanes) {
+    for (int64_t first = rows.begin + lane; first < end; first += kStretch * lanes) {
       const int64_t last = smaller(first + kStretch * lanes, end);
       Accumulator stretch[kRun] = {};
 #pragma unroll 4

@@ -115,7 +115,7 @@ class LogitRow {
         const int64_t split = s + a * replicas;
 #pragma unroll
         for (int r = 0; r < kRuns; ++r) {
-          read_plane_run(from + r * run_step + split * plane, split < splits ? count(r) : 0,
+          read_run<true>(from + r * run_step + split * plane, split < splits ? count(r) : 0,
                          ahead[a][r]);
         }
       }

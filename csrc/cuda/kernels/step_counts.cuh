@@ -73,7 +73,7 @@ struct StepCounts {
       weights.target = 1 - step.loss.label_smoothing;
       weights.rest = step.loss.label_smoothing / double(step.classes);
     }
-    if (needs_totals(step) || (rows.begin == 0 && blockIdx.x == 0)) {
+    if (step.plan.needs_counts || (rows.begin == 0 && blockIdx.x == 0)) {
       find_totals(step, weights, rows);
     } else if (step.plan.mixed) {
       if (int(threadIdx.x) < step.plan.branches) {
@@ -115,7 +115,7 @@ struct StepCounts {
       double loss = 0;
       int64_t correct = 0;
 #pragma unroll 1
-      for (int64_t cta = lane; cta < step.plan.summing_ctas; cta += 32) {
+      for (int64_t cta = lane; cta < gridDim.x; cta += 32) {
         const StepSums& sums = step_sums(step)[cta * plan.branches + k];
         loss += sums.loss;
         correct += sums.correct;
@@ -179,12 +179,6 @@ struct StepCounts {
   }
   static __device__ __forceinline__ double alpha_of(const StepContext& step, int k) {
     return k == 0 ? 1 : step.loss.alpha[k - 1];
-  }
-  /// Whether rows have weights, or planes mix branches whose means divide by different numbers.
-  static __device__ __forceinline__ bool needs_totals(const StepContext& step) {
-    bool masked = false;
-    for (int k = 1; k < step.plan.branches; ++k) masked |= step.present[k - 1] != nullptr;
-    return step.plan.weighted || (step.plan.mixed && step.loss.mean && masked);
   }
 
   /// From all CTAs' counts.

@@ -15,8 +15,7 @@ cudaError_t film_head_step(const FilmHeadStep& problem, Precision precision,
   backward.modulation = {forward.modulation.data, forward.modulation.stride};
   FilmStepArguments arguments{{forward, plan.forward, workspace},
                               {backward, plan.backward, workspace},
-                              problem.loss,
-                              plan.step};
+                              {problem.loss, plan.step, problem.head, workspace}};
   arguments.backward.totals_offset = plan.step.totals_offset;
   if (plan.launch.executor == Executor::kLibrary) {
     return library::film_step(arguments, precision, plan, queue);

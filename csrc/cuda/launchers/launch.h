@@ -4,7 +4,7 @@
 // without waiting and are safe under CUDA graph capture. `workspace` holds
 // plan.launch.workspace_bytes bytes, 16-byte aligned, that nobody else uses until the launch is
 // done; null where that is 0. The plan must have been made for this very problem, precision and
-// device. Problems with nothing to do launch nothing.
+// device.
 #pragma once
 
 #include "cuda/library/matmul.h"

@@ -21,20 +21,10 @@ cudaError_t linear_head_forward(const LinearHeadForward& problem, Precision prec
 cudaError_t linear_head_backward(const LinearHeadBackward& problem, Precision precision,
                                  const LinearBackwardPlan& plan, void* workspace,
                                  const Queue& queue) {
-  LinearBackwardArguments arguments{problem, plan, workspace};
-  LinearHeadBackward& p = arguments.problem;
-  bool work = false;
-  // what nothing flows into is dropped here, so that the kernel asks one question only
-  for (int i = 0; i < p.head.modalities; ++i) {
-    if (!feature_flows(p, i)) p.grad_feature[i].data = nullptr;
-    if (!weight_flows(p, i)) p.grad_weight[i].data = p.grad_branch_bias[i] = nullptr;
-    work |= p.grad_feature[i].data || p.grad_weight[i].data || p.grad_branch_bias[i];
-  }
-  if (!fused_bias_flows(p)) p.grad_fused_bias = nullptr;
-  if (!work && !p.grad_fused_bias) return cudaSuccess;
   if (plan.launch.executor == Executor::kLibrary) {
-    return library::linear_backward(p, precision, plan, workspace, queue);
+    return library::linear_backward(problem, precision, plan, workspace, queue);
   }
+  const LinearBackwardArguments arguments{problem, plan, workspace};
   return launch_head<LinearBackward>(Configs{}, precision.dtype, plan.launch, arguments,
                                      queue.stream);
 }

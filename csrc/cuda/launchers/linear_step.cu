@@ -1,5 +1,3 @@
-#include <algorithm>
-
 #include "cuda/kernels/instances.cuh"
 #include "cuda/kernels/linear_step.cuh"
 #include "cuda/launchers/launch.h"
@@ -11,12 +9,9 @@ cudaError_t linear_head_step(const LinearHeadStep& problem, Precision precision,
                              const LinearStepPlan& plan, void* workspace, const Queue& queue) {
   LinearHeadForward forward;
   forward.head = problem.head;
-  forward.fused_bias = problem.fused_bias;
-  std::copy_n(problem.branch_bias, kMaxModalities, forward.branch_bias);
   LinearStepArguments arguments{{forward, plan.forward, workspace},
                                 {problem, plan.backward, workspace},
-                                problem.loss,
-                                plan.step};
+                                {problem.loss, plan.step, problem.head, workspace}};
   arguments.backward.totals_offset = plan.step.totals_offset;
   if (plan.launch.executor == Executor::kLibrary) {
     return library::linear_step(arguments, precision, plan, queue);

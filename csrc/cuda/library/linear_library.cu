@@ -9,14 +9,10 @@
 namespace dgl_ext::library {
 namespace {
 
-struct LogitsArguments {
-  LinearForwardArguments forward;
-  RowRange rows;
-};
 template <class C>
-struct WriteLinearLogits : ElementKernel<LogitsArguments> {
-  static __device__ __forceinline__ void run(const LogitsArguments& args) {
-    LinearForward<C>::write_logits(args.forward, args.rows);
+struct WriteLinearLogits : ElementKernel<OfRows<LinearForwardArguments>> {
+  static __device__ __forceinline__ void run(const OfRows<LinearForwardArguments>& logits) {
+    LinearForward<C>::write_logits(logits.args, logits.rows);
   }
 };
 
@@ -33,52 +29,30 @@ struct PrepareLinear : ElementKernel<LinearBackwardArguments, StepLosses<C>::kSh
 template <class C>
 struct FinishLinearBackward : ElementKernel<LinearBackwardArguments, StepLosses<C>::kSharedBytes> {
   static __device__ __forceinline__ void run(const LinearBackwardArguments& args) {
-    const LinearHead& head = args.problem.head;
-    LinearGradients<C, false>::add_bias_splits(args, shared_memory<C>(), 1);
-#pragma unroll 1
-    for (int i = 0; i < head.modalities; ++i) {
-      clear_absent<C, typename C::T>(args.problem.grad_feature[i], head.rows, head.width[i],
-                                     head.present[i]);
-    }
+    LinearGradients<C, false>::finish(args, shared_memory<C>());
   }
 };
 
-struct RowsArguments {
-  LinearStepArguments step;
-  int chunk;
-};
 template <class C>
-struct LinearRows : ElementKernel<RowsArguments, StepLosses<C>::kSharedBytes> {
+struct LinearRows : ElementKernel<OfRows<LinearStepArguments>, StepLosses<C>::kSharedBytes> {
   using Step = LinearStep<C>;
-  static __device__ __forceinline__ void run(const RowsArguments& args) {
+  static __device__ __forceinline__ void run(const OfRows<LinearStepArguments>& chunk) {
     auto* shared = shared_memory<C>();
-    const StepContext step = context_of(args.step);
-    const RowRange rows = step.chunk(args.chunk);
-    if (args.chunk == 0) count_by_one_cta<C>(step, shared);
-    Step::Losses::run_rows(step, shared, rows, LinearLogits<C>{args.step.forward});
-    if (!step.plan.gradients) return;
-    Step::Gradients::copy_masked(args.step.backward, rows);
-    Step::Gradients::sum_biases(args.step.backward, shared, rows);
+    const LinearStepArguments& args = chunk.args;
+    count_by_one_cta<C>(args.step, chunk.rows);
+    Step::Losses::run_rows(args.step, shared, chunk.rows, LinearLogits<C>{args.forward});
+    if (!args.step.plan.gradients) return;
+    Step::Gradients::copy_masked(args.backward, chunk.rows);
+    Step::Gradients::sum_biases(args.backward, shared, chunk.rows);
   }
 };
 template <class C>
 struct FinishLinearStep : ElementKernel<LinearStepArguments, StepLosses<C>::kSharedBytes> {
   using Step = LinearStep<C>;
-  using Gradients = typename Step::Gradients;
   static __device__ __forceinline__ void run(const LinearStepArguments& args) {
     auto* shared = shared_memory<C>();
-    const LinearHeadBackward& p = args.backward.problem;
-    const StepContext step = context_of(args);
-    if (blockIdx.x == gridDim.x - 1) Step::Losses::finish(step, shared);
-    if (!step.plan.gradients) return;
-    if (args.backward.plan.partials) Gradients::add_weight_splits(args.backward);
-    Gradients::add_bias_splits(args.backward, shared,
-                               Gradients::scale_of(args.backward, GradientSource{0, 0, 1}));
-#pragma unroll 1
-    for (int i = 0; i < p.head.modalities; ++i) {
-      clear_absent<C, typename Gradients::Output>(p.grad_feature[i], p.head.rows, p.head.width[i],
-                                                  p.head.present[i]);
-    }
+    if (blockIdx.x == gridDim.x - 1) Step::Losses::finish(args.step, shared);
+    if (args.step.plan.gradients) Step::Gradients::finish(args.backward, shared);
   }
 };
 
@@ -100,90 +74,57 @@ void multiply_features(Run& run, const LinearForwardArguments& args, RowRange ro
     run.add(product);
     to = moved(to, args.plan.plane_rows * args.plan.padded_classes, product.result);
   }
-  run.multiply();
 }
 
-/// g^T h_i for the weights and g W_i for the features, g being what the plan says.
-class Gradients {
- public:
-  Gradients(Run& run, const LinearBackwardArguments& arguments, const Scales* scales)
-      : run_(run),
-        p_(arguments.problem),
-        plan_(arguments.plan),
-        workspace_(arguments.workspace),
-        scales_(scales),
-        dtype_(run.dtype()),
-        output_(scales ? step_output(dtype_) : dtype_) {}
-
-  void multiply(RowRange rows) {
-    for (int i = 0; i < p_.head.modalities; ++i) {
-      if (p_.grad_weight[i].data) run_.add(weight(i, rows));
-    }
-    run_.multiply();
-    for (int i = 0; i < p_.head.modalities; ++i) {
-      if (p_.grad_feature[i].data) run_.add(feature(i, rows));
-    }
-    run_.multiply();
+/// What a product of the gradients takes as g: as the plan says, with its scale.
+ConstMatrix source_of(const Run& run, const LinearBackwardArguments& args, const GradientSource& s,
+                      int64_t count, Matmul& product) {
+  product.scale = run.scale(s.gradient);
+  if (!run.in_step()) product.alpha = s.scale;
+  if (s.plane >= 0) {
+    return plane(args.workspace, args.plan.plane_offset, s.plane * count * args.plan.padded_classes,
+                 args.plan.padded_classes, run.dtype());
   }
+  return s.gradient == 0 ? args.problem.grad_fused : args.problem.grad_unimodal[s.gradient - 1];
+}
 
- private:
-  ConstMatrix source(const GradientSource& s, int64_t count, Matmul& product) const {
-    if (scales_) {
-      product.scale = scales_->of(s.gradient);
-    } else {
-      product.alpha = s.scale;
-    }
-    if (s.plane >= 0) {
-      return plane(workspace_, plan_.plane_offset, s.plane * count * plan_.padded_classes,
-                   plan_.padded_classes, dtype_);
-    }
-    return s.gradient == 0 ? p_.grad_fused : p_.grad_unimodal[s.gradient - 1];
-  }
-
-  Matmul weight(int i, RowRange rows) const {
+/// g^T h_i for the weights and g W_i for the features.
+void multiply_gradients(Run& run, const LinearBackwardArguments& args, RowRange rows) {
+  const LinearHeadBackward& p = args.problem;
+  const LinearBackwardPlan& plan = args.plan;
+  Matrix sums{at(args.workspace, plan.weight_partial_offset), plan.weight_partial_columns};
+  for (int i = 0; i < p.head.modalities; ++i) {
     Matmul product;
-    product.rows = p_.head.classes;
-    product.columns = p_.head.width[i];
+    product.rows = p.head.classes;
+    product.columns = p.head.width[i];
     product.depth = rows.count;
-    product.a = source(plan_.to_weight[i], rows.count, product);
     product.a_transposed = true;
-    const MaskedCopy& masked = plan_.masked[i];
+    const MaskedCopy& masked = plan.masked[i];
     product.b = masked.pitch > 0
-                    ? ConstMatrix{at(workspace_, masked.offset), masked.pitch}
-                    : moved(p_.head.feature[i], rows.begin * p_.head.feature[i].stride, dtype_);
+                    ? ConstMatrix{at(args.workspace, masked.offset), masked.pitch}
+                    : moved(p.head.feature[i], rows.begin * p.head.feature[i].stride, run.dtype());
     product.accumulate = rows.begin > 0;
-    product.c = p_.grad_weight[i];
-    product.result = output_;
-    if (plan_.partials) {  // in float32 until the last chunk
-      int64_t column = 0;
-      for (int j = 0; j < i; ++j) column += (p_.head.width[j] + 3) / 4 * 4;
-      product.result = accumulator(dtype_);
-      product.c =
-          moved(Matrix{at(workspace_, plan_.weight_partial_offset), plan_.weight_partial_columns},
-                column, product.result);
-    }
-    return product;
+    // in float32 until the last chunk
+    product.result = plan.partials ? accumulator(run.dtype()) : run.output();
+    product.c = plan.partials ? sums : p.grad_weight[i];
+    sums = moved(sums, round_up(p.head.width[i], kRun), accumulator(run.dtype()));
+    if (!p.grad_weight[i].data) continue;
+    product.a = source_of(run, args, plan.to_weight[i], rows.count, product);
+    run.add(product);
   }
-
-  Matmul feature(int i, RowRange rows) const {
+  for (int i = 0; i < p.head.modalities; ++i) {
+    if (!p.grad_feature[i].data) continue;
     Matmul product;
     product.rows = rows.count;
-    product.columns = p_.head.width[i];
-    product.depth = p_.head.classes;
-    product.a = source(plan_.to_feature[i], rows.count, product);
-    product.b = p_.head.weight[i];
-    product.c = moved(p_.grad_feature[i], rows.begin * p_.grad_feature[i].stride, output_);
-    product.result = output_;
-    return product;
+    product.columns = p.head.width[i];
+    product.depth = p.head.classes;
+    product.a = source_of(run, args, plan.to_feature[i], rows.count, product);
+    product.b = p.head.weight[i];
+    product.result = run.output();
+    product.c = moved(p.grad_feature[i], rows.begin * p.grad_feature[i].stride, product.result);
+    run.add(product);
   }
-
-  Run& run_;
-  const LinearHeadBackward& p_;
-  const LinearBackwardPlan& plan_;
-  void* const workspace_;
-  const Scales* const scales_;
-  const Dtype dtype_, output_;
-};
+}
 
 }  // namespace
 
@@ -194,7 +135,7 @@ cudaError_t linear_forward(const LinearHeadForward& problem, Precision precision
   for (int64_t begin = 0; begin < problem.head.rows; begin += plan.plane_rows) {
     const RowRange rows{begin, smaller(plan.plane_rows, problem.head.rows - begin)};
     multiply_features(run, arguments, rows);
-    run.launch<WriteLinearLogits>(LogitsArguments{arguments, rows});
+    run.launch<WriteLinearLogits>(OfRows<LinearForwardArguments>{arguments, rows});
   }
   return run.status();
 }
@@ -204,23 +145,22 @@ cudaError_t linear_backward(const LinearHeadBackward& problem, Precision precisi
   const LinearBackwardArguments arguments{problem, plan, workspace};
   Run run(precision, plan.launch, queue);
   run.launch<PrepareLinear>(arguments);
-  Gradients(run, arguments, nullptr).multiply({0, problem.head.rows});
+  multiply_gradients(run, arguments, {0, problem.head.rows});
   run.launch<FinishLinearBackward>(arguments);
   return run.status();
 }
 
 cudaError_t linear_step(const LinearStepArguments& arguments, Precision precision,
                         const LinearStepPlan& plan, const Queue& queue) {
-  const StepContext step = context_of(arguments);
+  const StepContext& step = arguments.step;
   const Scales scales(step);
-  Run run(precision, plan.launch, queue, scales.constants());
-  Gradients gradients(run, arguments.backward, &scales);
+  Run run(precision, plan.launch, queue, &scales);
   count_rows(run, step);
-  for (int chunk = 0; chunk < plan.step.chunks; ++chunk) {
+  for (int chunk = 0; chunk < step.plan.chunks; ++chunk) {
     const RowRange rows = step.chunk(chunk);
     multiply_features(run, arguments.forward, rows);
-    run.launch<LinearRows>(RowsArguments{arguments, chunk});
-    if (plan.step.gradients) gradients.multiply(rows);
+    run.launch<LinearRows>(OfRows<LinearStepArguments>{arguments, rows});
+    if (step.plan.gradients) multiply_gradients(run, arguments.backward, rows);
   }
   run.launch<FinishLinearStep>(arguments);
   return run.status();

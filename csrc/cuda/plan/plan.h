@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "common/problem.h"
 #include "cuda/plan/measured.h"
@@ -43,6 +44,15 @@ constexpr TileShape kTileShapes[kTileCount] = {
     {64, 64, 64, 3, 2, 2, 2, true},   // kHalfMedium
 };
 constexpr const TileShape& tile_shape(Tile tile) { return kTileShapes[static_cast<int>(tile)]; }
+
+constexpr int kColumnTile = 32;  ///< columns of one bias sum
+
+/// The row-major matrix of tiles that covers an output. Part of a plan, which is a kernel argument:
+/// the tile loops read it from constant memory, where values computed in the kernel would sit in
+/// registers next to the accumulators.
+struct TileGrid {
+  int64_t across = 0, count = 0;  ///< count 0: not wanted
+};
 
 /// What the plan needs to know of a GPU; launch.h has the query.
 struct Device {
@@ -84,6 +94,8 @@ struct LinearForwardPlan {
   bool direct = true;
   int64_t splits[kMaxModalities] = {};
   int64_t split_depth = 0;
+  TileGrid tiles;
+  int64_t items = 0;           ///< tiles, or tiles times all splits
   int64_t plane_rows = 0;      ///< of the workspace planes
   int64_t padded_classes = 0;  ///< row pitch of the workspace planes
 };
@@ -96,11 +108,15 @@ struct GradientSource {
   double scale = 1;
 };
 
-/// Workspace plane = gradient[first] + scale * gradient[second]; second < 0: a padded copy, made
-/// where a gradient's rows do not allow 16-byte copies but everything else does.
+/// Workspace plane = gradient[first] + leak * the sum of gradient[k] over the branches k in
+/// [begin, end). In a backward launch without any k it is a padded copy, made where a gradient's
+/// rows do not allow 16-byte copies but everything else does.
+///
+/// In a step the gradients are w_k times the residual of branch k (0 fused), where w_0 = 1 and w_k
+/// = alpha_k n / n_k, or 1 where nothing is mixed.
 struct GradientPlane {
-  int first = -1, second = -1;
-  double scale = 0;
+  int first = 0, begin = 0, end = 0;
+  double leak = 0;
 };
 
 /// Features whose rows may be absent are copied to the workspace, with zeros for those rows, before
@@ -113,7 +129,7 @@ struct MaskedCopy {
 struct LinearBackwardPlan {
   LaunchShape launch;
   GradientSource to_feature[kMaxModalities], to_weight[kMaxModalities];
-  int plane_count = 0;
+  int plane_count = 0;  ///< of a backward launch; those of a step are in its StepPlan
   GradientPlane planes[2 * kMaxModalities];
   int64_t plane_rows = 0;    ///< of the planes and of the masked copies
   int64_t plane_offset = 0;  ///< bytes into the workspace
@@ -127,6 +143,10 @@ struct LinearBackwardPlan {
   int bias_plane[kMaxModalities + 1] = {};  ///< in a step: what the bias gradients are sums of
   int64_t weight_partial_offset = 0, bias_partial_offset = 0;  ///< bytes into the workspace
   int64_t weight_partial_columns = 0;
+  TileGrid weight[kMaxModalities], feature[kMaxModalities];
+  int64_t weight_tiles = 0, bias_tiles = 0;  ///< of one row split
+  /// Work items by kind: each kind ends where the next begins.
+  int64_t weight_end = 0, feature_end = 0, bias_end = 0;
 };
 
 struct FilmForwardPlan {
@@ -136,6 +156,7 @@ struct FilmForwardPlan {
   int64_t plane_rows = 0;                   ///< of what the workspace holds
   int64_t padded_hidden = 0, padded_classes = 0;
   int64_t features_offset = 0, head_partial_offset = 0;  ///< bytes into the workspace
+  TileGrid film, head;  ///< of gamma or beta, and of one branch's logits
 };
 
 struct FilmBackwardPlan {
@@ -165,14 +186,11 @@ struct FilmBackwardPlan {
   int64_t gradients_offset = 0, features_offset = 0, branches_offset = 0, parameters_offset = 0,
           encoder_offset = 0;
   int64_t film_weight_partial_offset = 0, out_weight_partial_offset = 0, bias_partial_offset = 0;
-};
-
-/// Workspace plane of a step, with r_k the residual of branch k (0 fused):
-///   first >= 0: w_first r_first + leak * sum of w_k r_k over the branches k in [begin, end)
-/// where w_0 = 1 and w_i = alpha_i n / n_i, or 1 where nothing is mixed.
-struct StepPlane {
-  int first = 0, begin = 0, end = 0;
-  double leak = 0;
+  TileGrid out_weight, branch, film_weight, condition;  ///< film_weight: of each half
+  /// Work items of the head phase and of the film phase, by kind: each kind ends where the next
+  /// begins.
+  int64_t out_weight_end = 0, branch_end = 0, head_end = 0;
+  int64_t film_weight_end = 0, condition_end = 0, film_end = 0;
 };
 
 /// What the steps of all heads share. Rows run in chunks, one after the other inside the launch, so
@@ -183,12 +201,14 @@ struct StepPlan {
   bool mixed = false;      ///< planes hold weighted residuals: a leak is open
   bool weighted = false;   ///< rows weigh differently in means and gradients
   int64_t chunk_rows = 0;
-  int chunks = 1;            ///< at least one, though it be empty: results are written there
+  int chunks = 1;  ///< at least one, though it be empty: results are written there
+  /// Residuals need the counts of all rows: rows have weights, or planes mix branches whose means
+  /// divide by different numbers.
+  bool needs_counts = false;
   int counting_ctas = 1;     ///< CTAs that count rows; each leaves its number
-  int summing_ctas = 1;      ///< CTAs that sum losses; each leaves its sums
   bool count_first = false;  ///< library: rows are counted by a launch of its own
   int plane_count = 0;
-  StepPlane planes[2 * kMaxModalities + 1];
+  GradientPlane planes[2 * kMaxModalities + 1];
   int64_t padded_classes = 0;
   /// Bytes into the workspace: planes; per CTA, counted rows and sums of losses; totals of a
   /// launch.
@@ -229,10 +249,8 @@ struct FilmStepPlan {
 /// What a caller, a test or a benchmark may ask of a plan. A tile that cannot do it is replaced by
 /// one that can: unaligned operands always run on the small tile of their dtype.
 struct PlanRequest {
-  bool choose_executor = false;  ///< use `executor`
-  Executor executor = Executor::kFused;
-  bool choose_tile = false;  ///< use `tile`
-  Tile tile = Tile::kFloat32Small;
+  std::optional<Executor> executor;
+  std::optional<Tile> tile;
   int64_t splits = 0;  ///< 0: the plan's choice; else about so many splits of k (or of the rows)
 };
 

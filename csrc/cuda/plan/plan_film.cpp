@@ -14,14 +14,11 @@ double work(const FilmHead& head) {
   const double film = 2. * double(head.condition_width) * double(head.hidden);
   return 6. * double(head.rows) * (film + 3. * double(head.hidden) * double(head.classes));
 }
+/// The lower half of the film weight, an operand of its own, is as aligned as the whole.
 bool aligned(const FilmHead& head, Dtype dtype) {
-  const ConstMatrix beta_weight{// the lower half of the film weight is an operand of its own
-                                static_cast<const char*>(head.film_weight.data) +
-                                    head.hidden * head.film_weight.stride * element_size(dtype),
-                                head.film_weight.stride};
   return allows_16_byte_copies(head.condition, dtype) &&
          allows_16_byte_copies(head.film_weight, dtype) &&
-         allows_16_byte_copies(beta_weight, dtype) && allows_16_byte_copies(head.out_weight, dtype);
+         allows_16_byte_copies(head.out_weight, dtype);
 }
 
 /// Splits and workspace of the forward phases; returns the work items of the largest.
@@ -29,15 +26,11 @@ int64_t size_film_forward(const FilmHead& head, Dtype dtype, const LaunchShape& 
                           bool in_step, const Device& device, const PlanRequest& request,
                           Layout& layout, FilmForwardPlan& plan) {
   const int64_t depth = tile_shape(launch.tile).depth;
-  const OutputSize film{head.rows, head.hidden}, logits{head.rows, head.classes};
-  const int64_t film_tiles = 2 * count_tiles(launch.tile, &film, 1);
-  const int64_t head_tiles = 3 * count_tiles(launch.tile, &logits, 1);
   const bool library = launch.executor == Executor::kLibrary;
-  const auto wanted = [&](int64_t tiles) {
-    if (library) return int64_t(1);
-    if (request.splits > 0) return request.splits;
-    return device.multiprocessors / std::max<int64_t>(tiles, 1);
-  };
+  plan.film = tiles_of(launch.tile, head.rows, head.hidden);
+  plan.head = tiles_of(launch.tile, head.rows, head.classes);
+  const int64_t film_tiles = 2 * plan.film.count, head_tiles = 3 * plan.head.count;
+  const auto wanted = [&](int64_t tiles) { return choose_splits(launch, tiles, device, request); };
   plan.film_depth = choose_depth(ceil_div(head.condition_width, depth), wanted(film_tiles), depth);
   plan.film_splits = std::max<int64_t>(1, ceil_div(head.condition_width, plan.film_depth));
   const int64_t head_steps = ceil_div(head.hidden, depth);
@@ -83,27 +76,19 @@ FilmForwardPlan plan_film_forward(const FilmHeadForward& p, Precision precision,
   const int64_t items =
       size_film_forward(chunk, precision.dtype, plan.launch, false, device, request, layout, plan);
   plan.launch.workspace_bytes = layout.bytes();
-  if (plan.launch.executor == Executor::kLibrary) {
-    plan.launch.grid = element_grid(device);
-    return plan;
-  }
-  plan.launch.cooperative = true;
   plan.launch.grid = choose_grid(plan.launch, items, device);
   return plan;
 }
 
 namespace {
 
-/// What the backward phases compute.
-struct FilmOutputs {
-  OutputSize branch, out_weight, film_weight, condition;
-};
+int count_branches(const FilmBackwardPlan& plan) {
+  return plan.need_branch[0] + plan.need_branch[1] + plan.need_branch[2];
+}
 
 /// Which branches are needed for what, and in which order their planes stand. Returns whether the
 /// incoming gradients allow 16-byte copies.
-bool choose_film_branches(const FilmHeadBackward& p, Dtype dtype, FilmBackwardPlan& plan,
-                          FilmOutputs& outputs) {
-  const FilmHead& head = p.head;
+bool choose_film_branches(const FilmHeadBackward& p, Dtype dtype, FilmBackwardPlan& plan) {
   const bool features = p.grad_condition.data || p.grad_target.data;
   const bool film = p.grad_film_weight.data || p.grad_film_bias;
   const bool leak = p.leaks.head != 0;
@@ -112,13 +97,11 @@ bool choose_film_branches(const FilmHeadBackward& p, Dtype dtype, FilmBackwardPl
                           p.grad_condition.data || (leak && film),
                           p.grad_target.data || (leak && p.grad_film_bias)};
   bool gradients_aligned = true;
-  int branches = 0;
   plan.out_branches = 0;
   for (int k = 0; k < 3; ++k) {
     if (!incoming[k]->data) continue;
     plan.need_branch[k] = needed[k];
     plan.to_out_weight[k] = p.grad_out_weight.data && (k == 0 || leak);
-    branches += needed[k];
     plan.out_branches += plan.to_out_weight[k];
     gradients_aligned &= allows_16_byte_copies(*incoming[k], dtype);
   }
@@ -126,11 +109,6 @@ bool choose_film_branches(const FilmHeadBackward& p, Dtype dtype, FilmBackwardPl
     plan.slot[k] = plan.to_out_weight[k] ? out++ : other++;
   }
   plan.condition_leak = p.grad_condition.data && p.grad_fused.data && p.leaks.encoder != 0;
-
-  outputs.branch = {branches * head.rows, head.hidden};
-  outputs.film_weight = {p.grad_film_weight.data ? 2 * head.hidden : 0, head.condition_width};
-  outputs.condition = {p.grad_condition.data ? head.rows : 0, head.condition_width};
-  outputs.out_weight = {p.grad_out_weight.data ? head.classes : 0, head.hidden};
   return gradients_aligned;
 }
 
@@ -138,8 +116,8 @@ bool choose_film_branches(const FilmHeadBackward& p, Dtype dtype, FilmBackwardPl
 /// the planes of the gradients lie elsewhere, and all sums over rows may have to be kept in the
 /// workspace (`keep_sums`).
 int64_t size_film_backward(const FilmHeadBackward& p, Dtype dtype, const LaunchShape& launch,
-                           const FilmOutputs& outputs, bool keep_sums, const Device& device,
-                           const PlanRequest& request, Layout& layout, FilmBackwardPlan& plan) {
+                           bool keep_sums, const Device& device, const PlanRequest& request,
+                           Layout& layout, FilmBackwardPlan& plan) {
   const FilmHead& head = p.head;
   plan.plane_rows = head.rows;
   plan.padded_hidden = padded(head.hidden);
@@ -162,20 +140,23 @@ int64_t size_film_backward(const FilmHeadBackward& p, Dtype dtype, const LaunchS
   const Tile tile = launch.tile;
   const int64_t depth = tile_shape(tile).depth, steps = ceil_div(head.rows, depth);
   const int64_t out_rows = plan.out_branches * head.rows, out_steps = ceil_div(out_rows, depth);
-  const int64_t branch_tiles = count_tiles(tile, &outputs.branch, 1);
-  const int64_t out_tiles = count_tiles(tile, &outputs.out_weight, 1);
-  // each half of the film weight has tiles of its own
-  const OutputSize half{outputs.film_weight.rows / 2, outputs.film_weight.columns};
-  const int64_t film_tiles = 2 * count_tiles(tile, &half, 1);
-  const int64_t condition_tiles = count_tiles(tile, &outputs.condition, 1);
+  const auto tiles = [&](const Matrix& output, int64_t rows, int64_t columns) {
+    return output.data ? tiles_of(tile, rows, columns) : TileGrid{};
+  };
+  plan.branch = tiles_of(tile, head.rows, head.hidden);
+  plan.out_weight = tiles(p.grad_out_weight, head.classes, head.hidden);
+  plan.film_weight = tiles(p.grad_film_weight, head.hidden, head.condition_width);
+  plan.condition = tiles(p.grad_condition, head.rows, head.condition_width);
+  const int64_t branch_tiles = count_branches(plan) * plan.branch.count;
   const int64_t condition_steps = ceil_div((plan.condition_leak ? 2 : 1) * head.hidden, depth);
   const bool library = launch.executor == Executor::kLibrary;
   int64_t wanted = library ? 1 : request.splits, out_wanted = wanted;
   if (wanted == 0) {
-    out_wanted = choose_row_splits(
-        out_steps, out_tiles * out_steps + branch_tiles * ceil_div(head.classes, depth), device);
-    wanted =
-        choose_row_splits(steps, film_tiles * steps + condition_tiles * condition_steps, device);
+    const int64_t branch_steps = branch_tiles * ceil_div(head.classes, depth);
+    out_wanted =
+        choose_row_splits(out_steps, plan.out_weight.count * out_steps + branch_steps, device);
+    wanted = choose_row_splits(
+        steps, 2 * plan.film_weight.count * steps + plan.condition.count * condition_steps, device);
   }
   plan.rows_per_split = choose_depth(steps, wanted, depth);
   plan.row_splits = int(std::max<int64_t>(1, ceil_div(head.rows, plan.rows_per_split)));
@@ -199,32 +180,38 @@ int64_t size_film_backward(const FilmHeadBackward& p, Dtype dtype, const LaunchS
     plan.bias_partial_offset =
         layout.add(plan.bias_splits * (head.classes + 2 * head.hidden) * partial);
   }
-  const int64_t first =
-      branch_tiles + out_tiles * plan.out_splits + ceil_div(head.classes, 32) * plan.row_splits;
-  const int64_t second =
-      condition_tiles + (film_tiles + 2 * ceil_div(head.hidden, 32)) * plan.row_splits;
-  return std::max({first, second, row_items(head.rows, device)});
+  const auto bias_tiles = [&](const void* bias, int64_t columns) {
+    return bias ? ceil_div(columns, kColumnTile) * plan.row_splits : 0;
+  };
+  plan.out_weight_end = plan.out_weight.count * plan.out_splits;
+  plan.branch_end = plan.out_weight_end + branch_tiles;
+  plan.head_end = plan.branch_end + bias_tiles(p.grad_out_bias, head.classes);
+  plan.film_weight_end = 2 * plan.film_weight.count * plan.row_splits;
+  plan.condition_end = plan.film_weight_end + plan.condition.count;
+  plan.film_end = plan.condition_end + 2 * bias_tiles(p.grad_film_bias, head.hidden);
+  return std::max({plan.head_end, plan.film_end, row_items(head.rows, device)});
 }
 
 }  // namespace
 
 FilmBackwardPlan plan_film_backward(const FilmHeadBackward& p, Precision precision,
                                     const Device& device, const PlanRequest& request) {
+  const FilmHead& head = p.head;
   FilmBackwardPlan plan;
-  FilmOutputs outputs;
-  const bool gradients_aligned = choose_film_branches(p, precision.dtype, plan, outputs);
-  const OutputSize all[] = {outputs.branch, outputs.out_weight, outputs.film_weight,
-                            outputs.condition};
-  plan.launch = choose_launch(precision, aligned(p.head, precision.dtype), work(p.head), all, 4,
+  const bool gradients_aligned = choose_film_branches(p, precision.dtype, plan);
+  const OutputSize outputs[] = {
+      {count_branches(plan) * head.rows, head.hidden},
+      {p.grad_out_weight.data ? head.classes : 0, head.hidden},
+      {p.grad_film_weight.data ? 2 * head.hidden : 0, head.condition_width},
+      {p.grad_condition.data ? head.rows : 0, head.condition_width}};
+  plan.launch = choose_launch(precision, aligned(head, precision.dtype), work(head), outputs, 4,
                               device, request);
   plan.copy_gradients = plan.out_branches > 1 || (plan.launch.aligned && !gradients_aligned);
   Layout layout;
-  const int64_t items = size_film_backward(p, precision.dtype, plan.launch, outputs, false, device,
-                                           request, layout, plan);
+  const int64_t items =
+      size_film_backward(p, precision.dtype, plan.launch, false, device, request, layout, plan);
   plan.launch.workspace_bytes = layout.bytes();
-  const bool library = plan.launch.executor == Executor::kLibrary;
-  plan.launch.cooperative = !library;
-  plan.launch.grid = library ? element_grid(device) : choose_grid(plan.launch, items, device);
+  plan.launch.grid = choose_grid(plan.launch, items, device);
   return plan;
 }
 
@@ -245,13 +232,12 @@ int64_t size_film_step(FilmHeadBackward p, Dtype dtype, int64_t rows, bool keep_
   step.plane_offset =
       layout.add(step.plane_count * rows * step.padded_classes * element_size(dtype));
   if (!step.gradients) return items;
-  FilmOutputs outputs;
-  choose_film_branches(p, dtype, backward, outputs);
+  choose_film_branches(p, dtype, backward);
   backward.weighted = step.mixed;
   backward.features_ready = p.leaks.head == 0;
   backward.features_offset = plan.forward.features_offset;
-  items = std::max(items, size_film_backward(p, dtype, plan.launch, outputs, keep_sums, device,
-                                             request, layout, backward));
+  items = std::max(items, size_film_backward(p, dtype, plan.launch, keep_sums, device, request,
+                                             layout, backward));
   backward.gradients_offset = step.plane_offset;
   return items;
 }
@@ -272,14 +258,11 @@ FilmStepPlan plan_film_step(const FilmHeadStep& p, Precision precision, const De
   const bool features = p.grad_condition.data || p.grad_target.data;
   const bool parameters =
       p.grad_film_weight.data || p.grad_out_weight.data || p.grad_film_bias || p.grad_out_bias;
-  step.gradients = features || parameters;
-  step.mixed = (features && p.leaks.encoder != 0) || (parameters && p.leaks.head != 0);
-  FilmOutputs outputs;
-  choose_film_branches(b, dtype, plan.backward, outputs);
-  const OutputSize all[] = {{head.rows, 2 * head.hidden}, {3 * head.rows, head.classes}};
-  plan.launch = choose_launch(precision, aligned(head, dtype), work(head), all, 2, device, request);
-  const bool library = plan.launch.executor == Executor::kLibrary;
-  plan.launch.cooperative = !library;
+  choose_gradients(features, parameters, p.leaks, step);
+  choose_film_branches(b, dtype, plan.backward);
+  const OutputSize outputs[] = {{head.rows, 2 * head.hidden}, {3 * head.rows, head.classes}};
+  plan.launch =
+      choose_launch(precision, aligned(head, dtype), work(head), outputs, 2, device, request);
   if (step.gradients) {
     step.plane_count = 3;
     for (int k = 0; k < 3; ++k) step.planes[plan.backward.slot[k]] = {k, 0, 0, 0};
@@ -302,18 +285,15 @@ FilmStepPlan plan_film_step(const FilmHeadStep& p, Precision precision, const De
     const int64_t one = bytes(tile_rows, unsplit),
                   row_bytes = (bytes(2 * tile_rows, unsplit) - one) / tile_rows;
     const int64_t fixed = one - tile_rows * row_bytes;
-    rows = choose_chunk(head.rows, row_bytes, limit.bytes - fixed, library ? limit.least_rows : 0,
-                        tile_rows);
+    const int64_t least_rows = plan.launch.executor == Executor::kLibrary ? limit.least_rows : 0;
+    rows = choose_chunk(head.rows, row_bytes, limit.bytes - fixed, least_rows, tile_rows);
   }
   step.chunks = count_chunks(head.rows, rows);
   const bool keep_sums = step.chunks > 1 && dtype == Dtype::kBFloat16;
   Layout layout;
-  int64_t items = size_film_step(b, dtype, rows, keep_sums, device, *with, layout, plan);
-  items = std::max(items, row_items(rows, device));
-  plan.launch.grid = library ? element_grid(device) : choose_grid(plan.launch, items, device);
-  choose_counting(plan.launch, p.loss, head.present, head.rows, step);
-  place_sums(plan.launch.grid, layout, step);
-  plan.launch.workspace_bytes = layout.bytes();
+  const int64_t items = size_film_step(b, dtype, rows, keep_sums, device, *with, layout, plan);
+  finish_step(std::max(items, row_items(rows, device)), p.loss, head.present, head.rows, device,
+              layout, plan.launch, step);
   return plan;
 }
 

@@ -79,51 +79,116 @@ void place_partials(const LinearHead& head, Dtype dtype, Layout& layout, LinearB
   plan.bias_partial_offset = layout.add(plan.bias_splits * (head.modalities + 1) * size);
 }
 
-/// Which GEMM operands the backward launch of the linear head uses, and the planes they need.
-class SourceChooser {
- public:
-  SourceChooser(const LinearHeadBackward& problem, Dtype dtype, LinearBackwardPlan& plan)
-      : p_(problem), dtype_(dtype), plan_(plan) {}
-
-  void choose() {
-    for (int i = 0; i < p_.head.modalities; ++i) {
-      if (p_.grad_feature[i].data && feature_flows(p_, i)) {
-        plan_.to_feature[i] = source(i + 1, 0, p_.leaks.encoder);
-      }
-      if (p_.grad_weight[i].data && weight_flows(p_, i)) {
-        plan_.to_weight[i] = source(0, i + 1, p_.leaks.head);
-      }
+/// The plane's number; it is added unless it is there.
+int plane_of(const GradientPlane& wanted, GradientPlane* planes, int& count) {
+  for (int i = 0; i < count; ++i) {
+    const GradientPlane& have = planes[i];
+    if (have.first == wanted.first && have.begin == wanted.begin && have.end == wanted.end) {
+      return i;
     }
   }
+  planes[count] = wanted;
+  return count++;
+}
 
- private:
-  const ConstMatrix& gradient(int index) const {
-    return index == 0 ? p_.grad_fused : p_.grad_unimodal[index - 1];
+/// Where a backward launch takes gradient[main] + leak * gradient[other] from, one of which may be
+/// missing.
+GradientSource source_of(const LinearHeadBackward& p, int main, int other, double leak, Dtype dtype,
+                         LinearBackwardPlan& plan) {
+  const auto gradient = [&](int index) {
+    return index == 0 ? p.grad_fused : p.grad_unimodal[index - 1];
+  };
+  if (!gradient(other).data) leak = 0;
+  const bool both = gradient(main).data && leak != 0;
+  if (both) return {-1, plane_of({main, other, other + 1, leak}, plan.planes, plan.plane_count), 1};
+  const int only = gradient(main).data ? main : other;
+  const double scale = only == main ? 1 : leak;
+  if (plan.launch.aligned && !allows_16_byte_copies(gradient(only), dtype)) {
+    return {-1, plane_of({only, 0, 0, 0}, plan.planes, plan.plane_count), scale};
   }
-  /// gradient[main] + leak * gradient[other], one of which may be missing.
-  GradientSource source(int main, int other, double leak) {
-    if (!gradient(other).data) leak = 0;
-    if (gradient(main).data && leak != 0) return {-1, plane({main, other, leak}), 1};
-    const int only = gradient(main).data ? main : other;
-    const double scale = only == main ? 1 : leak;
-    if (plan_.launch.aligned && !allows_16_byte_copies(gradient(only), dtype_)) {
-      return {-1, plane({only, -1, 0}), scale};
-    }
-    return {only, -1, scale};
-  }
-  int plane(const GradientPlane& wanted) {
-    for (int i = 0; i < plan_.plane_count; ++i) {
-      const GradientPlane& have = plan_.planes[i];
-      if (have.first == wanted.first && have.second == wanted.second) return i;
-    }
-    plan_.planes[plan_.plane_count] = wanted;
-    return plan_.plane_count++;
-  }
+  return {only, -1, scale};
+}
 
-  const LinearHeadBackward& p_;
-  const Dtype dtype_;
-  LinearBackwardPlan& plan_;
+/// Which planes a step needs, and what of them goes where.
+void choose_planes(const LinearHeadStep& p, StepPlan& step, LinearBackwardPlan& backward) {
+  const LinearHead& head = p.head;
+  const auto weights_wanted = [&](int i) { return p.grad_weight[i].data || p.grad_branch_bias[i]; };
+  bool features = false, parameters = p.grad_fused_bias != nullptr;
+  for (int i = 0; i < head.modalities; ++i) {
+    features |= p.grad_feature[i].data != nullptr;
+    parameters |= weights_wanted(i);
+  }
+  choose_gradients(features, parameters, p.leaks, step);
+  const auto plane = [&](int first, int begin, int end, double leak) {
+    if (leak == 0) begin = end = 0;
+    return plane_of({first, begin, end, leak}, step.planes, step.plane_count);
+  };
+  // planes in the order of the weights that they are multiplied with, which may make one call
+  const bool turned = is_pair(head) && head.weight[1].data < head.weight[0].data;
+  for (int k = 0; k < head.modalities; ++k) {
+    const int i = turned ? 1 - k : k;
+    if (!p.grad_feature[i].data) continue;
+    const int branch = step.mixed ? 0 : i + 1;
+    backward.to_feature[i] = {branch, plane(i + 1, 0, 1, p.leaks.encoder), 1};
+  }
+  for (int i = 0; i < head.modalities; ++i) {
+    if (!weights_wanted(i)) continue;
+    const int index = plane(0, i + 1, i + 2, p.leaks.head);
+    backward.to_weight[i] = {0, index, 1};
+    backward.bias_plane[i + 1] = index;
+  }
+  if (p.grad_fused_bias) {
+    backward.bias_plane[0] = plane(0, 1, head.modalities + 1, p.leaks.head);
+  }
+}
+
+/// How the gradients of a backward launch or of a chunk of a step are split.
+struct GradientSplits {
+  int64_t limit;     ///< bytes that split sums may take
+  bool keep_sums;    ///< in the workspace, though they be of one split
+  bool copies_pair;  ///< features are copied where no row lacks them, too
 };
+
+/// Tiles, splits and workspace of the gradients of `rows` rows; returns the work items.
+int64_t size_gradients(const LinearHeadBackward& p, int64_t rows, Dtype dtype,
+                       const LaunchShape& launch, const GradientSplits& how, const Device& device,
+                       const PlanRequest& request, Layout& layout, LinearBackwardPlan& plan) {
+  const LinearHead& head = p.head;
+  const bool library = launch.executor == Executor::kLibrary;
+  const int64_t depth = tile_shape(launch.tile).depth, steps = ceil_div(rows, depth);
+  int64_t feature_tiles = 0;
+  int biases = p.grad_fused_bias != nullptr;
+  for (int i = 0; i < head.modalities; ++i) {
+    if (p.grad_weight[i].data) plan.weight[i] = tiles_of(launch.tile, head.classes, head.width[i]);
+    if (p.grad_feature[i].data) plan.feature[i] = tiles_of(launch.tile, rows, head.width[i]);
+    plan.weight_tiles += plan.weight[i].count;
+    feature_tiles += plan.feature[i].count;
+    biases += p.grad_branch_bias[i] != nullptr;
+  }
+  plan.bias_tiles = biases * ceil_div(head.classes, kColumnTile);
+
+  int64_t wanted = library ? 1 : request.splits;
+  if (wanted == 0) {
+    const int64_t feature_steps = feature_tiles * ceil_div(head.classes, depth);
+    wanted = choose_row_splits(steps, plan.weight_tiles * steps + feature_steps, device);
+  }
+  const int64_t sums =
+      head.classes * (total_width(head) + head.modalities + 1) * accumulator_size(dtype);
+  if (sums > 0) wanted = std::max<int64_t>(1, std::min(wanted, how.limit / sums));
+  plan.rows_per_split = choose_depth(steps, wanted, depth);
+  plan.row_splits = int(std::max<int64_t>(1, ceil_div(rows, plan.rows_per_split)));
+  plan.partials = how.keep_sums || plan.row_splits > 1;
+  plan.bias_splits = library ? element_grid(device) : plan.row_splits;
+  plan.plane_rows = rows;
+  plan.padded_classes = padded(head.classes);
+  copy_features(head, p.grad_weight, how.copies_pair, dtype, layout, plan);
+  if (plan.partials || library) place_partials(head, dtype, layout, plan);
+
+  plan.weight_end = plan.weight_tiles * plan.row_splits;
+  plan.feature_end = plan.weight_end + feature_tiles;
+  plan.bias_end = plan.feature_end + plan.bias_tiles * plan.row_splits;
+  return plan.bias_end;
+}
 
 }  // namespace
 
@@ -135,151 +200,68 @@ LinearForwardPlan plan_linear_forward(const LinearHeadForward& p, Precision prec
   plan.launch = choose_launch(precision, aligned(head, precision.dtype), work(head), &output, 1,
                               device, request);
   const TileShape& shape = tile_shape(plan.launch.tile);
-  const OutputSize logits{head.rows, head.classes};
-  const int64_t tiles = count_tiles(plan.launch.tile, &logits, 1);
   const int64_t steps = width_steps(head, shape.depth);
+  plan.tiles = tiles_of(plan.launch.tile, head.rows, head.classes);
   plan.plane_rows = head.rows;
   plan.padded_classes = padded(head.classes);
   const int64_t plane_row = plan.padded_classes * accumulator_size(precision.dtype);
-  if (plan.launch.executor == Executor::kLibrary) {
-    plan.direct = false;
-    const int64_t splits = split_widths(head, steps, 1, shape.depth, plan);
+  const bool library = plan.launch.executor == Executor::kLibrary;
+  const bool enough_tiles = 2 * plan.tiles.count >= device.multiprocessors;
+  plan.direct = !library &&
+                (request.splits > 0 ? request.splits == 1 : enough_tiles || steps <= kDirectSteps);
+  if (plan.direct) {
+    plan.items = plan.tiles.count;
+    plan.launch.cooperative = false;
+    plan.launch.workspace_bytes = head.modalities > 1 ? head.rows * plane_row : 0;
+    plan.launch.grid = choose_grid(plan.launch, plan.items, device);
+    return plan;
+  }
+  const int64_t wanted = choose_splits(plan.launch, plan.tiles.count, device, request);
+  const int64_t splits = split_widths(head, steps, wanted, shape.depth, plan);
+  if (library) {
     plan.plane_rows =
         choose_chunk(head.rows, splits * plane_row, kDefaultWorkspace, kLeastChunkRows, shape.rows);
-    plan.launch.workspace_bytes = splits * plan.plane_rows * plane_row;
-    plan.launch.grid = element_grid(device);
-    return plan;
   }
-  const int64_t plane = head.rows * plane_row;
-  const bool enough_tiles = 2 * tiles >= device.multiprocessors;
-  plan.direct = request.splits > 0 ? request.splits == 1 : enough_tiles || steps <= kDirectSteps;
-  if (plan.direct) {
-    plan.launch.workspace_bytes = head.modalities > 1 ? plane : 0;
-    plan.launch.grid = choose_grid(plan.launch, tiles, device);
-    return plan;
-  }
-  const int64_t wanted =
-      request.splits > 0 ? request.splits : device.multiprocessors / std::max<int64_t>(tiles, 1);
-  const int64_t splits = split_widths(head, steps, wanted, shape.depth, plan);
-  plan.launch.cooperative = true;
-  plan.launch.workspace_bytes = splits * plane;
-  const int64_t items = std::max(splits * tiles, row_items(head.rows, device));
-  plan.launch.grid = choose_grid(plan.launch, items, device);
+  plan.items = splits * plan.tiles.count;
+  plan.launch.workspace_bytes = splits * plan.plane_rows * plane_row;
+  plan.launch.grid =
+      choose_grid(plan.launch, std::max(plan.items, row_items(head.rows, device)), device);
   return plan;
 }
 
 LinearBackwardPlan plan_linear_backward(const LinearHeadBackward& p, Precision precision,
                                         const Device& device, const PlanRequest& request) {
   const LinearHead& head = p.head;
+  const Dtype dtype = precision.dtype;
   LinearBackwardPlan plan;
   OutputSize outputs[2 * kMaxModalities];
-  int weights = 0, count = 0;
+  int count = 0;
   for (int i = 0; i < head.modalities; ++i) {
     if (p.grad_weight[i].data) outputs[count++] = {head.classes, head.width[i]};
-  }
-  weights = count;
-  for (int i = 0; i < head.modalities; ++i) {
     if (p.grad_feature[i].data) outputs[count++] = {head.rows, head.width[i]};
   }
-  plan.launch = choose_launch(precision, aligned(head, precision.dtype), work(head), outputs, count,
-                              device, request);
-  SourceChooser(p, precision.dtype, plan).choose();
-
-  const Tile tile = plan.launch.tile;
-  const int64_t depth = tile_shape(tile).depth, steps = ceil_div(head.rows, depth);
-  const int64_t weight_tiles = count_tiles(tile, outputs, weights);
-  const int64_t feature_tiles = count_tiles(tile, outputs + weights, count - weights);
-  const bool library = plan.launch.executor == Executor::kLibrary;
-  int64_t wanted = library ? 1 : request.splits;
-  if (wanted == 0) {
-    const int64_t total = weight_tiles * steps + feature_tiles * ceil_div(head.classes, depth);
-    wanted = choose_row_splits(steps, total, device);
+  plan.launch =
+      choose_launch(precision, aligned(head, dtype), work(head), outputs, count, device, request);
+  for (int i = 0; i < head.modalities; ++i) {
+    if (p.grad_feature[i].data) {
+      plan.to_feature[i] = source_of(p, i + 1, 0, p.leaks.encoder, dtype, plan);
+    }
+    if (p.grad_weight[i].data) {
+      plan.to_weight[i] = source_of(p, 0, i + 1, p.leaks.head, dtype, plan);
+    }
   }
-  plan.rows_per_split = choose_depth(steps, wanted, depth);
-  plan.row_splits = int(std::max<int64_t>(1, ceil_div(head.rows, plan.rows_per_split)));
-
-  int biases = p.grad_fused_bias != nullptr;
-  for (int i = 0; i < head.modalities; ++i) biases += p.grad_branch_bias[i] != nullptr;
-  plan.plane_rows = head.rows;
-  plan.padded_classes = padded(head.classes);
-  plan.partials = plan.row_splits > 1;
-  plan.bias_splits = library ? element_grid(device) : plan.row_splits;
   Layout layout;
-  plan.plane_offset = layout.add(plan.plane_count * head.rows * plan.padded_classes *
-                                 element_size(precision.dtype));
-  copy_features(head, p.grad_weight, false, precision.dtype, layout, plan);
-  if (plan.partials || library) place_partials(head, precision.dtype, layout, plan);
+  plan.plane_offset =
+      layout.add(plan.plane_count * head.rows * padded(head.classes) * element_size(dtype));
+  int64_t items = size_gradients(p, head.rows, dtype, plan.launch, {INT64_MAX, false, false},
+                                 device, request, layout, plan);
+  const bool prepares = plan.plane_count > 0 || plan.has_masked;
+  if (prepares) items = std::max(items, row_items(head.rows, device));
+  plan.launch.cooperative &= prepares || plan.partials;
   plan.launch.workspace_bytes = layout.bytes();
-  if (library) {
-    plan.launch.grid = element_grid(device);
-    return plan;
-  }
-  plan.launch.cooperative = plan.plane_count > 0 || plan.has_masked || plan.partials;
-  const int64_t bias_tiles = biases * ceil_div(head.classes, 32);
-  int64_t items = (weight_tiles + bias_tiles) * plan.row_splits + feature_tiles;
-  if (plan.plane_count > 0 || plan.has_masked)
-    items = std::max(items, row_items(head.rows, device));
   plan.launch.grid = choose_grid(plan.launch, items, device);
   return plan;
 }
-
-namespace {
-
-/// Which planes the step of the linear head needs.
-class StepPlanes {
- public:
-  StepPlanes(const LinearHeadStep& problem, LinearStepPlan& plan) : p_(problem), plan_(plan) {}
-
-  void choose() {
-    const int count = p_.head.modalities;
-    for (int i = 0; i < count; ++i) {
-      const bool features = p_.grad_feature[i].data, weights = weights_wanted(i);
-      plan_.step.gradients |= features || weights;
-      plan_.step.mixed |= features && p_.leaks.encoder != 0;
-      plan_.step.mixed |= weights && p_.leaks.head != 0;
-    }
-    plan_.step.gradients |= p_.grad_fused_bias != nullptr;
-    plan_.step.mixed |= p_.grad_fused_bias && p_.leaks.head != 0;
-    // planes in the order of the weights that they are multiplied with, which may make one call
-    const LinearHead& head = p_.head;
-    const bool turned = is_pair(head) && head.weight[1].data < head.weight[0].data;
-    for (int k = 0; k < count; ++k) {
-      const int i = turned ? 1 - k : k;
-      if (p_.grad_feature[i].data) {
-        const int branch = plan_.step.mixed ? 0 : i + 1;
-        plan_.backward.to_feature[i] = {branch, plane(i + 1, 0, 1, p_.leaks.encoder), 1};
-      }
-    }
-    for (int i = 0; i < count; ++i) {
-      if (weights_wanted(i)) {
-        const int index = plane(0, i + 1, i + 2, p_.leaks.head);
-        plan_.backward.to_weight[i] = {0, index, 1};
-        plan_.backward.bias_plane[i + 1] = index;
-      }
-    }
-    if (p_.grad_fused_bias) {
-      plan_.backward.bias_plane[0] = plane(0, 1, count + 1, p_.leaks.head);
-    }
-  }
-
- private:
-  bool weights_wanted(int i) const { return p_.grad_weight[i].data || p_.grad_branch_bias[i]; }
-  int plane(int first, int begin, int end, double leak) {
-    if (leak == 0) begin = end = 0;
-    StepPlan& step = plan_.step;
-    for (int i = 0; i < step.plane_count; ++i) {
-      const StepPlane& have = step.planes[i];
-      if (have.first == first && have.begin == begin && have.end == end) return i;
-    }
-    step.planes[step.plane_count] = {first, begin, end, leak};
-    return step.plane_count++;
-  }
-
-  const LinearHeadStep& p_;
-  LinearStepPlan& plan_;
-};
-
-}  // namespace
 
 LinearStepPlan plan_linear_step(const LinearHeadStep& p, Precision precision, const Device& device,
                                 WorkspaceLimit limit, const PlanRequest& request) {
@@ -287,23 +269,15 @@ LinearStepPlan plan_linear_step(const LinearHeadStep& p, Precision precision, co
   const Dtype dtype = precision.dtype;
   LinearStepPlan plan;
   StepPlan& step = plan.step;
-  LinearBackwardPlan& backward = plan.backward;
+  LinearForwardPlan& forward = plan.forward;
   step.branches = head.modalities + 1;
-  step.padded_classes = plan.forward.padded_classes = backward.padded_classes =
-      padded(head.classes);
-  StepPlanes(p, plan).choose();
+  step.padded_classes = forward.padded_classes = padded(head.classes);
+  choose_planes(p, step, plan.backward);
 
-  OutputSize weights[kMaxModalities];
-  int weight_count = 0, biases = p.grad_fused_bias != nullptr;
-  for (int i = 0; i < head.modalities; ++i) {
-    if (p.grad_weight[i].data) weights[weight_count++] = {head.classes, head.width[i]};
-    biases += p.grad_branch_bias[i] != nullptr;
-  }
   const OutputSize all_logits{head.rows, head.classes * head.modalities};
   plan.launch =
       choose_launch(precision, aligned(head, dtype), work(head), &all_logits, 1, device, request);
   const bool library = plan.launch.executor == Executor::kLibrary;
-  plan.launch.cooperative = !library;
   const TileShape& shape = tile_shape(plan.launch.tile);
 
   const bool copies = library && copies_to_pair(head, p.grad_weight, dtype);
@@ -312,67 +286,39 @@ LinearStepPlan plan_linear_step(const LinearHeadStep& p, Precision precision, co
     copied += copied_columns(copies || head.present[i], p.grad_weight[i], head.width[i]);
   }
   // a quarter of the workspace is for split sums of weights, the rest for what there is per row
-  const int64_t row_limit = library ? limit.bytes : limit.bytes - limit.bytes / 4;
-  const int64_t least_rows = library ? limit.least_rows : 0;
+  const int64_t sums_limit = limit.bytes / 4;
+  const int64_t row_limit = library ? limit.bytes : limit.bytes - sums_limit;
   const auto row_bytes = [&](int64_t splits) {
     return step.padded_classes *
                (splits * accumulator_size(dtype) + step.plane_count * element_size(dtype)) +
            copied * element_size(dtype);
   };
-  const int64_t rows =
-      choose_chunk(head.rows, row_bytes(head.modalities), row_limit, least_rows, shape.rows);
-  step.chunk_rows = plan.forward.plane_rows = backward.plane_rows = rows;
+  const int64_t rows = choose_chunk(head.rows, row_bytes(head.modalities), row_limit,
+                                    library ? limit.least_rows : 0, shape.rows);
+  step.chunk_rows = forward.plane_rows = rows;
   step.chunks = count_chunks(head.rows, rows);
 
-  const OutputSize logits{rows, head.classes};
-  const int64_t tiles = count_tiles(plan.launch.tile, &logits, 1);
+  forward.direct = false;
+  forward.tiles = tiles_of(plan.launch.tile, rows, head.classes);
   const int64_t steps = width_steps(head, shape.depth);
-  int64_t wanted = library              ? 1
-                   : request.splits > 0 ? request.splits
-                                        : device.multiprocessors / std::max<int64_t>(tiles, 1);
+  int64_t wanted = choose_splits(plan.launch, forward.tiles.count, device, request);
   wanted = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(steps, 1));
-  plan.forward.direct = false;
-  int64_t splits = split_widths(head, steps, wanted, shape.depth, plan.forward);
+  int64_t splits = split_widths(head, steps, wanted, shape.depth, forward);
   while (wanted > 1 && row_bytes(splits) * rows > row_limit) {
-    splits = split_widths(head, steps, --wanted, shape.depth, plan.forward);
+    splits = split_widths(head, steps, --wanted, shape.depth, forward);
   }
-
-  const int64_t row_steps = ceil_div(rows, shape.depth);
-  const int64_t weight_tiles = count_tiles(plan.launch.tile, weights, weight_count);
-  int64_t feature_tiles = 0;
-  for (int i = 0; i < head.modalities; ++i) {
-    const OutputSize feature{p.grad_feature[i].data ? rows : 0, head.width[i]};
-    feature_tiles += count_tiles(plan.launch.tile, &feature, 1);
-  }
-  int64_t row_splits = library ? 1 : request.splits;
-  if (row_splits == 0) {
-    row_splits = choose_row_splits(
-        row_steps, weight_tiles * row_steps + feature_tiles * ceil_div(head.classes, shape.depth),
-        device);
-  }
-  const int64_t sums = head.classes * (total_width(head) + step.branches) * accumulator_size(dtype);
-  if (row_splits * sums > limit.bytes / 4) {
-    row_splits = std::max<int64_t>(1, limit.bytes / 4 / std::max<int64_t>(sums, 1));
-  }
-  backward.rows_per_split = choose_depth(row_steps, row_splits, shape.depth);
-  backward.row_splits = int(std::max<int64_t>(1, ceil_div(rows, backward.rows_per_split)));
-  // chunks add up in the accumulator type: in the output itself unless that is narrower
-  backward.partials = backward.row_splits > 1 || (step.chunks > 1 && dtype == Dtype::kBFloat16);
-  backward.bias_splits = library ? element_grid(device) : backward.row_splits;
+  forward.items = splits * forward.tiles.count;
 
   Layout layout;
   layout.add(splits * rows * step.padded_classes * accumulator_size(dtype));
-  step.plane_offset = backward.plane_offset =
+  step.plane_offset = plan.backward.plane_offset =
       layout.add(step.plane_count * rows * step.padded_classes * element_size(dtype));
-  copy_features(head, p.grad_weight, copies, dtype, layout, backward);
-  if (backward.partials || library) place_partials(head, dtype, layout, backward);
+  // chunks add up in the accumulator type: in the output itself unless that is narrower
+  const GradientSplits how{sums_limit, step.chunks > 1 && dtype == Dtype::kBFloat16, copies};
   const int64_t items = std::max(
-      {splits * tiles, row_items(rows, device),
-       (weight_tiles + biases * ceil_div(head.classes, 32)) * backward.row_splits + feature_tiles});
-  plan.launch.grid = library ? element_grid(device) : choose_grid(plan.launch, items, device);
-  choose_counting(plan.launch, p.loss, head.present, head.rows, step);
-  place_sums(plan.launch.grid, layout, step);
-  plan.launch.workspace_bytes = layout.bytes();
+      {forward.items, row_items(rows, device),
+       size_gradients(p, rows, dtype, plan.launch, how, device, request, layout, plan.backward)});
+  finish_step(items, p.loss, head.present, head.rows, device, layout, plan.launch, step);
   return plan;
 }
 

@@ -34,25 +34,22 @@ inline TileFamily family_of(Precision precision) {
   }
 }
 
+inline TileGrid tiles_of(Tile tile, int64_t rows, int64_t columns) {
+  const int64_t across = ceil_div(columns, tile_shape(tile).columns);
+  return {across, ceil_div(rows, tile_shape(tile).rows) * across};
+}
+
 struct OutputSize {
   int64_t rows = 0, columns = 0;
 };
-inline int64_t count_tiles(Tile tile, const OutputSize* outputs, int count) {
-  int64_t tiles = 0;
-  for (int i = 0; i < count; ++i) {
-    tiles += ceil_div(outputs[i].rows, tile_shape(tile).rows) *
-             ceil_div(outputs[i].columns, tile_shape(tile).columns);
-  }
-  return tiles;
-}
 
 /// Executor, tile and alignment for a head that computes `outputs` by products.
 inline LaunchShape choose_launch(Precision precision, bool operands_aligned, double flop,
                                  const OutputSize* outputs, int count, const Device& device,
                                  const PlanRequest& request) {
   LaunchShape launch;
-  launch.executor = flop < kFusedBelow ? Executor::kFused : Executor::kLibrary;
-  if (request.choose_executor) launch.executor = request.executor;
+  const Executor suited = flop < kFusedBelow ? Executor::kFused : Executor::kLibrary;
+  launch.executor = request.executor.value_or(suited);
 
   launch.aligned = operands_aligned && precision.dtype != Dtype::kFloat64;
   if (!launch.aligned) precision.allow_tf32 = false;  // the unaligned float32 kernel is exact
@@ -61,12 +58,13 @@ inline LaunchShape choose_launch(Precision precision, bool operands_aligned, dou
   launch.tile = family.small;
   if (launch.aligned) {
     const double wanted = kMediumTilesPerMultiprocessor * device.multiprocessors;
-    if (resident(family.medium) > 0 &&
-        double(count_tiles(family.medium, outputs, count)) >= wanted) {
-      launch.tile = family.medium;
+    int64_t tiles = 0;
+    for (int i = 0; i < count; ++i) {
+      tiles += tiles_of(family.medium, outputs[i].rows, outputs[i].columns).count;
     }
+    if (resident(family.medium) > 0 && double(tiles) >= wanted) launch.tile = family.medium;
     const bool known = request.tile == family.small || request.tile == family.medium;
-    if (request.choose_tile && known && resident(request.tile) > 0) launch.tile = request.tile;
+    if (known && resident(*request.tile) > 0) launch.tile = *request.tile;
   }
   if (resident(launch.tile) == 0 && launch.executor == Executor::kFused) {
     launch.executor = Executor::kLibrary;
@@ -77,14 +75,21 @@ inline LaunchShape choose_launch(Precision precision, bool operands_aligned, dou
     launch.tile = family_of(precision).small;
     launch.aligned = false;
   }
+  launch.cooperative = launch.executor != Executor::kLibrary;
   // cp.async, mma.sync with these types and cooperative groups as used need sm_80
   if (device.capability < 80) launch.executor = Executor::kNone;
   return launch;
 }
 
+/// CTAs of the library executor's kernels.
+inline int element_grid(const Device& device) {
+  const int grid = kElementCtas * std::max(device.multiprocessors, 1);
+  return device.max_ctas > 0 ? std::min(grid, device.max_ctas) : grid;
+}
 /// CTAs for phases of at most `items` independent items: all that is useful, and no more than
 /// are resident at once, which a grid-wide sync needs.
 inline int choose_grid(const LaunchShape& launch, int64_t items, const Device& device) {
+  if (launch.executor == Executor::kLibrary) return element_grid(device);
   int64_t limit = int64_t(device.resident_ctas[static_cast<int>(launch.tile)]) *
                   std::max(device.multiprocessors, 1);
   if (device.max_ctas > 0) limit = std::min<int64_t>(limit, device.max_ctas);
@@ -95,6 +100,13 @@ inline int64_t row_items(int64_t rows, const Device& device) {
   return std::min<int64_t>(rows, device.multiprocessors);
 }
 
+/// Splits of k for `tiles` tiles, so that every multiprocessor has one.
+inline int64_t choose_splits(const LaunchShape& launch, int64_t tiles, const Device& device,
+                             const PlanRequest& request) {
+  if (launch.executor == Executor::kLibrary) return 1;
+  if (request.splits > 0) return request.splits;
+  return device.multiprocessors / std::max<int64_t>(tiles, 1);
+}
 /// Splits k so that about `target` items exist; returns the elements per split.
 inline int64_t choose_depth(int64_t total_steps, int64_t splits, int64_t step) {
   total_steps = std::max<int64_t>(total_steps, 1);
@@ -139,30 +151,32 @@ inline int64_t choose_chunk(int64_t rows, int64_t row_bytes, int64_t bytes, int6
 inline int count_chunks(int64_t rows, int64_t chunk_rows) {
   return int(std::max<int64_t>(1, ceil_div(rows, chunk_rows)));
 }
-/// CTAs of the library executor's kernels.
-inline int element_grid(const Device& device) {
-  const int grid = kElementCtas * std::max(device.multiprocessors, 1);
-  return device.max_ctas > 0 ? std::min(grid, device.max_ctas) : grid;
+/// What of a step's gradients is wanted, and whether its planes mix branches.
+inline void choose_gradients(bool features, bool parameters, const Leaks& leaks, StepPlan& plan) {
+  plan.gradients = features || parameters;
+  plan.mixed = (features && leaks.encoder != 0) || (parameters && leaks.head != 0);
 }
-/// How many CTAs count rows and sum losses. Where planes mix branches whose means divide by
-/// different numbers, library's rows kernel needs the counts from a launch before it.
-inline void choose_counting(const LaunchShape& launch, const CrossEntropy& loss,
-                            const uint8_t* const* present, int64_t rows, StepPlan& plan) {
-  plan.counting_ctas = plan.summing_ctas = launch.grid;
-  plan.weighted = loss.sample_weight || (loss.class_weight && loss.target);
-  if (launch.executor != Executor::kLibrary) return;
+
+/// The rest of a step's plan: who counts rows, the grid, and what CTAs tell each other, behind
+/// everything else in the workspace. Where residuals need the counts, library's rows kernel needs
+/// them from a launch before it.
+inline void finish_step(int64_t items, const CrossEntropy& loss, const uint8_t* const* present,
+                        int64_t rows, const Device& device, Layout& layout, LaunchShape& launch,
+                        StepPlan& plan) {
+  launch.grid = plan.counting_ctas = choose_grid(launch, items, device);
   bool masked = false;
   for (int k = 1; k < plan.branches; ++k) masked |= present[k - 1] != nullptr;
-  plan.count_first =
-      rows > kCountedByOneCta || (plan.mixed && loss.mean && masked) || plan.weighted;
-  if (!plan.count_first) plan.counting_ctas = 1;
-}
-/// What CTAs tell each other, behind everything else in the workspace.
-inline void place_sums(int grid, Layout& layout, StepPlan& plan) {
+  plan.weighted = loss.sample_weight || (loss.class_weight && loss.target);
+  plan.needs_counts = plan.weighted || (plan.mixed && loss.mean && masked);
+  if (launch.executor == Executor::kLibrary) {
+    plan.count_first = plan.needs_counts || rows > kCountedByOneCta;
+    if (!plan.count_first) plan.counting_ctas = 1;
+  }
   const int64_t branches = plan.branches;
-  plan.counts_offset = layout.add(grid * branches * int64_t(sizeof(StepCount)));
-  plan.losses_offset = layout.add(grid * branches * int64_t(sizeof(StepSums)));
+  plan.counts_offset = layout.add(launch.grid * branches * int64_t(sizeof(StepCount)));
+  plan.losses_offset = layout.add(launch.grid * branches * int64_t(sizeof(StepSums)));
   plan.totals_offset = layout.add((branches + 2) * int64_t(sizeof(StepTotals)));
+  launch.workspace_bytes = layout.bytes();
 }
 
 }  // namespace dgl_ext::planning
