@@ -221,7 +221,7 @@ cudaError_t film_forward(const FilmHeadForward& problem, Precision precision,
     run_forward(run, forward);
     run.launch<WriteFilmLogits>(forward);
   }
-  return run.status();
+  return run.flush();
 }
 
 cudaError_t film_backward(const FilmHeadBackward& problem, Precision precision,
@@ -233,7 +233,7 @@ cudaError_t film_backward(const FilmHeadBackward& problem, Precision precision,
   run.launch<CombineBackward>(backward);
   multiply_modulation(run, backward.args, backward.rows);
   run.launch<FinishFilmBackward>(backward.args);
-  return run.status();
+  return run.flush();
 }
 
 cudaError_t film_step(const FilmStepArguments& arguments, Precision precision,
@@ -252,7 +252,7 @@ cudaError_t film_step(const FilmStepArguments& arguments, Precision precision,
     multiply_modulation(run, arguments.backward, rows);
   }
   run.launch<FinishFilmStep>(arguments);
-  return run.status();
+  return run.flush();
 }
 
 }  // namespace dgl_ext::library

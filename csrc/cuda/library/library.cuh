@@ -77,13 +77,13 @@ class Run {
 
   template <template <class> class Kernel, class Arguments>
   void launch(const Arguments& arguments) {
-    if (status() != cudaSuccess) return;
+    if (flush() != cudaSuccess) return;
     status_ = launch_head<Kernel>(ElementConfigs{}, dtype(), shape_, arguments, queue_.stream);
   }
-  /// Products that are added are computed together, before the next launch.
+  /// Products that are added are computed together, before the next launch or at the end.
   void add(const Matmul& product) { products_[count_++] = product; }
-  /// When all that was added is queued.
-  cudaError_t status() {
+  /// Queues the products that were added; returns the first error of all.
+  cudaError_t flush() {
     if (status_ == cudaSuccess) {
       const StepTotals* constants = in_step() ? scales_->constants() : nullptr;
       status_ = matmul(queue_, precision_, constants, products_, count_);
@@ -106,6 +106,7 @@ class Run {
   const LaunchShape& shape_;
   const Queue& queue_;
   const Scales* const scales_;
+  /// At most those of the weights' and features' gradients, and of the next chunk's logits.
   Matmul products_[3 * kMaxModalities];
   int count_ = 0;
   cudaError_t status_ = cudaSuccess;

@@ -137,7 +137,7 @@ cudaError_t linear_forward(const LinearHeadForward& problem, Precision precision
     multiply_features(run, arguments, rows);
     run.launch<WriteLinearLogits>(OfRows<LinearForwardArguments>{arguments, rows});
   }
-  return run.status();
+  return run.flush();
 }
 
 cudaError_t linear_backward(const LinearHeadBackward& problem, Precision precision,
@@ -147,7 +147,7 @@ cudaError_t linear_backward(const LinearHeadBackward& problem, Precision precisi
   run.launch<PrepareLinear>(arguments);
   multiply_gradients(run, arguments, {0, problem.head.rows});
   run.launch<FinishLinearBackward>(arguments);
-  return run.status();
+  return run.flush();
 }
 
 cudaError_t linear_step(const LinearStepArguments& arguments, Precision precision,
@@ -163,7 +163,7 @@ cudaError_t linear_step(const LinearStepArguments& arguments, Precision precisio
     if (step.plan.gradients) multiply_gradients(run, arguments.backward, rows);
   }
   run.launch<FinishLinearStep>(arguments);
-  return run.status();
+  return run.flush();
 }
 
 }  // namespace dgl_ext::library
