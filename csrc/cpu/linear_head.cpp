@@ -101,6 +101,11 @@ std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> f
 
   // grad W_i = (g + head_leak g_i)^T h_i
   const auto weight_grad = [&](int64_t i, const MatrixView& out) {
+    if (!grad_fused && !(grads[i + 1] && head_leak != 0)) {  // no product: zero times inf is NaN
+      Tensor zeros = out.view();
+      torch::stable::zero_(zeros);
+      return;
+    }
     const MatrixView residual =
         mixed({{grad_fused, 1}, {grads[i + 1], head_leak}}, head.rows, head.classes, head.compute);
     matmul(residual.transposed(), head.features[i], out);

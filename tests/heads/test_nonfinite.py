@@ -74,3 +74,34 @@ def test_logits_of_absent_rows(fusion, backend, value):
             unimodal[i] = unimodal[i].masked_fill(~mask[:, None], upstream)
         found[upstream] = gradients(logits, problem, (fused, *unimodal))
     assert_same(found[value], found[0.0])
+
+
+@pytest.mark.parametrize("arrives", ["own", "fused"])
+@pytest.mark.parametrize("modality", [0, 1])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_branch_without_gradient_meets_no_infinity(fusion, backend, modality, arrives):
+    """An infinite feature whose own logits get no gradient: what does not see it stays finite.
+
+    That is more than a gradient of zeros does, since zero times infinity is NaN.
+    """
+    if arrives == "fused" and fusion == "film":
+        pytest.skip("FiLM's fused logits carry either feature into every gradient")
+    problem = make_problem(fusion, leading=(ROWS,), seed=5)
+    with torch.no_grad():
+        problem.features[modality][2] = float("inf")
+    options = {"encoder_leak": 0.5, "head_leak": 0.25, "backend": backend}
+    logits = problem.call(dgl_ext.fused_decouple, **options)
+    cotangents = list(cotangents_like(logits))
+    cotangents[modality + 1] = None
+    if arrives == "own":
+        cotangents[0] = None
+    found = gradients(logits, problem, cotangents)
+    seen = {f"weight[{modality}]"} if arrives == "fused" else set()  # g^T h_i
+    for name, grad in found.items():
+        if arrives == "fused" and fusion == "concat" and name == "weight[0]":
+            begin = 0 if modality == 0 else problem.features[0].shape[1]
+            others = torch.ones(grad.shape[1], dtype=torch.bool)
+            others[begin : begin + problem.features[modality].shape[1]] = False
+            assert grad[:, others].isfinite().all()
+        elif grad is not None and name not in seen:
+            assert grad.isfinite().all(), name
