@@ -38,6 +38,25 @@ inline int64_t leading_count(const Shape& shape) {
   return std::accumulate(shape.begin(), shape.end() - 1, int64_t{1}, std::multiplies<int64_t>());
 }
 
+// The one stride that reaches every row of a (..., D) tensor that is not empty, if there is one.
+inline std::optional<int64_t> single_row_stride(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  const int64_t last = tensor.dim() - 1;
+  int64_t rows = 1;
+  int64_t row_stride = sizes[last];
+  for (int64_t d = last - 1; d >= 0; --d) {
+    if (sizes[d] == 1) continue;
+    if (rows == 1) {
+      row_stride = strides[d];
+    } else if (strides[d] != row_stride * rows) {
+      return std::nullopt;
+    }
+    rows *= sizes[d];
+  }
+  return row_stride;
+}
+
 inline std::string to_string(const Shape& shape) {
   std::ostringstream text;
   text << "(";
@@ -166,18 +185,6 @@ class Checks {
     }
   }
 
-  // What forward kept for backward, in the dtype that it was computed in.
-  void saved(const std::string& argument, const Tensor& tensor, const Tensor& like,
-             ScalarType dtype) const {
-    const bool there = on_cuda_ ? tensor.is_cuda() : tensor.is_cpu();
-    if (there && tensor.get_device_index() == like.get_device_index() &&
-        tensor.scalar_type() == dtype) {
-      return;
-    }
-    fail(argument, std::string(on_cuda_ ? "a CUDA" : "a CPU") + " tensor of " + dtype_name(dtype),
-         dtype_name(tensor.scalar_type()));
-  }
-
   // concat, where the weight has the modalities' columns side by side, and sum, with a weight each.
   LinearSizes linear(const std::vector<Tensor>& features,
                      const std::vector<Tensor>& weights) const {
@@ -256,8 +263,9 @@ class Checks {
 
   // Of one dtype and shape, such as one int64 or bool per row.
   void of_dtype(const std::string& argument, const Tensor& tensor, ScalarType dtype,
-                const Shape& leading, const Tensor& like_tensor) const {
-    device(argument, tensor, like_tensor);
+                const Shape& leading, const Tensor& like_tensor,
+                const std::string& name = "features[0]") const {
+    device(argument, tensor, like_tensor, name);
     if (tensor.scalar_type() != dtype) {
       fail(argument, dtype_name(dtype), dtype_name(tensor.scalar_type()));
     }
@@ -324,9 +332,8 @@ class Checks {
       like(indexed("grads", i), grads[i], grads[0], "grads[0]");
     }
     const Tensor& first = grads.empty() ? scale : grads[0];
-    saved("scale", scale, first,
-          grads.empty() ? ScalarType::Float : compute_dtype(first.scalar_type()));
-    shape("scale", scale, {});
+    of_dtype("scale", scale, grads.empty() ? ScalarType::Float : compute_dtype(first.scalar_type()),
+             {}, first, "grads[0]");
   }
 
   // 0: as the plan says, 1: this project's products, 2: the library's.

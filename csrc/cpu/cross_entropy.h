@@ -393,19 +393,10 @@ DGL_EXT_INLINE int64_t rows(int64_t row_begin, int64_t row_end, int64_t classes,
   return correct;
 }
 
-template <typename T>
-DGL_EXT_TARGET_AVX2 int64_t rows_avx2(int64_t row_begin, int64_t row_end, int64_t classes,
-                                      const LossRows<T>& loss, T* logits) {
-  return rows<T>(row_begin, row_end, classes, loss, logits);
-}
-
-template <typename T>
-using Rows = int64_t (*)(int64_t, int64_t, int64_t, const LossRows<T>&, T*);
-
 // Wider vectors than these would be half empty in the rows of few classes.
 template <typename T>
-Rows<T> rows_for(Isa isa) {
-  return isa == Isa::kPortable ? rows<T> : rows_avx2<T>;
+auto rows_for(Isa isa) {
+  return isa == Isa::kPortable ? rows<T> : Compiled<rows<T>>::avx2;
 }
 
 }  // namespace cross_entropy

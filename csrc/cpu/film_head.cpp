@@ -147,8 +147,7 @@ std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> f
   const Needs needs{needs_features, needs_weights, needs_biases};
   checks.grad_outputs(grad_outputs, kBranches, head, features[0]);
   checks.needs(needs, encoder_leak, head_leak, 2, 2);
-  checks.shape("film", film, head.with(2 * head.hidden));
-  checks.saved("film", film, features[0], head.compute);
+  checks.of_dtype("film", film, head.compute, head.with(2 * head.hidden), features[0]);
 
   const Masks masks = select_present_features(checks, present, head, features[0]);
   OutGradients::Grads grads;

@@ -318,43 +318,16 @@ DGL_EXT_INLINE void product_body(int64_t row_begin, int64_t row_end, int64_t col
   } while (j < count);
 }
 
-template <typename T>
-using Dots = void (*)(int64_t, int64_t, int64_t, int64_t, const Strided<T>&, const Strided<T>&, T*);
-template <typename T>
-using Product = void (*)(int64_t, int64_t, int64_t, int64_t, int64_t, const Strided<T>&,
-                         const Strided<T>&, const MatmulOutput<T>&);
-
-template <typename T>
-DGL_EXT_TARGET_AVX2 void dots_avx2(int64_t row_begin, int64_t row_end, int64_t classes,
-                                   int64_t width, const Strided<T>& x, const Strided<T>& w,
-                                   T* out) {
-  dots_body<T>(row_begin, row_end, classes, width, x, w, out);
-}
-
-template <typename T>
-DGL_EXT_TARGET_AVX2 void product_avx2(int64_t row_begin, int64_t row_end, int64_t col_begin,
-                                      int64_t col_end, int64_t count, const Strided<T>& a,
-                                      const Strided<T>& b, const MatmulOutput<T>& out) {
-  product_body<T, 32>(row_begin, row_end, col_begin, col_end, count, a, b, out);
-}
-
-template <typename T>
-DGL_EXT_TARGET_AVX512 void product_avx512(int64_t row_begin, int64_t row_end, int64_t col_begin,
-                                          int64_t col_end, int64_t count, const Strided<T>& a,
-                                          const Strided<T>& b, const MatmulOutput<T>& out) {
-  product_body<T, 64>(row_begin, row_end, col_begin, col_end, count, a, b, out);
-}
-
 // Wider vectors gain nothing in `matmul_dots`, where the sums over lanes cost more.
 template <typename T>
-Dots<T> dots_for(Isa isa) {
-  return isa == Isa::kPortable ? dots_body<T> : dots_avx2<T>;
+auto dots_for(Isa isa) {
+  return isa == Isa::kPortable ? dots_body<T> : Compiled<dots_body<T>>::avx2;
 }
 
 template <typename T>
-Product<T> product_for(Isa isa) {
-  if (isa == Isa::kAvx512) return product_avx512<T>;
-  return isa == Isa::kAvx2 ? product_avx2<T> : product_body<T, 32>;
+auto product_for(Isa isa) {
+  if (isa == Isa::kAvx512) return Compiled<product_body<T, 64>>::avx512;
+  return isa == Isa::kAvx2 ? Compiled<product_body<T, 32>>::avx2 : product_body<T, 32>;
 }
 
 }  // namespace matmul_bodies

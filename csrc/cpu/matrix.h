@@ -25,7 +25,6 @@
 #include <vector>
 
 #include "common/checks.h"
-#include "common/row_stride.h"
 #include "common/torch_errors.h"
 #include "cpu/matmul.h"
 #include "cpu/row_passes.h"

@@ -14,7 +14,6 @@
 #include <string>
 #include <vector>
 
-#include "common/row_stride.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/matrix.h"
 #include "cpu/present.h"
@@ -125,7 +124,7 @@ class BranchLosses {
   // A range of rows of the chunk: the loss, and the residuals in place of the logits.
   template <typename T>
   void add_rows(int64_t begin, int64_t end, int64_t branch, bool residual, T* logits) {
-    const bool* mask = branch > 0 ? masks_[branch - 1] : nullptr;
+    const bool* mask = mask_of(branch);
     const int64_t first = branch * rows_ + first_row_;
     LossRows<T> rows{target_ ? target_ + first_row_ : nullptr,
                      {},
@@ -191,16 +190,6 @@ class BranchLosses {
     };
     check("class_weight", class_weight, classes_);
     check("sample_weight", sample_weight, rows_);
-    int64_t counted = 0;
-    double divisor = 0;
-    const auto add = [&](int64_t r) {
-      if (!has_label(r)) return;
-      ++counted;
-      double weight = 1;
-      if (sample_weight != nullptr) weight = sample_weight[r];
-      if (class_weight != nullptr && target_ != nullptr) weight *= class_weight[target_[r]];
-      divisor += weight;
-    };
     for (int64_t r = 0; target_ != nullptr && r < rows_; ++r) {
       if (has_label(r) && (target_[r] < 0 || target_[r] >= classes_)) {
         checks.fail("target",
@@ -209,23 +198,22 @@ class BranchLosses {
                     std::to_string(target_[r]));
       }
     }
-    for (int64_t r = 0; r < rows_; ++r) add(r);
-    std::fill(counted_.begin(), counted_.end(), counted);
-    std::fill(divisors_.begin(), divisors_.end(), divisor);
-    for (int64_t i = 0; i < modalities_; ++i) {
-      if (masks_[i] == nullptr) continue;
-      counted = 0;
-      divisor = 0;
+    for (int64_t branch = 0; branch < branches(); ++branch) {
+      const bool* mask = mask_of(branch);
       for (int64_t r = 0; r < rows_; ++r) {
-        if (masks_[i][r]) add(r);
+        if (!has_label(r) || (mask != nullptr && !mask[r])) continue;
+        double weight = 1;
+        if (sample_weight != nullptr) weight = sample_weight[r];
+        if (class_weight != nullptr && target_ != nullptr) weight *= class_weight[target_[r]];
+        ++counted_[branch];
+        divisors_[branch] += weight;
       }
-      counted_[i + 1] = counted;
-      divisors_[i + 1] = divisor;
     }
   }
   bool has_label(int64_t r) const {
     return target_ == nullptr || target_[r] != options_.ignore_index;
   }
+  const bool* mask_of(int64_t branch) const { return branch > 0 ? masks_[branch - 1] : nullptr; }
 
   double scale(int64_t branch) const {
     const double alpha = branch == 0 ? 1 : options_.alpha[branch - 1];

@@ -48,4 +48,13 @@ inline Isa isa() {
 inline Isa isa() { return Isa::kPortable; }
 #endif
 
+// A body, which is `DGL_EXT_INLINE`, compiled once more for each target.
+template <auto body>
+struct Compiled;
+template <class Result, class... Arguments, Result (*body)(Arguments...)>
+struct Compiled<body> {
+  DGL_EXT_TARGET_AVX2 static Result avx2(Arguments... arguments) { return body(arguments...); }
+  DGL_EXT_TARGET_AVX512 static Result avx512(Arguments... arguments) { return body(arguments...); }
+};
+
 }  // namespace dgl_ext

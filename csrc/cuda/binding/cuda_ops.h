@@ -21,7 +21,6 @@
 #include <sstream>
 
 #include "common/checks.h"
-#include "common/row_stride.h"
 #include "common/torch_errors.h"
 #include "cuda/launchers/launch.h"
 #include "cuda/plan/plan.h"

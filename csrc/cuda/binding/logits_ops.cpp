@@ -96,8 +96,7 @@ std::vector<Tensor> film_backward(OptionalTensors grad_outputs, std::vector<Tens
   checks.grad_outputs(grad_outputs, 3, sizes, features[0]);
   checks.needs(needs, encoder_leak, head_leak, 2, 2);
   checks.masks(present, features.size(), sizes.leading, features[0]);
-  checks.shape("film", film, sizes.with(2 * sizes.hidden));
-  checks.saved("film", film, features[0], compute_dtype(dtype));
+  checks.of_dtype("film", film, compute_dtype(dtype), sizes.with(2 * sizes.hidden), features[0]);
 
   Call call("film_head_backward", features[0]);
   FilmHeadBackward problem;
