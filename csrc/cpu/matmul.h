@@ -215,6 +215,18 @@ DGL_EXT_INLINE void tile(int64_t count, const Strided<T>& a, const T* b, int64_t
   }
 }
 
+// The tile of as many rows, up to kMost.
+template <typename T, int kBytes, int64_t kMost, int64_t kVectors>
+DGL_EXT_INLINE void tile_of(int64_t rows, int64_t count, const Strided<T>& a, const T* b,
+                            int64_t b_stride, int64_t cols, const MatmulOutput<T>& out) {
+  if constexpr (kMost > 1) {
+    if (rows < kMost) {
+      return tile_of<T, kBytes, kMost - 1, kVectors>(rows, count, a, b, b_stride, cols, out);
+    }
+  }
+  tile<T, kBytes, kMost, kVectors>(count, a, b, b_stride, cols, out);
+}
+
 // All rows of a times one panel. Blocks of 6 rows are what 16 registers hold; rows are spread over
 // blocks evenly, since a block of one or two waits for its own sums.
 template <typename T, int kBytes, int64_t kVectors>
@@ -227,25 +239,7 @@ DGL_EXT_INLINE void panel(int64_t rows, int64_t count, const Strided<T>& a, cons
     const Strided<T> part{a.row(row), a.row_stride, a.col_stride};
     MatmulOutput<T> at = out;
     at.data += row * out.row_stride;
-    switch (end - row) {
-      case 6:
-        tile<T, kBytes, 6, kVectors>(count, part, b, b_stride, cols, at);
-        break;
-      case 5:
-        tile<T, kBytes, 5, kVectors>(count, part, b, b_stride, cols, at);
-        break;
-      case 4:
-        tile<T, kBytes, 4, kVectors>(count, part, b, b_stride, cols, at);
-        break;
-      case 3:
-        tile<T, kBytes, 3, kVectors>(count, part, b, b_stride, cols, at);
-        break;
-      case 2:
-        tile<T, kBytes, 2, kVectors>(count, part, b, b_stride, cols, at);
-        break;
-      default:
-        tile<T, kBytes, 1, kVectors>(count, part, b, b_stride, cols, at);
-    }
+    tile_of<T, kBytes, kMostRows, kVectors>(end - row, count, part, b, b_stride, cols, at);
     row = end;
   }
 }

@@ -3,43 +3,22 @@
 // rows that are absent or ignored have no gradient, whatever becomes of the others.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include "cpu/matrix.h"
 
 namespace dgl_ext::cpu {
 namespace {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-
-// Calls f with a value of the C++ type of a gradient's dtype.
-template <typename F>
-void dispatch_gradient(ScalarType dtype, const F& f) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return f(double{});
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::BFloat16:
-      return f(BFloat16{});
-    default:
-      return f(Half{});
-  }
-}
-
-template <typename From, typename To>
+// Both are contiguous and of a compute dtype; they may be the same tensor.
 void scale_into(const Tensor& from, double scale, const Tensor& to) {
-  using Compute = std::conditional_t<std::is_same_v<From, double>, double, float>;
-  To* out = static_cast<To*>(to.data_ptr());  // first, since it copies what is copied on write
-  const From* in = static_cast<const From*>(from.const_data_ptr());
-  const Compute factor = static_cast<Compute>(scale);
-  parallel_ranges(from.numel(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
-      const Compute value = static_cast<Compute>(in[k]);
-      out[k] = static_cast<To>(value == 0 ? value : value * factor);
-    }
+  dispatch_dtype(from.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    T* out = static_cast<T*>(to.data_ptr());  // first, since it copies what is copied on write
+    const T* in = static_cast<const T*>(from.const_data_ptr());
+    const T factor = static_cast<T>(scale);
+    parallel_ranges(from.numel(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) out[k] = in[k] == 0 ? in[k] : in[k] * factor;
+    });
   });
 }
 
@@ -55,13 +34,9 @@ void scale_in_place(std::vector<Tensor> grads, Tensor scale) {
   const double factor = check(checks, grads, scale);
   if (factor == 1) return;
   for (Tensor& grad : grads) {
-    const bool whole = grad.is_contiguous();
-    const Tensor values = whole ? grad : torch::stable::contiguous(grad);
-    dispatch_gradient(grad.scalar_type(), [&](auto type) {
-      using T = decltype(type);
-      scale_into<T, T>(values, factor, values);
-    });
-    if (!whole) torch::stable::copy_(grad, values);
+    const Tensor values = to_contiguous(to_compute(grad));
+    scale_into(values, factor, values);
+    if (values.const_data_ptr() != grad.const_data_ptr()) torch::stable::copy_(grad, values);
   }
 }
 
@@ -70,20 +45,14 @@ std::vector<Tensor> scale_copies(std::vector<Tensor> grads, Tensor scale, bool t
   const double factor = check(checks, grads, scale);
   std::vector<Tensor> results;
   for (size_t i = 0; i < grads.size(); ++i) {
-    const Tensor values = torch::stable::contiguous(grads[i]);
-    const ScalarType dtype = values.scalar_type();
+    const ScalarType dtype = grads[i].scalar_type();
     if (to_float16 && dtype != ScalarType::Float) {
       checks.fail(Checks::indexed("grads", i), "float32 to round to float16", dtype_name(dtype));
     }
-    results.push_back(empty_cpu(shape_of(values), to_float16 ? ScalarType::Half : dtype));
-    if (to_float16) {
-      scale_into<float, Half>(values, factor, results.back());
-      continue;
-    }
-    dispatch_gradient(dtype, [&](auto type) {
-      using T = decltype(type);
-      scale_into<T, T>(values, factor, results.back());
-    });
+    const Tensor values = to_contiguous(to_compute(grads[i]));
+    const Tensor result = empty_cpu(shape_of(values), values.scalar_type());
+    scale_into(values, factor, result);
+    results.push_back(to_dtype(result, to_float16 ? ScalarType::Half : dtype));
   }
   return results;
 }
