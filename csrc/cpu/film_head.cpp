@@ -2,136 +2,321 @@
 // are h = gamma y + beta, and the logits h W_o^T + b_o. The unimodal branches share W_o and b_o:
 // x alone leaves h_x = beta, y alone leaves h_y = b_gamma y + b_beta, which needs no GEMM.
 //
-// Forward stacks [h; h_x; h_y] and multiplies by W_o once. In backward, d is the gradient of h:
-// d = g W_o, d_x = g_x W_o, d_y = g_y W_o, each computed only where something needs it.
+// The three branches are stacked along the rows, [h; h_x; h_y], so that W_o takes part in one
+// product forward, one for the hidden rows' gradients and, where the head's leak is open, one for
+// its own gradient. d is the gradient of h: d = g W_o, d_x = g_x W_o, d_y = g_y W_o, each taken
+// only where something needs it.
+//
+// In backward g, g_x and g_y are the gradients of the logits as they came in. In the step they are
+// residuals, which take the logits' place. There hidden rows and logits of all rows are there at a
+// time where they fit the workspace; else rows run in chunks, and the head's gradients are summed
+// over the chunks.
 
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/film_gradients.h"
-#include "cpu/present.h"
+#include "cpu/step.h"
 
 namespace dgl_ext::cpu {
 namespace {
 
-Masks select_present_features(const Checks& checks, const OptionalTensors& present,
-                              FilmArguments& head, const Tensor& like) {
-  checks.masks(present, 2, head.leading, like);
-  Masks masks(present, 2, head.rows);
-  head.x = select_present(head.x, masks[0]);
-  head.y = select_present(head.y, masks[1]);
-  return masks;
-}
+using FilmArguments = HeadArguments<FilmSizes>;
 
-std::vector<Tensor> forward(std::vector<Tensor> features, std::vector<Tensor> weights,
-                            OptionalTensors biases, OptionalTensors present, bool /* allow_tf32 */,
-                            int64_t executor) {
-  const Checks checks("film_head_forward");
-  checks.executor(executor);
-  FilmArguments head = parse_film_head(checks, features, weights);
-  checks.biases(biases, weights, features[0]);
-  select_present_features(checks, present, head, features[0]);
-  const Tensor film_bias = bias_or_zeros(biases[0], 2 * head.hidden, head.compute);
-  const Tensor out_bias = bias_or_zeros(biases[1], head.classes, head.compute);
+enum Branch : int64_t { kFused, kOfX, kOfY };
+constexpr int64_t kBranches = 3;
 
-  const Tensor film = empty_cpu(head.with(2 * head.hidden), head.compute);
-  const MatrixView film_rows = MatrixView::from_rows(film);
-  matmul(head.x, head.film_weight.transposed(), film_rows);
+template <typename T>
+class FilmCall {
+ public:
+  FilmCall(const FilmArguments& head, const OptionalTensors& biases)
+      : head_(head),
+        film_bias_(bias_or_zeros(biases[0], 2 * head.hidden, head.compute)),
+        out_bias_(bias_or_zeros(biases[1], head.classes, head.compute)) {}
 
-  const MatrixView stacked = empty_matrix(kBranches * head.rows, head.hidden, head.compute);
-  dispatch_dtype(head.compute, [&](auto type) {
-    using T = decltype(type);
-    T* film_data = film_rows.data<T>();
-    const T* bias = static_cast<const T*>(film_bias.const_data_ptr());
-    T* first = stacked.data<T>();
-    const int64_t plane = head.rows * head.hidden;
-    parallel_ranges(head.rows, 6 * head.hidden, [&](int64_t begin, int64_t end) {
-      add_bias<T>(begin, end, 2 * head.hidden, film_rows.strided<T>(), bias, film_data);
-      film_hidden<T>(begin, end, head.hidden, film_data, head.y.strided<T>(), bias,
-                     {first, first + plane, first + 2 * plane});
-    });
-  });
-
-  const MatrixView partial = linear(
-      stacked, head.out_weight, empty_matrix(kBranches * head.rows, head.classes, head.compute));
-  std::vector<Tensor> results;
-  for (int64_t branch = 0; branch < kBranches; ++branch) {
-    results.push_back(empty_cpu(head.with(head.classes), head.compute));
+  // The logits, fused first, and [gamma | beta] in the compute dtype, so that backward sees what
+  // forward saw.
+  std::vector<Tensor> forward() {
+    const Tensor film = empty_cpu(head_.with(2 * head_.hidden), head_.compute);
+    film_ = static_cast<T*>(film.data_ptr());
+    rows_ = head_.rows;
+    hidden_ = plane(kBranches * rows_, head_.hidden);
+    logits_ = plane(kBranches * rows_, head_.classes);
+    make_hidden();
+    std::vector<Tensor> results;
+    std::array<T*, kBranches> logits;
+    for (T*& of_branch : logits) {
+      results.push_back(empty_cpu(head_.with(head_.classes), head_.compute));
+      of_branch = static_cast<T*>(results.back().data_ptr());
+    }
+    make_logits(logits);
+    results = to_storage(std::move(results), head_.storage);
+    results.push_back(film);
+    return results;
   }
-  dispatch_dtype(head.compute, [&](auto type) {
-    using T = decltype(type);
-    const T* bias = static_cast<const T*>(out_bias.const_data_ptr());
+
+  // The gradients that are needed, from those of the logits, fused first, and from what forward
+  // kept.
+  std::vector<Tensor> backward(const OptionalTensors& grad_outputs, const Tensor& film,
+                               const Needs& needs, const Leaks& leaks) {
+    const int64_t classes = head_.classes;
+    std::vector<Tensor> held;
+    film_ = const_cast<T*>(flat_data<T>(film, held));  // only read
+    rows_ = head_.rows;
+    plan_gradients(needs, leaks,
+                   {grad_outputs[kFused].has_value(), grad_outputs[kOfX].has_value(),
+                    grad_outputs[kOfY].has_value()});
+    logits_ = plane(kBranches * rows_, classes);
     for (int64_t branch = 0; branch < kBranches; ++branch) {
-      const auto in = partial.row_block(branch * head.rows, head.rows).strided<T>();
-      T* out = static_cast<T*>(results[branch].data_ptr());
-      parallel_ranges(head.rows, head.classes, [&](int64_t begin, int64_t end) {
-        add_bias<T>(begin, end, head.classes, in, bias, out);
+      if (!to_hidden_[branch] && !to_out_[branch]) continue;
+      const MatrixView grad = MatrixView::from_rows(to_compute(*grad_outputs[branch]));
+      const Term<T> term{grad.strided<T>(), T(1)};
+      parallel_ranges(rows_, classes, [&](int64_t begin, int64_t end) {
+        mix<T>(begin, end, classes, &term, 1, part(logits_, branch, classes));
       });
     }
-  });
-  results = to_storage(std::move(results), head.storage);
-  results.push_back(film);  // in the compute dtype, so that backward sees what forward saw
-  return results;
-}
-
-// The gradients of W_o and b_o in one backward call. An absent gradient of a branch's logits counts
-// as zero; Python asks only for gradients to which something contributes.
-class OutGradients {
- public:
-  using Grads = std::array<std::optional<MatrixView>, kBranches>;
-
-  OutGradients(const FilmArguments& head, const Grads& grads, const MatrixView& film,
-               const Tensor& film_bias, double head_leak)
-      : head_(head),
-        grads_(grads),
-        film_(film),
-        film_bias_(film_bias),
-        shares_{1, head_leak, head_leak} {}
-
-  // g^T h, and head_leak of g_x^T h_x and g_y^T h_y
-  void weight(const MatrixView& out) const {
-    std::vector<std::optional<MatrixView>> products;  // alive as long as the shares that name them
-    products.reserve(kBranches);
-    std::vector<Share> terms;
-    for (int64_t branch = 0; branch < kBranches; ++branch) {
-      if (!grads_[branch] || shares_[branch] == 0) continue;
-      const bool alone = branch == kFused && shares_[kOfX] == 0;  // closed leak: straight to out
-      products.push_back(alone ? out : empty_matrix(out.rows, out.cols, head_.compute));
-      matmul(grads_[branch]->transposed(), hidden_rows(branch), *products.back());
-      terms.push_back({products.back(), shares_[branch]});
-      if (alone) return;
+    make_film_grads();
+    hidden_grads_.reset();  // makes room for the hidden rows
+    film_grads_.reset();
+    if (grads_.weights[1]) {
+      hidden_ = plane(kBranches * rows_, head_.hidden);
+      const MatrixView y_rows = y();
+      const FilmHidden<T> out = hidden_rows(to_out_);
+      parallel_ranges(rows_, 3 * head_.hidden, [&](int64_t begin, int64_t end) {
+        film_hidden<T>(begin, end, head_.hidden, film_, y_rows.strided<T>(), film_bias(), out);
+      });
     }
-    mix_into(terms, out);
+    make_out_grads();
+    return grads_.results(head_.masks);
   }
 
-  Tensor bias() const {
-    return summed_rows(
-        {{grads_[kFused], 1}, {grads_[kOfX], shares_[kOfX]}, {grads_[kOfY], shares_[kOfY]}},
-        head_.rows, head_.classes, head_.compute);
+  // The gradients that are needed, and the losses on the way.
+  std::vector<Tensor> step(BranchLosses& losses, const Needs& needs, const Leaks& leaks,
+                           int64_t workspace_limit) {
+    losses_ = &losses;
+    // [gamma | beta] and two of its gradients' planes; hidden rows and their gradients; logits, and
+    // as much again where the product is put into a matrix of its own.
+    const int64_t most = 6 * head_.hidden + 2 * kBranches * (head_.hidden + head_.classes);
+    const int64_t chunk =
+        chunk_rows(head_.rows, most * static_cast<int64_t>(sizeof(T)), workspace_limit);
+    rows_ = chunk;
+    plan_gradients(needs, leaks, {true, true, true});
+    const Plane film = plane(chunk, 2 * head_.hidden);
+    film_ = film.get();
+    hidden_ = plane(kBranches * chunk, head_.hidden);
+    logits_ = plane(kBranches * chunk, head_.classes);
+    for_chunks(head_.rows, chunk, [&](int64_t first_row, int64_t rows) {
+      rows_ = rows;
+      first_row_ = first_row;
+      losses.start_chunk(first_row);
+      make_hidden();
+      make_logits({part(logits_, kFused, head_.classes), part(logits_, kOfX, head_.classes),
+                   part(logits_, kOfY, head_.classes)});
+      make_film_grads();
+      make_out_grads();
+    });
+    return grads_.results(head_.masks);
   }
 
  private:
-  // A branch's hidden rows, made again from gamma and beta.
-  MatrixView hidden_rows(int64_t branch) const {
-    if (branch == kOfX) return film_.columns(head_.hidden, head_.hidden);
-    const MatrixView out = empty_matrix(head_.rows, head_.hidden, head_.compute);
-    dispatch_dtype(head_.compute, [&](auto type) {
-      using T = decltype(type);
-      T* data = out.data<T>();
-      const FilmHidden<T> wanted{branch == kFused ? data : nullptr, nullptr,
-                                 branch == kOfY ? data : nullptr};
-      parallel_ranges(head_.rows, 3 * head_.hidden, [&](int64_t begin, int64_t end) {
-        film_hidden<T>(begin, end, head_.hidden, film_.data<T>(), head_.y.strided<T>(),
-                       static_cast<const T*>(film_bias_.const_data_ptr()), wanted);
-      });
+  using Plane = std::unique_ptr<T[]>;
+  using Branches = std::array<bool, kBranches>;
+
+  static Plane plane(int64_t rows, int64_t cols) { return allocate<T>(rows * cols); }
+  static bool any(const Branches& of) { return of[kFused] || of[kOfX] || of[kOfY]; }
+
+  MatrixView matrix(T* data, int64_t rows, int64_t cols) const {
+    return MatrixView::from_memory(data, rows, cols, head_.compute);
+  }
+  // The part of one branch in a stack of all three.
+  T* part(const Plane& stack, int64_t branch, int64_t cols) const {
+    return stack.get() + branch * rows_ * cols;
+  }
+  // Neighbours in a stack.
+  MatrixView parts(const Plane& stack, int64_t first, int64_t count, int64_t cols) const {
+    return matrix(part(stack, first, cols), count * rows_, cols);
+  }
+  // Calls f(first, count) for neighbours that take part: one product does for them.
+  template <typename F>
+  static void for_neighbours(const Branches& of, const F& f) {
+    for (int64_t first = 0; first < kBranches;) {
+      int64_t last = first;
+      while (last < kBranches && of[last]) ++last;
+      if (last > first) f(first, last - first);
+      first = last + 1;
+    }
+  }
+
+  MatrixView x() const { return head_.features[0].row_block(first_row_, rows_); }
+  MatrixView y() const { return head_.features[1].row_block(first_row_, rows_); }
+  const T* film_bias() const { return static_cast<const T*>(film_bias_.const_data_ptr()); }
+  FilmHidden<T> hidden_rows(const Branches& wanted) const {
+    const auto of = [&](int64_t branch) {
+      return wanted[branch] ? part(hidden_, branch, head_.hidden) : nullptr;
+    };
+    return {of(kFused), of(kOfX), of(kOfY)};
+  }
+  // d, d_x or d_y; null where nothing arrives from that branch, or nothing needs it.
+  T* hidden_grad(int64_t branch) const {
+    return to_hidden_[branch] ? part(hidden_grads_, branch, head_.hidden) : nullptr;
+  }
+
+  // Which branches' gradients go through W_o to what is behind it, and which to W_o and b_o.
+  void plan_gradients(const Needs& needs, const Leaks& leaks, const Branches& arrives) {
+    grads_ = Gradients(head_, needs);
+    leaks_ = leaks;
+    const bool leaks_out = leaks.encoder != 0, leaks_in = leaks.head != 0;
+    const bool trains_film = needs.weights[0] || needs.biases[0];
+    const bool trains_out = needs.weights[1] || needs.biases[1];
+    to_hidden_ = {
+        arrives[kFused] && (trains_film || (leaks_out && Needs::any(needs.features))),
+        arrives[kOfX] && (needs.features[0] || (leaks_in && trains_film)),
+        arrives[kOfY] && (needs.features[1] || (leaks_in && needs.biases[0]))};  // W_f sees no y
+    to_out_ = {arrives[kFused] && trains_out, arrives[kOfX] && trains_out && leaks_in,
+               arrives[kOfY] && trains_out && leaks_in};
+    for (int64_t i = 0; i < 2; ++i) {
+      if (!arrives[i + 1] && !(arrives[kFused] && leaks_out)) {
+        Gradients::set_zero(grads_.features[i]);
+      }
+    }
+    if (!arrives[kFused] && !(arrives[kOfX] && leaks_in)) Gradients::set_zero(grads_.weights[0]);
+    if (!any(to_out_)) Gradients::set_zero(grads_.weights[1]);
+    if (any(to_hidden_)) {
+      hidden_grads_ = plane(kBranches * rows_, head_.hidden);
+      film_grads_ = plane(2 * rows_, 2 * head_.hidden);
+    }
+  }
+
+  void make_hidden() {
+    const int64_t hidden = head_.hidden;
+    const MatrixView film = matrix(film_, rows_, 2 * hidden);
+    matmul(x(), head_.weights[0].transposed(), film);
+    const MatrixView y_rows = y();
+    const FilmHidden<T> out = hidden_rows({true, true, true});
+    parallel_ranges(rows_, 6 * hidden, [&](int64_t begin, int64_t end) {
+      add_bias<T>(begin, end, 2 * hidden, film.strided<T>(), film_bias(), film_);
+      film_hidden<T>(begin, end, hidden, film_, y_rows.strided<T>(), film_bias(), out);
     });
-    return out;
+  }
+
+  // The logits of all branches, and in the step their residuals in their place.
+  void make_logits(const std::array<T*, kBranches>& out) {
+    const int64_t classes = head_.classes;
+    const MatrixView partial = linear(parts(hidden_, kFused, kBranches, head_.hidden),
+                                      head_.weights[1], parts(logits_, kFused, kBranches, classes));
+    const T* bias = static_cast<const T*>(out_bias_.const_data_ptr());
+    parallel_ranges(rows_, 4 * kBranches * classes, [&](int64_t begin, int64_t end) {
+      for (int64_t branch = 0; branch < kBranches; ++branch) {
+        const auto in = partial.row_block(branch * rows_, rows_).template strided<T>();
+        const bool residual = to_hidden_[branch] || to_out_[branch];
+        for_cached_rows(begin, end, classes, [&](int64_t first, int64_t last) {
+          add_bias<T>(first, last, classes, in, bias, out[branch]);
+          if (losses_ == nullptr) return;
+          losses_->template add_rows<T>(first, last, branch, residual, out[branch]);
+        });
+      }
+    });
+  }
+
+  // Of both features, W_f and b_f.
+  void make_film_grads() {
+    if (!any(to_hidden_)) return;
+    const int64_t hidden = head_.hidden;
+    for_neighbours(to_hidden_, [&](int64_t first, int64_t count) {
+      matmul(parts(logits_, first, count, head_.classes), head_.weights[1],
+             parts(hidden_grads_, first, count, hidden));
+    });
+    // What the fused branch sends to the features.
+    const T* leaking = leaks_.encoder != 0 ? hidden_grad(kFused) : nullptr;
+    if (grads_.features[0]) {
+      const MatrixView out = grads_.features[0]->row_block(first_row_, rows_);
+      if (leaking != nullptr) {
+        matmul(film_grad_plane(0, leaking, leaks_.encoder, hidden_grad(kOfX), 1), head_.weights[0],
+               out);
+      } else {
+        matmul(parts(hidden_grads_, kOfX, 1, hidden), head_.weights[0].row_block(hidden, hidden),
+               out);
+      }
+    }
+    if (grads_.features[1]) {
+      T* out = grads_.features[1]->row_block(first_row_, rows_).template data<T>();
+      parallel_ranges(rows_, hidden, [&](int64_t begin, int64_t end) {
+        film_grad_target<T>(begin, end, hidden, leaking, static_cast<T>(leaks_.encoder), film_,
+                            hidden_grad(kOfY), film_bias(), out);
+      });
+    }
+    // W_f hears from the fused branch and, through the leak, from x alone; its bias from y too.
+    if (!grads_.weights[0] && !grads_.biases[0]) return;
+    const bool leaks = leaks_.head != 0;
+    const MatrixView grad = film_grad_plane(0, hidden_grad(kFused), 1,
+                                            leaks ? hidden_grad(kOfX) : nullptr, leaks_.head);
+    if (grads_.weights[0]) matmul(grad.transposed(), x(), *grads_.weights[0], first_row_ > 0);
+    if (!grads_.biases[0]) return;
+    std::vector<Term<T>> terms{{grad.strided<T>(), T(1)}};
+    if (leaks && hidden_grad(kOfY) != nullptr) {
+      terms.push_back({film_grad_plane(1, hidden_grad(kOfY), 1, nullptr, 0).template strided<T>(),
+                       static_cast<T>(leaks_.head)});
+    }
+    add_sums(terms, rows_, *grads_.biases[0]);
+  }
+
+  // [s d y | s d + s_x d_x], see row_passes.h
+  MatrixView film_grad_plane(int64_t k, const T* d, double scale, const T* d_x, double scale_x) {
+    T* out = film_grads_.get() + k * rows_ * 2 * head_.hidden;
+    const MatrixView y_rows = y();
+    parallel_ranges(rows_, 2 * head_.hidden, [&](int64_t begin, int64_t end) {
+      film_grad<T>(begin, end, head_.hidden, d, static_cast<T>(scale), d_x, static_cast<T>(scale_x),
+                   y_rows.strided<T>(), out);
+    });
+    return matrix(out, rows_, 2 * head_.hidden);
+  }
+
+  // Of W_o and b_o: from the fused branch and, through the leak, the others. Nothing reads the
+  // residuals after this, so the leak scales them in place.
+  void make_out_grads() {
+    const int64_t classes = head_.classes;
+    bool add = first_row_ > 0;
+    for_neighbours(to_out_, [&](int64_t first, int64_t count) {
+      const int64_t alone = std::max<int64_t>(first, kOfX);
+      T* unimodal = part(logits_, alone, classes);
+      const T leak = static_cast<T>(leaks_.head);
+      parallel_ranges((first + count - alone) * rows_, classes, [&](int64_t begin, int64_t end) {
+        for (int64_t k = begin * classes; k < end * classes; ++k) unimodal[k] *= leak;
+      });
+      const MatrixView residual = parts(logits_, first, count, classes);
+      if (grads_.weights[1]) {
+        matmul(residual.transposed(), parts(hidden_, first, count, head_.hidden),
+               *grads_.weights[1], add);
+      }
+      if (grads_.biases[1]) {
+        add_sums<T>({{residual.template strided<T>(), T(1)}}, residual.rows, *grads_.biases[1]);
+      }
+      add = true;
+    });
   }
 
   const FilmArguments& head_;
-  const Grads& grads_;
-  const MatrixView& film_;
-  const Tensor& film_bias_;
-  std::array<double, kBranches> shares_;  // of each branch's gradient, to the head
+  Tensor film_bias_;
+  Tensor out_bias_;
+  BranchLosses* losses_ = nullptr;  // of the step
+  Leaks leaks_;
+  Gradients grads_;
+  Branches to_hidden_{};
+  Branches to_out_{};
+  int64_t rows_ = 0;  // of the chunk
+  int64_t first_row_ = 0;
+  T* film_ = nullptr;  // [gamma | beta]
+  Plane hidden_;
+  Plane logits_;  // or their gradients
+  Plane hidden_grads_;
+  Plane film_grads_;
+};
+
+struct FilmOps {
+  static constexpr const char* kForward = "film_head_forward";
+  static constexpr const char* kBackward = "film_head_backward";
+  static constexpr const char* kStep = "film_head_step";
+  static constexpr auto kSizes = &Checks::film;
+  template <typename T>
+  using Call = FilmCall<T>;
 };
 
 std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> features,
@@ -140,74 +325,30 @@ std::vector<Tensor> backward(OptionalTensors grad_outputs, std::vector<Tensor> f
                              std::vector<bool> needs_weights, std::vector<bool> needs_biases,
                              double encoder_leak, double head_leak, bool /* allow_tf32 */,
                              int64_t executor) {
-  const Checks checks("film_head_backward");
+  const Checks checks(FilmOps::kBackward);
   checks.executor(executor);
-  FilmArguments head = parse_film_head(checks, features, weights);
+  const FilmSizes sizes = checks.film(features, weights);
   checks.biases(biases, weights, features[0]);
   const Needs needs{needs_features, needs_weights, needs_biases};
-  checks.grad_outputs(grad_outputs, kBranches, head, features[0]);
+  checks.grad_outputs(grad_outputs, kBranches, sizes, features[0]);
   checks.needs(needs, encoder_leak, head_leak, 2, 2);
-  checks.of_dtype("film", film, head.compute, head.with(2 * head.hidden), features[0]);
-
-  const Masks masks = select_present_features(checks, present, head, features[0]);
-  OutGradients::Grads grads;
-  for (int64_t branch = 0; branch < kBranches; ++branch) {
-    if (grad_outputs[branch]) {
-      grads[branch] = MatrixView::from_rows(to_compute(*grad_outputs[branch]));
-    }
-  }
-  const MatrixView modulation = MatrixView::from_rows(torch::stable::contiguous(film));
-  const Tensor film_bias = bias_or_zeros(biases[0], 2 * head.hidden, head.compute);
-  const bool trains_film = needs.weights[0] || needs.biases[0];
-  const bool leaks = head_leak != 0;
-  const std::array<bool, kBranches> needed{
-      trains_film || (encoder_leak != 0 && Needs::any(needs.features)),
-      needs.features[0] || (leaks && trains_film), needs.features[1] || (leaks && needs.biases[0])};
-
-  std::vector<Tensor> results;
-  const auto add = [&](bool wanted, const Tensor& like) -> std::optional<MatrixView> {
-    if (!wanted) return std::nullopt;
-    results.push_back(empty_cpu(shape_of(like), head.compute));
-    return MatrixView::from_rows(results.back());
-  };
-  const auto grad_x = add(needs.features[0], features[0]);
-  const auto grad_y = add(needs.features[1], features[1]);
-  const auto grad_film_weight = add(needs.weights[0], weights[0]);
-  const auto grad_out_weight = add(needs.weights[1], weights[1]);
-  std::vector<double> film_bias_totals(needs.biases[0] ? 2 * head.hidden : 0, 0.0);
-  dispatch_dtype(head.compute, [&](auto type) {
-    using T = decltype(type);
-    std::array<std::unique_ptr<T[]>, kBranches> d;  // grad W_o
-    for (int64_t branch = 0; branch < kBranches; ++branch) {
-      if (!needed[branch] || !grads[branch]) continue;
-      d[branch] = allocate<T>(head.rows * head.hidden);
-      matmul(*grads[branch], head.out_weight,
-             MatrixView::from_memory(d[branch].get(), head.rows, head.hidden, head.compute));
-    }
-    const int64_t planes_needed = leaks ? 2 : trains_film || encoder_leak != 0;
-    const auto planes = allocate<T>(planes_needed * head.rows * 2 * head.hidden);
-    const FilmGradients<T> film_grads(head, head.x, head.y, modulation.data<T>(),
-                                      static_cast<const T*>(film_bias.const_data_ptr()),
-                                      {d[kFused].get(), d[kOfX].get(), d[kOfY].get()}, encoder_leak,
-                                      head_leak, planes.get());
-    if (grad_x) film_grads.grad_x(*grad_x);
-    if (grad_y) film_grads.grad_y(*grad_y);
-    if (trains_film) film_grads.add_parameters(grad_film_weight, false, film_bias_totals);
+  checks.of_dtype("film", film, compute_dtype(features[0].scalar_type()),
+                  sizes.with(2 * sizes.hidden), features[0]);
+  checks.masks(present, 2, sizes.leading, features[0]);
+  const FilmArguments head = as_matrices(sizes, features, weights, present);
+  auto grads = dispatch_dtype(head.compute, [&](auto type) {
+    return FilmCall<decltype(type)>(head, biases)
+        .backward(grad_outputs, film, needs, {encoder_leak, head_leak});
   });
-  if (grad_x) clear_absent(0, head.rows, masks[0], *grad_x);
-  if (grad_y) clear_absent(0, head.rows, masks[1], *grad_y);
-  const OutGradients out_grads(head, grads, modulation, film_bias, head_leak);
-  if (grad_out_weight) out_grads.weight(*grad_out_weight);
-  if (needs.biases[0]) results.push_back(rounded(film_bias_totals, head.compute));
-  if (needs.biases[1]) results.push_back(out_grads.bias());
-  return to_storage(std::move(results), head.storage);
+  return to_storage(std::move(grads), head.storage);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dgl_ext, CPU, m) {
-  m.impl("film_head_forward", DGL_EXT_CPU_OP(&forward));
-  m.impl("film_head_backward", DGL_EXT_CPU_OP(&backward));
+  m.impl(FilmOps::kForward, DGL_EXT_CPU_OP(&forward<FilmOps>));
+  m.impl(FilmOps::kBackward, DGL_EXT_CPU_OP(&backward));
+  m.impl(FilmOps::kStep, DGL_EXT_CPU_OP(&step<FilmOps>));
 }
 
 }  // namespace dgl_ext::cpu

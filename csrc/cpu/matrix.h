@@ -72,14 +72,10 @@ inline Tensor to_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-// Calls f with a value of the C++ type of a compute dtype.
+// What f returns for a value of the C++ type of a compute dtype.
 template <typename F>
-void dispatch_dtype(ScalarType dtype, const F& f) {
-  if (dtype == ScalarType::Double) {
-    f(double{});
-  } else {
-    f(float{});
-  }
+auto dispatch_dtype(ScalarType dtype, const F& f) {
+  return dtype == ScalarType::Double ? f(double{}) : f(float{});
 }
 
 // A view of rows x cols elements that keeps the tensor it looks into alive.
@@ -303,53 +299,6 @@ inline Tensor bias_or_zeros(const std::optional<Tensor>& bias, int64_t size, Sca
   return zeros;
 }
 
-// A gradient that may be absent, and the share of it that counts.
-struct Share {
-  const std::optional<MatrixView>& grad;
-  double scale;
-};
-
-// The terms that are there and count.
-template <typename T>
-std::vector<Term<T>> terms_of(const std::vector<Share>& shares) {
-  std::vector<Term<T>> terms;
-  for (const Share& share : shares) {
-    if (share.grad && share.scale != 0) {
-      terms.push_back({share.grad->template strided<T>(), static_cast<T>(share.scale)});
-    }
-  }
-  return terms;
-}
-
-// out = sum_k scale_k grad_k, for a row-major out
-inline void mix_into(const std::vector<Share>& shares, const MatrixView& out) {
-  dispatch_dtype(out.dtype(), [&](auto type) {
-    using T = decltype(type);
-    const auto terms = terms_of<T>(shares);
-    T* data = out.data<T>();
-    parallel_ranges(out.rows, out.cols, [&](int64_t begin, int64_t end) {
-      mix<T>(begin, end, out.cols, terms.data(), terms.size(), data);
-    });
-  });
-}
-
-// sum_k scale_k grad_k: a view where that is one gradient as it is, else a new matrix.
-inline MatrixView mixed(const std::vector<Share>& shares, int64_t rows, int64_t cols,
-                        ScalarType dtype) {
-  const Share* only = nullptr;
-  int count = 0;
-  for (const Share& share : shares) {
-    if (share.grad && share.scale != 0) {
-      only = &share;
-      ++count;
-    }
-  }
-  if (count == 1 && only->scale == 1) return *only->grad;
-  MatrixView out = empty_matrix(rows, cols, dtype);
-  mix_into(shares, out);
-  return out;
-}
-
 // totals[c] += the column sums of the terms: the gradient of a bias.
 template <typename T>
 void add_sums(const std::vector<Term<T>>& terms, int64_t rows, std::vector<double>& totals) {
@@ -366,15 +315,6 @@ inline Tensor rounded(const std::vector<double>& totals, ScalarType dtype) {
     std::copy(totals.begin(), totals.end(), static_cast<T*>(out.data_ptr()));
   });
   return out;
-}
-
-// The column sums of sum_k scale_k grad_k.
-inline Tensor summed_rows(const std::vector<Share>& shares, int64_t rows, int64_t cols,
-                          ScalarType dtype) {
-  std::vector<double> totals(cols, 0.0);
-  dispatch_dtype(dtype,
-                 [&](auto type) { add_sums(terms_of<decltype(type)>(shares), rows, totals); });
-  return rounded(totals, dtype);
 }
 
 }  // namespace dgl_ext

@@ -1,5 +1,5 @@
-// What the steps of all heads share on the CPU: the target and its masks, the losses, and how many
-// rows the workspace holds.
+// What the steps of all heads share on the CPU: the target, the losses, how many rows the workspace
+// holds, and the op.
 
 #pragma once
 
@@ -15,8 +15,7 @@
 #include <vector>
 
 #include "cpu/cross_entropy.h"
-#include "cpu/matrix.h"
-#include "cpu/present.h"
+#include "cpu/head.h"
 
 namespace dgl_ext::cpu {
 
@@ -90,13 +89,13 @@ auto reader_of(ScalarType stored) {
 class BranchLosses {
  public:
   BranchLosses(const Checks& checks, const HeadSizes& sizes, ScalarType dtype,
-               const StepInputs& inputs, const OptionalTensors& present, const LossOptions& options)
+               const StepInputs& inputs, const Masks& masks, const LossOptions& options)
       : options_(options),
         modalities_(static_cast<int64_t>(options.alpha.size())),
         rows_(sizes.rows),
         classes_(sizes.classes),
         dtype_(dtype),
-        masks_(present, modalities_, rows_),
+        masks_(masks),
         counted_(branches(), 0),
         divisors_(branches(), 0.0),
         correct_(branches()) {
@@ -116,8 +115,6 @@ class BranchLosses {
   }
 
   int64_t branches() const { return modalities_ + 1; }
-  // Null where no row lacks the modality.
-  const bool* present(int64_t modality) const { return masks_[modality]; }
 
   void start_chunk(int64_t first_row) { first_row_ = first_row; }
 
@@ -243,7 +240,7 @@ class BranchLosses {
   std::optional<Tensor> soft_;
   const void* class_weight_ = nullptr;
   const void* sample_weight_ = nullptr;
-  Masks masks_;
+  const Masks& masks_;
   std::vector<int64_t> counted_;
   std::vector<double> divisors_;  // of the means
   std::vector<std::atomic<int64_t>> correct_;
@@ -259,8 +256,8 @@ inline std::vector<Tensor> with_gradients(std::vector<Tensor> results, std::vect
   return results;
 }
 
-// The op of one head. `Op` has its name, what parses its arguments, and the class that does it.
-template <class Op>
+// The op of one head that trains it; see `forward`.
+template <class Head>
 std::vector<Tensor> step(std::vector<Tensor> features, std::vector<Tensor> weights,
                          OptionalTensors biases, Tensor target, std::optional<Tensor> class_weight,
                          std::optional<Tensor> sample_weight, OptionalTensors present,
@@ -269,23 +266,22 @@ std::vector<Tensor> step(std::vector<Tensor> features, std::vector<Tensor> weigh
                          std::vector<bool> needs_weights, std::vector<bool> needs_biases,
                          double encoder_leak, double head_leak, int64_t workspace_limit,
                          bool /* allow_tf32 */, int64_t executor) {
-  const Checks checks(Op::kName);
+  const Checks checks(Head::kStep);
   checks.executor(executor);
-  const auto head = Op::kParse(checks, features, weights);
+  const auto sizes = (checks.*Head::kSizes)(features, weights);
   checks.biases(biases, weights, features[0]);
   const StepInputs inputs{target, class_weight, sample_weight};
-  checks.step(inputs, present, alpha, label_smoothing, workspace_limit, features.size(), head,
+  checks.step(inputs, present, alpha, label_smoothing, workspace_limit, features.size(), sizes,
               features[0]);
   const Needs needs{needs_features, needs_weights, needs_biases};
   checks.needs(needs, encoder_leak, head_leak, features.size(), weights.size());
   if (workspace_limit == 0) workspace_limit = kDefaultWorkspace;
-  BranchLosses losses(checks, head, head.compute, inputs, present,
+  const auto head = as_matrices(sizes, features, weights, present);
+  BranchLosses losses(checks, sizes, head.compute, inputs, head.masks,
                       {alpha, mean, ignore_index, label_smoothing});
-  std::vector<Tensor> grads;
-  dispatch_dtype(head.compute, [&](auto type) {
-    typename Op::template Step<decltype(type)> step(head, biases, needs, losses, encoder_leak,
-                                                    head_leak, workspace_limit);
-    grads = step.run(features, weights);
+  auto grads = dispatch_dtype(head.compute, [&](auto type) {
+    return typename Head::template Call<decltype(type)>(head, biases)
+        .step(losses, needs, {encoder_leak, head_leak}, workspace_limit);
   });
   return with_gradients(losses.results(), std::move(grads), head.storage);
 }
