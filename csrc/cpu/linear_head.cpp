@@ -39,7 +39,9 @@ class LinearCall {
         grad_weights_(head.modalities()) {
     for (int64_t i = 0; i < head.modalities(); ++i) {
       weights_.push_back(part(head.weights[owner(i)], i));
+      width_ += head.features[i].cols;
     }
+    dots_ = prefers_dots();
     for (const auto& bias : biases) {
       bias_rows_.push_back(bias_or_zeros(bias, head.classes, head.compute));
       const T* data = bias_data(bias_rows_.size() - 1);
@@ -54,7 +56,8 @@ class LinearCall {
       logits.push_back(empty_cpu(head_.with(head_.classes), head_.compute));
       plane = static_cast<T*>(logits.back().data_ptr());
     }
-    rows_ = head_.rows;
+    rows_ = chunk_ = head_.rows;
+    place_products();
     make_products(0);
     parallel_ranges(rows_, head_.classes * head_.modalities(),
                     [&](int64_t begin, int64_t end) { combine(begin, end); });
@@ -72,7 +75,7 @@ class LinearCall {
     rows_ = chunk_ = head_.rows;
     workspace_ = allocate<T>(most_mixes(needs, leaks) * chunk_ * head_.classes);
     plan_gradients(needs, leaks);
-    run_by_products(0);
+    run(0);
     return grads_.results(head_.masks);
   }
 
@@ -87,19 +90,14 @@ class LinearCall {
     }
     const int64_t planes = losses.branches() + most_mixes(needs, leaks);
     chunk_ = choose_chunk(planes, workspace_limit);
-    dots_ = prefers_dots();
     workspace_ = allocate<T>(planes * chunk_ * head_.classes);
     for (T*& plane : planes_) plane = new_plane();
+    place_products();
     plan_gradients(needs, leaks);
-    const bool by_rows = runs_by_rows();
     for_chunks(head_.rows, chunk_, [&](int64_t first_row, int64_t rows) {
       rows_ = rows;
       losses.start_chunk(first_row);
-      if (by_rows) {
-        run_by_rows();
-      } else {
-        run_by_products(first_row);
-      }
+      run(first_row);
     });
     return grads_.results(head_.masks);
   }
@@ -182,41 +180,58 @@ class LinearCall {
   bool runs_by_rows() const {
     const int64_t most = int64_t{1} << (dots_ || isa() == Isa::kPortable ? 27 : 32);
     if (chunk_ < head_.rows || !may_run_own()) return false;
-    int64_t width = 0;
     for (int64_t i = 0; i < head_.modalities(); ++i) {
-      const int64_t each = head_.features[i].cols;
       if (!head_.features[i].has_contiguous_rows() || !weights_[i].has_contiguous_rows() ||
-          (dots_ && each > kLongestDots)) {
+          (dots_ && head_.features[i].cols > kLongestDots)) {
         return false;
       }
-      width += each;
     }
-    return head_.rows * head_.classes * width <= most;
+    return head_.rows * head_.classes * width_ <= most;
+  }
+
+  // A modality's product goes where its logits will be.
+  void place_products() {
+    for (int64_t i = 0; i < head_.modalities(); ++i) {
+      branches_.push_back({row_major(planes_[i + 1]), bias_data(owner(i)), planes_[i + 1]});
+    }
+  }
+
+  // Calls f(begin, end) for ranges of rows, each of which meets the weights.
+  template <typename F>
+  void for_rows(const F& f) const {
+    parallel_ranges(rows_, head_.classes * (width_ / 4 + 16), f);
+  }
+
+  // h_i W_i^T of a range of rows
+  void multiply_rows(int64_t begin, int64_t end) {
+    const int64_t classes = head_.classes;
+    for (int64_t i = 0; i < head_.modalities(); ++i) {
+      const MatrixView& feature = head_.features[i];
+      const Strided<T> weight = weights_[i].template strided<T>();
+      if (dots_) {
+        matmul_dots<T>(begin, end, classes, feature.cols, feature.template strided<T>(), weight,
+                       planes_[i + 1]);
+      } else {  // the logits' transpose, so that the features are packed: the weight is larger
+        matmul_packed<T>(0, classes, begin, end, feature.cols, weight,
+                         feature.transposed().template strided<T>(), {planes_[i + 1], 1, classes});
+      }
+    }
+  }
+
+  void run(int64_t first_row) {
+    if (runs_by_rows()) {
+      run_by_rows();
+    } else {
+      run_by_products(first_row);
+    }
   }
 
   // Two passes over the threads: rows to their losses and features' gradients, while they are in
   // cache; then columns of the weights' gradients.
   void run_by_rows() {
     const int64_t classes = head_.classes;
-    int64_t width = 0;
-    branches_.clear();
-    for (int64_t i = 0; i < head_.modalities(); ++i) {
-      branches_.push_back({row_major(planes_[i + 1]), bias_data(owner(i)), planes_[i + 1]});
-      width += head_.features[i].cols;
-    }
-    parallel_ranges(rows_, classes * (width / 4 + 16), [&](int64_t begin, int64_t end) {
-      for (int64_t i = 0; i < head_.modalities(); ++i) {
-        const MatrixView& feature = head_.features[i];
-        const Strided<T> weight = weights_[i].template strided<T>();
-        if (dots_) {
-          matmul_dots<T>(begin, end, classes, feature.cols, feature.template strided<T>(), weight,
-                         planes_[i + 1]);
-        } else {  // the logits' transpose, so that the features are packed: the weight is larger
-          matmul_packed<T>(0, classes, begin, end, feature.cols, weight,
-                           feature.transposed().template strided<T>(),
-                           {planes_[i + 1], 1, classes});
-        }
-      }
+    for_rows([&](int64_t begin, int64_t end) {
+      if (losses_ != nullptr) multiply_rows(begin, end);
       finish_planes(begin, end);
       for (int64_t i = 0; i < head_.modalities(); ++i) {
         if (!grads_.features[i]) continue;
@@ -229,10 +244,10 @@ class LinearCall {
     if (!needs_.head()) return;
 
     constexpr int64_t kUnit = 64;  // columns: whole cache lines and vectors
-    const int64_t units = std::max<int64_t>(1, (width + kUnit - 1) / kUnit);
+    const int64_t units = std::max<int64_t>(1, (width_ + kUnit - 1) / kUnit);
     parallel_ranges(units, kUnit * rows_ * classes / 8, [&](int64_t begin, int64_t end) {
       int64_t first = begin * kUnit;  // columns of what is left
-      int64_t last = std::min(width, end * kUnit);
+      int64_t last = std::min(width_, end * kUnit);
       for (int64_t i = 0; i < head_.modalities(); ++i) {
         const int64_t cols = head_.features[i].cols;
         if (grad_weights_[i] && first < cols && last > 0) {
@@ -271,15 +286,14 @@ class LinearCall {
   // h_i W_i^T
   void make_products(int64_t first_row) {
     partials_.clear();
-    branches_.clear();
     for (int64_t i = 0; i < head_.modalities(); ++i) {
       partials_.push_back(linear(head_.features[i].row_block(first_row, rows_), weights_[i],
                                  matrix(planes_[i + 1])));
-      branches_.push_back(
-          {partials_[i].template strided<T>(), bias_data(owner(i)), planes_[i + 1]});
+      branches_[i].partial = partials_[i].template strided<T>();
     }
   }
 
+  // From products to logits.
   void combine(int64_t begin, int64_t end) {
     combine_logits<T>(begin, end, head_.classes, branches_.data(), head_.modalities(),
                       fused_bias_.data(), planes_[0]);
@@ -327,7 +341,8 @@ class LinearCall {
   std::vector<T> fused_bias_;
   BranchLosses* losses_ = nullptr;  // of the step
   std::vector<bool> residual_;      // whether a branch's plane is to become its residual
-  bool dots_ = false;
+  int64_t width_ = 0;               // of all features
+  bool dots_;
   int64_t chunk_ = 0;
   int64_t rows_ = 0;  // of the chunk
   std::unique_ptr<T[]> workspace_;

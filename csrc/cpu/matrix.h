@@ -78,57 +78,50 @@ auto dispatch_dtype(ScalarType dtype, const F& f) {
   return dtype == ScalarType::Double ? f(double{}) : f(float{});
 }
 
-// A view of rows x cols elements that keeps the tensor it looks into alive.
+// A view of rows x cols elements of a compute dtype.
 class MatrixView {
  public:
   int64_t rows;
   int64_t cols;
 
-  // (..., D) as a matrix of one row per sample; copies only if no single row stride reaches them.
+  // (..., D) as a matrix of one row per sample, which keeps the tensor alive; copies only if no
+  // single row stride reaches them.
   static MatrixView from_rows(const Tensor& tensor) {
-    const int64_t dims = tensor.dim();
-    const auto sizes = tensor.sizes();
-    const auto strides = tensor.strides();
-    const int64_t cols = sizes[dims - 1];
-    const int64_t rows = leading_count(shape_of(tensor));
-    if (tensor.numel() == 0) {  // has no address to compute, and any strides
-      return MatrixView(tensor, 0, rows, cols, std::max<int64_t>(1, cols), 1);
+    const int64_t last = tensor.dim() - 1;
+    const int64_t cols = tensor.size(last);
+    int64_t row_stride = std::max<int64_t>(1, cols), col_stride = 1;
+    if (tensor.numel() > 0) {  // else it has any strides
+      const std::optional<int64_t> single = single_row_stride(tensor);
+      if (!single) return from_rows(torch::stable::contiguous(tensor));
+      row_stride = *single;
+      col_stride = tensor.stride(last);
     }
-    const std::optional<int64_t> row_stride = single_row_stride(tensor);
-    if (!row_stride) return from_rows(torch::stable::contiguous(tensor));
-    return MatrixView(tensor, 0, rows, cols, *row_stride, strides[dims - 1]);
+    // Inputs are only read, and results are ours: nothing is written that is copied on write.
+    return MatrixView(const_cast<void*>(tensor.const_data_ptr()), leading_count(shape_of(tensor)),
+                      cols, row_stride, col_stride, tensor.scalar_type(), tensor);
   }
 
   // A row-major matrix on memory that the caller keeps alive.
-  template <typename T>
-  static MatrixView from_memory(T* data, int64_t rows, int64_t cols, ScalarType dtype) {
-    const std::array<int64_t, 2> sizes{rows, cols};
-    const std::array<int64_t, 2> strides{cols, 1};
-    return MatrixView(
-        torch::stable::from_blob(data, sizes, strides,
-                                 torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype),
-        0, rows, cols, std::max<int64_t>(1, cols), 1);
+  static MatrixView from_memory(void* data, int64_t rows, int64_t cols, ScalarType dtype) {
+    return MatrixView(data, rows, cols, std::max<int64_t>(1, cols), 1, dtype, std::nullopt);
   }
 
   MatrixView transposed() const {
-    return MatrixView(tensor_, offset_, cols, rows, col_stride_, row_stride_);
+    return MatrixView(data_, cols, rows, col_stride_, row_stride_, dtype_, owner_);
   }
-
   MatrixView columns(int64_t begin, int64_t count) const {
-    return MatrixView(tensor_, offset_ + begin * col_stride_, rows, count, row_stride_,
-                      col_stride_);
+    return MatrixView(at(begin * col_stride_), rows, count, row_stride_, col_stride_, dtype_,
+                      owner_);
   }
-
   MatrixView row_block(int64_t begin, int64_t count) const {
-    return MatrixView(tensor_, offset_ + begin * row_stride_, count, cols, row_stride_,
-                      col_stride_);
+    return MatrixView(at(begin * row_stride_), count, cols, row_stride_, col_stride_, dtype_,
+                      owner_);
   }
 
   template <typename T>
   T* data() const {
-    return static_cast<T*>(address()) + offset_;
+    return static_cast<T*>(data_);
   }
-
   template <typename T>
   Strided<T> strided() const {
     return {data<T>(), row_stride_, col_stride_};
@@ -136,36 +129,38 @@ class MatrixView {
 
   int64_t row_stride() const { return row_stride_; }
   bool has_contiguous_rows() const { return col_stride_ == 1; }
-  ScalarType dtype() const { return tensor_.scalar_type(); }
+  ScalarType dtype() const { return dtype_; }
 
   // A tensor on the same memory. It is made from the address: a view by an op would cost more and
   // carry autograd state along.
   Tensor view() const {
     const std::array<int64_t, 2> sizes{rows, cols};
     const std::array<int64_t, 2> strides{row_stride_, col_stride_};
-    char* base = static_cast<char*>(address());
-    return torch::stable::from_blob(base + offset_ * tensor_.element_size(), sizes, strides,
-                                    torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                                    tensor_.scalar_type());
+    return torch::stable::from_blob(
+        data_, sizes, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype_);
   }
 
  private:
-  // Inputs are only read, and results are ours: nothing is written that is copied on write.
-  void* address() const { return const_cast<void*>(tensor_.const_data_ptr()); }
-
-  MatrixView(Tensor tensor, int64_t offset, int64_t rows, int64_t cols, int64_t row_stride,
-             int64_t col_stride)
+  MatrixView(void* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
+             ScalarType dtype, std::optional<Tensor> owner)
       : rows(rows),
         cols(cols),
-        tensor_(std::move(tensor)),
-        offset_(offset),
+        data_(data),
         row_stride_(row_stride),
-        col_stride_(col_stride) {}
+        col_stride_(col_stride),
+        dtype_(dtype),
+        owner_(std::move(owner)) {}
 
-  Tensor tensor_;
-  int64_t offset_;
+  void* at(int64_t element) const {
+    const int64_t size = dtype_ == ScalarType::Double ? sizeof(double) : sizeof(float);
+    return static_cast<char*>(data_) + element * size;
+  }
+
+  void* data_;
   int64_t row_stride_;
   int64_t col_stride_;
+  ScalarType dtype_;
+  std::optional<Tensor> owner_;
 };
 
 inline MatrixView empty_matrix(int64_t rows, int64_t cols, ScalarType dtype) {
