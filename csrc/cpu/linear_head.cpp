@@ -196,12 +196,6 @@ class LinearCall {
     }
   }
 
-  // Calls f(begin, end) for ranges of rows, each of which meets the weights.
-  template <typename F>
-  void for_rows(const F& f) const {
-    parallel_ranges(rows_, head_.classes * (width_ / 4 + 16), f);
-  }
-
   // h_i W_i^T of a range of rows
   void multiply_rows(int64_t begin, int64_t end) {
     const int64_t classes = head_.classes;
@@ -227,10 +221,10 @@ class LinearCall {
   }
 
   // Two passes over the threads: rows to their losses and features' gradients, while they are in
-  // cache; then columns of the weights' gradients.
+  // cache; then columns of the weights' gradients. In backward the planes need no products.
   void run_by_rows() {
     const int64_t classes = head_.classes;
-    for_rows([&](int64_t begin, int64_t end) {
+    parallel_ranges(rows_, classes * (width_ / 4 + 16), [&](int64_t begin, int64_t end) {
       if (losses_ != nullptr) multiply_rows(begin, end);
       finish_planes(begin, end);
       for (int64_t i = 0; i < head_.modalities(); ++i) {
