@@ -97,12 +97,12 @@ class FilmCall {
     const int64_t most = 6 * head_.hidden + 2 * kBranches * (head_.hidden + head_.classes);
     const int64_t chunk =
         chunk_rows(head_.rows, most * static_cast<int64_t>(sizeof(T)), workspace_limit);
-    rows_ = chunk;
-    plan_gradients(needs, leaks, {true, true, true});
     const Plane film = plane(chunk, 2 * head_.hidden);
     film_ = film.get();
     hidden_ = plane(kBranches * chunk, head_.hidden);
     logits_ = plane(kBranches * chunk, head_.classes);
+    rows_ = chunk;
+    plan_gradients(needs, leaks, {true, true, true});
     for_chunks(head_.rows, chunk, [&](int64_t first_row, int64_t rows) {
       rows_ = rows;
       first_row_ = first_row;
@@ -161,7 +161,6 @@ class FilmCall {
 
   // Which branches' gradients go through W_o to what is behind it, and which to W_o and b_o.
   void plan_gradients(const Needs& needs, const Leaks& leaks, const Branches& arrives) {
-    grads_ = Gradients(head_, needs);
     leaks_ = leaks;
     const bool leaks_out = leaks.encoder != 0, leaks_in = leaks.head != 0;
     const bool trains_film = needs.weights[0] || needs.biases[0];
@@ -172,6 +171,11 @@ class FilmCall {
         arrives[kOfY] && (needs.features[1] || (leaks_in && needs.biases[0]))};  // W_f sees no y
     to_out_ = {arrives[kFused] && trains_out, arrives[kOfX] && trains_out && leaks_in,
                arrives[kOfY] && trains_out && leaks_in};
+    if (any(to_hidden_)) {
+      hidden_grads_ = plane(kBranches * rows_, head_.hidden);
+      film_grads_ = plane(2 * rows_, 2 * head_.hidden);
+    }
+    grads_ = Gradients(head_, needs);
     for (int64_t i = 0; i < 2; ++i) {
       if (!arrives[i + 1] && !(arrives[kFused] && leaks_out)) {
         Gradients::set_zero(grads_.features[i]);
@@ -179,10 +183,6 @@ class FilmCall {
     }
     if (!arrives[kFused] && !(arrives[kOfX] && leaks_in)) Gradients::set_zero(grads_.weights[0]);
     if (!any(to_out_)) Gradients::set_zero(grads_.weights[1]);
-    if (any(to_hidden_)) {
-      hidden_grads_ = plane(kBranches * rows_, head_.hidden);
-      film_grads_ = plane(2 * rows_, 2 * head_.hidden);
-    }
   }
 
   void make_hidden() {
