@@ -230,7 +230,8 @@ BUGS = [
     ),
     Bug(
         "no grid sync before the rows of a film step", FILM_STEP,
-        "      grid_sync();\n      hide_origin(rows.begin);", "      hide_origin(rows.begin);", GRID_RACE,
+        "      grid_sync();\n      hide_origin(rows.begin);", "      hide_origin(rows.begin);",
+        GRID_RACE,
     ),
     Bug(
         "no grid sync before a step's combine", FILM_STEP,
