@@ -3,9 +3,9 @@
 // x alone leaves h_x = beta, y alone leaves h_y = b_gamma y + b_beta, which needs no GEMM.
 //
 // The three branches are stacked along the rows, [h; h_x; h_y], so that W_o takes part in one
-// product forward, one for the hidden rows' gradients and, where the head's leak is open, one for
-// its own gradient. d is the gradient of h: d = g W_o, d_x = g_x W_o, d_y = g_y W_o, each taken
-// only where something needs it.
+// product forward and in the step in one for the hidden rows' gradients and, where the head's leak
+// is open, one for its own gradient. d is the gradient of h: d = g W_o, d_x = g_x W_o, d_y = g_y
+// W_o, each taken only where something needs it.
 //
 // In backward g, g_x and g_y are the gradients of the logits as they came in. In the step they are
 // residuals, which take the logits' place. There hidden rows and logits of all rows are there at a
@@ -57,21 +57,15 @@ class FilmCall {
   // kept.
   std::vector<Tensor> backward(const OptionalTensors& grad_outputs, const Tensor& film,
                                const Needs& needs, const Leaks& leaks) {
-    const int64_t classes = head_.classes;
     std::vector<Tensor> held;
     film_ = const_cast<T*>(flat_data<T>(film, held));  // only read
     rows_ = head_.rows;
     plan_gradients(needs, leaks,
                    {grad_outputs[kFused].has_value(), grad_outputs[kOfX].has_value(),
                     grad_outputs[kOfY].has_value()});
-    logits_ = plane(kBranches * rows_, classes);
     for (int64_t branch = 0; branch < kBranches; ++branch) {
       if (!to_hidden_[branch] && !to_out_[branch]) continue;
-      const MatrixView grad = MatrixView::from_rows(to_compute(*grad_outputs[branch]));
-      const Term<T> term{grad.strided<T>(), T(1)};
-      parallel_ranges(rows_, classes, [&](int64_t begin, int64_t end) {
-        mix<T>(begin, end, classes, &term, 1, part(logits_, branch, classes));
-      });
+      incoming_[branch] = MatrixView::from_rows(to_compute(*grad_outputs[branch]));
     }
     make_film_grads();
     hidden_grads_.reset();  // makes room for the hidden rows
@@ -134,15 +128,20 @@ class FilmCall {
   MatrixView parts(const Plane& stack, int64_t first, int64_t count, int64_t cols) const {
     return matrix(part(stack, first, cols), count * rows_, cols);
   }
-  // Calls f(first, count) for neighbours that take part: one product does for them.
+  // Calls f(first, count) for branches that take part. In the step neighbours lie side by side: one
+  // product does for them.
   template <typename F>
-  static void for_neighbours(const Branches& of, const F& f) {
+  void for_branches(const Branches& of, const F& f) const {
     for (int64_t first = 0; first < kBranches;) {
       int64_t last = first;
-      while (last < kBranches && of[last]) ++last;
+      while (last < kBranches && of[last] && (last == first || losses_ != nullptr)) ++last;
       if (last > first) f(first, last - first);
-      first = last + 1;
+      first = std::max(last, first + 1);
     }
+  }
+  // The gradients of the logits of neighbours.
+  MatrixView gradients(int64_t first, int64_t count) const {
+    return losses_ != nullptr ? parts(logits_, first, count, head_.classes) : *incoming_[first];
   }
 
   MatrixView x() const { return head_.features[0].row_block(first_row_, rows_); }
@@ -220,9 +219,8 @@ class FilmCall {
   void make_film_grads() {
     if (!any(to_hidden_)) return;
     const int64_t hidden = head_.hidden;
-    for_neighbours(to_hidden_, [&](int64_t first, int64_t count) {
-      matmul(parts(logits_, first, count, head_.classes), head_.weights[1],
-             parts(hidden_grads_, first, count, hidden));
+    for_branches(to_hidden_, [&](int64_t first, int64_t count) {
+      matmul(gradients(first, count), head_.weights[1], parts(hidden_grads_, first, count, hidden));
     });
     // What the fused branch sends to the features.
     const T* leaking = leaks_.encoder != 0 ? hidden_grad(kFused) : nullptr;
@@ -270,26 +268,29 @@ class FilmCall {
   }
 
   // Of W_o and b_o: from the fused branch and, through the leak, the others. Nothing reads the
-  // residuals after this, so the leak scales them in place.
+  // hidden rows after this, so the leak scales them in place.
   void make_out_grads() {
-    const int64_t classes = head_.classes;
     bool add = first_row_ > 0;
-    for_neighbours(to_out_, [&](int64_t first, int64_t count) {
+    std::vector<Term<T>> terms;
+    for_branches(to_out_, [&](int64_t first, int64_t count) {
+      for (int64_t branch = first; branch < first + count; ++branch) {
+        const MatrixView grad = gradients(first, count).row_block((branch - first) * rows_, rows_);
+        terms.push_back({grad.strided<T>(), static_cast<T>(branch == kFused ? 1 : leaks_.head)});
+      }
+      if (!grads_.weights[1]) return;
       const int64_t alone = std::max<int64_t>(first, kOfX);
-      T* unimodal = part(logits_, alone, classes);
-      const T leak = static_cast<T>(leaks_.head);
-      parallel_ranges((first + count - alone) * rows_, classes, [&](int64_t begin, int64_t end) {
-        for (int64_t k = begin * classes; k < end * classes; ++k) unimodal[k] *= leak;
-      });
-      const MatrixView residual = parts(logits_, first, count, classes);
-      if (grads_.weights[1]) {
-        matmul(residual.transposed(), parts(hidden_, first, count, head_.hidden),
-               *grads_.weights[1], add);
-      }
-      if (grads_.biases[1]) {
-        add_sums<T>({{residual.template strided<T>(), T(1)}}, residual.rows, *grads_.biases[1]);
-      }
+      scale(part(hidden_, alone, head_.hidden), (first + count - alone) * rows_, leaks_.head);
+      matmul(gradients(first, count).transposed(), parts(hidden_, first, count, head_.hidden),
+             *grads_.weights[1], add);
       add = true;
+    });
+    if (grads_.biases[1]) add_sums(terms, rows_, *grads_.biases[1]);
+  }
+
+  void scale(T* hidden, int64_t rows, double by) const {
+    const T factor = static_cast<T>(by);
+    parallel_ranges(rows, head_.hidden, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin * head_.hidden; k < end * head_.hidden; ++k) hidden[k] *= factor;
     });
   }
 
@@ -305,7 +306,8 @@ class FilmCall {
   int64_t first_row_ = 0;
   T* film_ = nullptr;  // [gamma | beta]
   Plane hidden_;
-  Plane logits_;  // or their gradients
+  Plane logits_;                                               // and in the step their gradients
+  std::array<std::optional<MatrixView>, kBranches> incoming_;  // in backward
   Plane hidden_grads_;
   Plane film_grads_;
 };

@@ -197,6 +197,11 @@ class BranchLosses {
     }
     for (int64_t branch = 0; branch < branches(); ++branch) {
       const bool* mask = mask_of(branch);
+      if (branch > 0 && mask == nullptr) {
+        counted_[branch] = counted_[0];
+        divisors_[branch] = divisors_[0];
+        continue;
+      }
       for (int64_t r = 0; r < rows_; ++r) {
         if (!has_label(r) || (mask != nullptr && !mask[r])) continue;
         double weight = 1;

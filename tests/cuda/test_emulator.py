@@ -164,10 +164,15 @@ def test_film_computes_only_what_is_wanted(kernels, wanted):
         run(kernels, case, "backward")
 
 
-@pytest.mark.parametrize("executor", ["fused", "library"])
-def test_nothing_wanted_writes_nothing(kernels, executor):
-    run(kernels, LinearCase(wanted=(False,) * 5, executor=executor), "backward")
-    run(kernels, FilmCase(wanted=(), executor=executor), "backward")
+def test_nothing_wanted_writes_nothing(kernels):
+    run(kernels, LinearCase(wanted=(False,) * 5), "backward")
+    run(kernels, FilmCase(wanted=()), "backward")
+
+
+@pytest.mark.parametrize("concat", [True, False])
+def test_one_unimodal_gradient_reaches_its_own_parameters(kernels, concat):
+    case = LinearCase(concat=concat, arrives=(False, False, True), head_leak=0.3)
+    run(kernels, case, "backward")
 
 
 def test_long_thin_weight_gradients_split_the_rows(kernels):

@@ -1,5 +1,5 @@
 // CUDA C++ as the kernels use it, spelled for g++: qualifiers, built-in variables, 16-bit types,
-// barriers, shuffles. Included by csrc/cuda/kernels/intrinsics.cuh when nvcc does not compile.
+// barriers, shuffles. Included, by way of intrinsics.h, where nvcc does not compile.
 #pragma once
 
 #include <cmath>

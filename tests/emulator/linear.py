@@ -191,7 +191,10 @@ class LinearProblem:
         if wanted[-1] and case.concat:
             problem["grad_fused_bias"] = addresses[0]
         elif wanted[-1]:
-            problem["grad_branch_bias"] = addresses
+            reached = [arrives[0] or (own and case.head_leak) for own in arrives[1:]]
+            problem["grad_branch_bias"] = [
+                address if here else 0 for address, here in zip(addresses, reached, strict=True)
+            ]
         memory.check_poison()
         plan = launch(
             self.module, "linear_head_backward", problem, self.precision, case.schedule,

@@ -50,7 +50,7 @@ int& cooperative_limit();
 void launch(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative,
             const std::function<void()>& kernel);
 
-// ---- what kernel code reaches through device_language.h and intrinsics.cuh ----------------------
+// ---- what kernel code reaches through device_language.h and intrinsics.h ------------------------
 
 struct ThreadContext {
   dim3 thread, block, block_size, grid_size;

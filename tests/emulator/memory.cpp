@@ -187,7 +187,7 @@ std::string describe_instruction(const void* instruction) {
     while (fgets(line, sizeof line, pipe)) {
       if (!wrapper) continue;
       line[strcspn(line, "\n (")] = 0;
-      wrapper = strstr(line, "intrinsics.cuh") || strstr(line, "warp_instructions.h");
+      wrapper = strstr(line, "emulator/intrinsics.h") || strstr(line, "warp_instructions.h");
       const char* slash = strrchr(line, '/');
       strcpy(found, slash ? slash + 1 : line);
     }

@@ -278,7 +278,7 @@ BUGS = [
     ),
     Bug(
         "absent rows get the leak's gradient", SUMS,
-        "v[e] = absent ? Accumulator(0) : v[e] * scale;", "v[e] *= scale;", WRONG,
+        "v[e] = absent ? Accumulator(0) : v[e] * to.scale;", "v[e] *= to.scale;", WRONG,
     ),
     Bug(
         "an absent modality takes part in the fused logits", ROWS,

@@ -276,14 +276,16 @@ inline void make_gradients(Results& results, const LinearSizes& sizes,
     const int first = sizes.shared ? 0 : static_cast<int>(w);
     const int last = sizes.shared ? p.head.modalities : first + 1;
     const Matrix grad = results.gradient(needs.weights[w], shape_of(weights[w]), true);
-    for (int i = first; i < last; ++i) {
-      if (!grad.data || p.head.width[i] == 0) continue;
+    bool whole = true;
+    for (int i = first; i < last && grad.data; ++i) {
+      if (p.head.width[i] == 0) continue;
       if (in_step || weight_flows(p, i)) {
         p.grad_weight[i] = moved(grad, sizes.begin[i], results.dtype());
       } else {
-        torch::stable::zero_(results.tensors.back());
+        whole = false;
       }
     }
+    if (!whole) torch::stable::zero_(results.tensors.back());
   }
   if (pair && in_step && !sizes.shared)
     results.order_pair(p.grad_weight[0], p.grad_weight[1], true);

@@ -107,7 +107,7 @@ inline int64_t choose_splits(const LaunchShape& launch, int64_t tiles, const Dev
   if (request.splits > 0) return request.splits;
   return device.multiprocessors / std::max<int64_t>(tiles, 1);
 }
-/// Splits k so that about `target` items exist; returns the elements per split.
+/// Splits k; returns the elements per split.
 inline int64_t choose_depth(int64_t total_steps, int64_t splits, int64_t step) {
   total_steps = std::max<int64_t>(total_steps, 1);
   return ceil_div(total_steps, std::clamp<int64_t>(splits, 1, total_steps)) * step;
