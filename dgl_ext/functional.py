@@ -272,7 +272,8 @@ def fused_decouple_cross_entropy(
         return reference.compute_cross_entropy(fusion, *tensors, loss, *leaks)
     masks = loss.present
     options = StepOptions(head.op, executor, len(tensors[0]), len(masks), loss.numbers, leaks)
-    return step_op.apply(options, *tensors, loss[:3], masks)
+    constants = loss.target, loss.class_weight, loss.sample_weight
+    return step_op.apply(options, *tensors, constants, masks)
 
 
 @functools.lru_cache(typed=True)  # a loop asks for the same step again and again

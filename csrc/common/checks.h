@@ -1,6 +1,6 @@
-// Shapes of tensors, and checks of what the ops receive, so that bad input is an error and never a crash. A plain call
-// from Python has no others (dgl_ext/functional.py); where one fails here, Python then says why in
-// the user's terms.
+// Shapes of tensors, and checks of what the ops receive, so that bad input is an error and never a
+// crash. A plain call from Python has no others (dgl_ext/functional.py); where one fails here,
+// Python then says why in the user's terms.
 
 #pragma once
 

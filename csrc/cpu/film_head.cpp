@@ -2,10 +2,10 @@
 // are h = gamma y + beta, and the logits h W_o^T + b_o. The unimodal branches share W_o and b_o:
 // x alone leaves h_x = beta, y alone leaves h_y = b_gamma y + b_beta, which needs no GEMM.
 //
-// The three branches are stacked along the rows, [h; h_x; h_y], so that W_o takes part in one
-// product forward and in the step in one for the hidden rows' gradients and, where the head's leak
-// is open, one for its own gradient. d is the gradient of h: d = g W_o, d_x = g_x W_o, d_y = g_y
-// W_o, each taken only where something needs it.
+// The three branches are stacked along the rows, [h; h_x; h_y]. So one product takes them through
+// W_o; in the step one takes their gradients back, and where the head's leak is open one makes the
+// gradient of W_o. d is the gradient of h: d = g W_o, d_x = g_x W_o, d_y = g_y W_o, each taken only
+// where something needs it.
 //
 // In backward g, g_x and g_y are the gradients of the logits as they came in. In the step they are
 // residuals, which take the logits' place. There hidden rows and logits of all rows are there at a
@@ -175,13 +175,17 @@ class FilmCall {
       film_grads_ = plane(2 * rows_, 2 * head_.hidden);
     }
     grads_ = Gradients(head_, needs);
+    // Where nothing arrives there is no product: zero times infinity is NaN.
+    const auto finish_unless = [](bool reached, std::optional<MatrixView>& grad) {
+      if (reached || !grad) return;
+      set_zero(*grad);
+      grad.reset();
+    };
     for (int64_t i = 0; i < 2; ++i) {
-      if (!arrives[i + 1] && !(arrives[kFused] && leaks_out)) {
-        Gradients::set_zero(grads_.features[i]);
-      }
+      finish_unless(arrives[i + 1] || (arrives[kFused] && leaks_out), grads_.features[i]);
     }
-    if (!arrives[kFused] && !(arrives[kOfX] && leaks_in)) Gradients::set_zero(grads_.weights[0]);
-    if (!any(to_out_)) Gradients::set_zero(grads_.weights[1]);
+    finish_unless(arrives[kFused] || (arrives[kOfX] && leaks_in), grads_.weights[0]);
+    finish_unless(any(to_out_), grads_.weights[1]);
   }
 
   void make_hidden() {

@@ -99,6 +99,11 @@ HeadArguments<Sizes> as_matrices(const Sizes& sizes, const std::vector<Tensor>& 
   return head;
 }
 
+inline void set_zero(const MatrixView& matrix) {
+  Tensor view = matrix.view();
+  torch::stable::zero_(view);
+}
+
 // The gradients that a call is asked for, in the compute dtype: matrices to write to, and the sums
 // over rows that biases get, which are to be added to.
 class Gradients {
@@ -118,15 +123,6 @@ class Gradients {
       biases.emplace_back();
       if (needs.biases[w]) biases.back() = std::vector<double>(weight.rows, 0.0);
     }
-  }
-
-  // Of a gradient that nothing reaches. The product that would make it must not be taken: zero
-  // times infinity is NaN.
-  static void set_zero(std::optional<MatrixView>& grad) {
-    if (!grad) return;
-    Tensor zeros = grad->view();
-    torch::stable::zero_(zeros);
-    grad.reset();
   }
 
   // As tensors: features', weights', biases'.

@@ -14,9 +14,8 @@
 //     mixed      g_i + encoder_leak g, and g + head_leak g_i, where a leak is open
 //
 // In backward g and g_i are the gradients of the logits as they came in. In the step they are
-// residuals, which take the logits' place. There the planes of all rows are there at a time where
-// they fit the workspace; else rows run in chunks, and the head's gradients are summed over the
-// chunks.
+// residuals, which take the logits' place. Its planes of all rows are there at a time where they
+// fit the workspace; else rows run in chunks, and the head's gradients are summed over the chunks.
 
 #include <torch/csrc/stable/library.h>
 
@@ -64,18 +63,48 @@ class LinearCall {
     return to_storage(std::move(logits), head_.storage);
   }
 
-  // The gradients that are needed, from those of the logits, fused first.
+  // The gradients that are needed, from those of the logits, fused first. Those are read where they
+  // are, and what is mixed of them is there for one product at a time.
   std::vector<Tensor> backward(const OptionalTensors& grad_outputs, const Needs& needs,
                                const Leaks& leaks) {
-    std::vector<Tensor> held;
-    for (size_t k = 0; k < planes_.size(); ++k) {
-      if (!grad_outputs[k]) continue;
-      planes_[k] = const_cast<T*>(flat_data<T>(to_compute(*grad_outputs[k]), held));  // only read
+    std::vector<std::optional<MatrixView>> incoming(planes_.size());
+    for (size_t k = 0; k < incoming.size(); ++k) {
+      if (grad_outputs[k]) incoming[k] = MatrixView::from_rows(to_compute(*grad_outputs[k]));
     }
-    rows_ = chunk_ = head_.rows;
-    workspace_ = allocate<T>(most_mixes(needs, leaks) * chunk_ * head_.classes);
-    plan_gradients(needs, leaks);
-    run(0);
+    // The sum of what arrives: a view where that is one of them as it is.
+    const auto mixed = [&](int64_t whole, int64_t leaking, double leak) {
+      const std::optional<MatrixView> leaked = leak != 0 ? incoming[leaking] : std::nullopt;
+      if (!leaked) return incoming[whole];
+      if (!incoming[whole] && leak == 1) return leaked;
+      std::vector<Term<T>> terms{{leaked->template strided<T>(), static_cast<T>(leak)}};
+      if (incoming[whole]) terms.push_back({incoming[whole]->template strided<T>(), T(1)});
+      const MatrixView out = empty_matrix(head_.rows, head_.classes, head_.compute);
+      parallel_ranges(out.rows, out.cols, [&](int64_t begin, int64_t end) {
+        mix<T>(begin, end, out.cols, terms.data(), terms.size(), out.template data<T>());
+      });
+      return std::optional(out);
+    };
+    grads_ = Gradients(head_, needs);
+    for (int64_t i = 0; i < head_.modalities(); ++i) {
+      if (grads_.features[i]) {
+        const auto residual = mixed(i + 1, 0, leaks.encoder);
+        set_product(residual, weights_[i], *grads_.features[i]);
+      }
+      if (grads_.weights[owner(i)]) {
+        auto residual = mixed(0, i + 1, leaks.head);
+        if (residual) residual = residual->transposed();
+        set_product(residual, head_.features[i], part(*grads_.weights[owner(i)], i));
+      }
+    }
+    for (size_t b = 0; b < grads_.biases.size(); ++b) {
+      if (!grads_.biases[b]) continue;
+      std::vector<Term<T>> terms;
+      for_bias_terms(b, leaks.head, [&](int64_t branch, double share) {
+        if (!incoming[branch]) return;
+        terms.push_back({incoming[branch]->template strided<T>(), static_cast<T>(share)});
+      });
+      add_sums(terms, head_.rows, *grads_.biases[b]);
+    }
     return grads_.results(head_.masks);
   }
 
@@ -136,16 +165,32 @@ class LinearCall {
   }
   T* new_plane() { return workspace_.get() + planes_made_++ * chunk_ * head_.classes; }
 
-  // The plane of whole + leak * leaking. It is a new one only where neither is that sum as it is,
-  // and null where nothing arrives.
+  // The plane of whole + leak * leaking: a new one where the leak is open.
   T* mixed(T* whole, T* leaking, double leak) {
-    if (leak == 0 || leaking == nullptr) return whole;
-    if (leak == 1 && whole == nullptr) return leaking;
-    Mix mix{{}, new_plane()};
-    if (whole != nullptr) mix.terms.push_back({row_major(whole), T(1)});
-    mix.terms.push_back({row_major(leaking), static_cast<T>(leak)});
-    mixes_.push_back(mix);
-    return mix.out;
+    if (leak == 0) return whole;
+    mixes_.push_back(
+        {{{row_major(whole), T(1)}, {row_major(leaking), static_cast<T>(leak)}}, new_plane()});
+    return mixes_.back().out;
+  }
+
+  // Calls f(branch, share) for what the gradient of a bias is summed from. The shared bias is in
+  // every modality's logits, a bias of one modality in its own.
+  template <typename F>
+  void for_bias_terms(size_t b, double leak, const F& f) const {
+    f(0, 1.0);
+    for (int64_t i = 0; leak != 0 && i < head_.modalities(); ++i) {
+      if (owner(i) == b) f(i + 1, leak);
+    }
+  }
+
+  // Where nothing arrives there is no product: zero times infinity is NaN.
+  static void set_product(const std::optional<MatrixView>& a, const MatrixView& b,
+                          const MatrixView& out) {
+    if (a) {
+      matmul(*a, b, out);
+    } else {
+      set_zero(out);
+    }
   }
 
   // From which plane each gradient comes.
@@ -156,12 +201,10 @@ class LinearCall {
     for (int64_t i = 0; i < head_.modalities(); ++i) {
       if (grads_.features[i]) {
         feature_planes_[i] = mixed(planes_[i + 1], planes_[0], leaks.encoder);
-        if (feature_planes_[i] == nullptr) Gradients::set_zero(grads_.features[i]);
       }
       if (const auto& whole = grads_.weights[owner(i)]) {
         grad_weights_[i] = part(*whole, i);
         weight_planes_[i] = mixed(planes_[0], planes_[i + 1], leaks.head);
-        if (weight_planes_[i] == nullptr) Gradients::set_zero(grad_weights_[i]);
       }
     }
   }
@@ -221,11 +264,11 @@ class LinearCall {
   }
 
   // Two passes over the threads: rows to their losses and features' gradients, while they are in
-  // cache; then columns of the weights' gradients. In backward the planes need no products.
+  // cache; then columns of the weights' gradients.
   void run_by_rows() {
     const int64_t classes = head_.classes;
     parallel_ranges(rows_, classes * (width_ / 4 + 16), [&](int64_t begin, int64_t end) {
-      if (losses_ != nullptr) multiply_rows(begin, end);
+      multiply_rows(begin, end);
       finish_planes(begin, end);
       for (int64_t i = 0; i < head_.modalities(); ++i) {
         if (!grads_.features[i]) continue;
@@ -257,11 +300,9 @@ class LinearCall {
   }
 
   void run_by_products(int64_t first_row) {
-    if (losses_ != nullptr) make_products(first_row);
-    if (losses_ != nullptr || !mixes_.empty()) {
-      parallel_ranges(rows_, 4 * head_.classes * static_cast<int64_t>(planes_.size()),
-                      [&](int64_t begin, int64_t end) { finish_planes(begin, end); });
-    }
+    make_products(first_row);
+    parallel_ranges(rows_, 4 * head_.classes * static_cast<int64_t>(planes_.size()),
+                    [&](int64_t begin, int64_t end) { finish_planes(begin, end); });
     for (int64_t i = 0; i < head_.modalities(); ++i) {
       if (!grads_.features[i]) continue;
       matmul(matrix(feature_planes_[i]), weights_[i],
@@ -293,14 +334,12 @@ class LinearCall {
                       fused_bias_.data(), planes_[0]);
   }
 
-  // From products to residuals, in the step, and from them to what is mixed.
+  // From products to residuals, and from them to what is mixed.
   void finish_planes(int64_t begin, int64_t end) {
     for_cached_rows(begin, end, head_.classes, [&](int64_t first, int64_t last) {
-      if (losses_ != nullptr) {
-        combine(first, last);
-        for (size_t k = 0; k < planes_.size(); ++k) {
-          losses_->template add_rows<T>(first, last, k, residual_[k], planes_[k]);
-        }
+      combine(first, last);
+      for (size_t k = 0; k < planes_.size(); ++k) {
+        losses_->template add_rows<T>(first, last, k, residual_[k], planes_[k]);
       }
       for (const Mix& each : mixes_) {
         mix<T>(first, last, head_.classes, each.terms.data(), each.terms.size(), each.out);
@@ -308,18 +347,14 @@ class LinearCall {
     });
   }
 
-  // A range of classes of the biases' gradients. The shared bias is in every modality's logits, a
-  // bias of one modality in its own.
+  // A range of classes of the biases' gradients.
   void add_biases(int64_t begin, int64_t end) {
     for (size_t b = 0; b < grads_.biases.size(); ++b) {
       if (!grads_.biases[b]) continue;
       std::vector<Term<T>> terms;
-      if (planes_[0] != nullptr) terms.push_back({row_major(planes_[0]), T(1)});
-      for (int64_t i = 0; leaks_.head != 0 && i < head_.modalities(); ++i) {
-        if (owner(i) == b && planes_[i + 1] != nullptr) {
-          terms.push_back({row_major(planes_[i + 1]), static_cast<T>(leaks_.head)});
-        }
-      }
+      for_bias_terms(b, leaks_.head, [&](int64_t branch, double share) {
+        terms.push_back({row_major(planes_[branch]), static_cast<T>(share)});
+      });
       add_column_sums<T>(begin, end, rows_, terms.data(), terms.size(), grads_.biases[b]->data());
     }
   }
@@ -341,7 +376,7 @@ class LinearCall {
   int64_t rows_ = 0;  // of the chunk
   std::unique_ptr<T[]> workspace_;
   int64_t planes_made_ = 0;
-  std::vector<T*> planes_;  // of the branches, fused first; null where no gradient came in
+  std::vector<T*> planes_;  // of the branches, fused first
   std::vector<Mix> mixes_;
   std::vector<T*> feature_planes_;  // what a gradient of each modality is made from
   std::vector<T*> weight_planes_;
