@@ -30,9 +30,12 @@ struct FilmRows : ElementKernel<StepRows, StepLosses<C>::kSharedBytes> {
   using Step = FilmStep<C>;
   static __device__ __forceinline__ void run(const StepRows& chunk) {
     const FilmStepArguments& args = chunk.args;
-    count_by_one_cta<C>(args.step, chunk.rows);
-    Step::Losses::run_rows(args.step, shared_memory<C>(), chunk.rows, FilmLogits<C>{args.forward});
-    if (args.step.plan.gradients) Step::Gradients::prepare_features(args.backward, chunk.rows);
+    RowRange rows = chunk.rows;
+    hide_origin(rows.begin);
+    hide_origin(rows.count);
+    count_by_one_cta<C>(args.step, rows);
+    Step::Losses::run_rows(args.step, shared_memory<C>(), rows, FilmLogits<C>{args.forward});
+    if (args.step.plan.gradients) Step::Gradients::prepare_features(args.backward, rows);
   }
 };
 

@@ -39,11 +39,14 @@ struct LinearRows : ElementKernel<OfRows<LinearStepArguments>, StepLosses<C>::kS
   static __device__ __forceinline__ void run(const OfRows<LinearStepArguments>& chunk) {
     auto* shared = shared_memory<C>();
     const LinearStepArguments& args = chunk.args;
-    count_by_one_cta<C>(args.step, chunk.rows);
-    Step::Losses::run_rows(args.step, shared, chunk.rows, LinearLogits<C>{args.forward});
+    RowRange rows = chunk.rows;
+    hide_origin(rows.begin);
+    hide_origin(rows.count);
+    count_by_one_cta<C>(args.step, rows);
+    Step::Losses::run_rows(args.step, shared, rows, LinearLogits<C>{args.forward});
     if (!args.step.plan.gradients) return;
-    Step::Gradients::copy_masked(args.backward, chunk.rows);
-    Step::Gradients::sum_biases(args.backward, shared, chunk.rows);
+    Step::Gradients::copy_masked(args.backward, rows);
+    Step::Gradients::sum_biases(args.backward, shared, rows);
   }
 };
 template <class C>
