@@ -250,7 +250,13 @@ class FilmCall {
     const bool leaks = leaks_.head != 0;
     const MatrixView grad = film_grad_plane(0, hidden_grad(kFused), 1,
                                             leaks ? hidden_grad(kOfX) : nullptr, leaks_.head);
-    if (grads_.weights[0]) matmul(grad.transposed(), x(), *grads_.weights[0], first_row_ > 0);
+    if (grads_.weights[0] && hidden_grad(kFused) != nullptr) {
+      matmul(grad.transposed(), x(), *grads_.weights[0], first_row_ > 0);
+    } else if (grads_.weights[0]) {  // beta's half alone: zero times infinity is NaN
+      set_zero(grads_.weights[0]->row_block(0, hidden));
+      matmul(grad.columns(hidden, hidden).transposed(), x(),
+             grads_.weights[0]->row_block(hidden, hidden));
+    }
     if (!grads_.biases[0]) return;
     std::vector<Term<T>> terms{{grad.strided<T>(), T(1)}};
     if (leaks && hidden_grad(kOfY) != nullptr) {

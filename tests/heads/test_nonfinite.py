@@ -105,3 +105,17 @@ def test_a_branch_without_gradient_meets_no_infinity(fusion, backend, modality, 
             assert grad[:, others].isfinite().all()
         elif grad is not None and name not in seen:
             assert grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("arrives", [{1}, {1, 2}])
+def test_gamma_hears_nothing_from_infinite_x_alone(backend, arrives):
+    """x alone is beta(x): its logits send nothing to the rows of W_f that make gamma."""
+    problem = make_problem("film", leading=(ROWS,), seed=5)
+    with torch.no_grad():
+        problem.features[0][2] = float("inf")
+    logits = problem.call(dgl_ext.fused_decouple, head_leak=0.25, backend=backend)
+    cotangents = [c if i in arrives else None for i, c in enumerate(cotangents_like(logits))]
+    gamma, beta = gradients(logits, problem, cotangents)["weight[0]"].chunk(2)
+    assert not gamma.any()
+    assert not beta.isfinite().any()

@@ -100,13 +100,10 @@ struct FilmGradients : RowSums<C, kStep> {
     return workspace_at<Accumulator>(args.workspace, args.plan.out_weight_partial_offset) +
            split * args.problem.head.classes * args.plan.padded_hidden;
   }
-  static __device__ __forceinline__ int64_t film_weight_pitch(const Arguments& args) {
-    return round_up(args.problem.head.condition_width, 8);
-  }
   static __device__ __forceinline__ Accumulator* film_weight_partial(const Arguments& args,
                                                                      int64_t row) {
     return workspace_at<Accumulator>(args.workspace, args.plan.film_weight_partial_offset) +
-           row * film_weight_pitch(args);
+           row * args.plan.padded_condition;
   }
   /// Columns: [gamma|beta] of the film bias, then the output's bias.
   static __device__ __forceinline__ Accumulator* bias_partial(const Arguments& args, int64_t split,
@@ -266,17 +263,15 @@ struct FilmGradients : RowSums<C, kStep> {
     const FilmHeadBackward& p = args.problem;
     const Accumulator encoder = p.leaks.encoder, head = p.leaks.head;
     const int64_t pitch = args.plan.padded_hidden, hidden = p.head.hidden;
-    const bool has_fused = args.plan.need_branch[0];
     const auto combine_run = [&](int64_t row, int64_t column, int count) {
       Accumulator fused[kRun], x_alone[kRun], y[kRun], v[kRun];
       read_branch(args, 0, row, column, count, fused);
       read_branch(args, 1, row, column, count, x_alone);
       read_target<T>(p.head, rows.begin + row, column, count, y);
-      // where nothing flows there is no product: 0 * inf would poison the sum
       if (p.grad_film_weight.data) {
         T* to = for_parameters(args) + row * 2 * pitch + column;
 #pragma unroll
-        for (int e = 0; e < kRun; ++e) v[e] = has_fused ? fused[e] * y[e] : Accumulator(0);
+        for (int e = 0; e < kRun; ++e) v[e] = fused[e] * y[e];
         write_run(to, v, count);
 #pragma unroll
         for (int e = 0; e < kRun; ++e) v[e] = head != 0 ? fused[e] + head * x_alone[e] : fused[e];
@@ -351,16 +346,18 @@ struct FilmGradients : RowSums<C, kStep> {
     const Operand<T> condition = args.plan.masked.pitch > 0
                                      ? Operand<T>{masked_condition(args), args.plan.masked.pitch}
                                      : operand<T>(p.head.condition, rows.begin);
+    RowRange summed = Sums::split_of(split, args.plan.rows_per_split, rows.count);
+    // where nothing flows there is no product: 0 * inf would poison the sum
+    if (half == 0 && !args.plan.need_branch[0]) summed.count = 0;
     Sums::weight_tile(
         shared, tiles, item % tiles.count, gradient, condition, p.head.hidden,
-        p.head.condition_width, Sums::split_of(split, args.plan.rows_per_split, rows.count), rows,
-        [&] {
+        p.head.condition_width, summed, rows, [&] {
           const int64_t first_row = half * p.head.hidden;
           return typename Sums::WeightTarget{
               address<Output>(p.grad_film_weight, first_row, 0), p.grad_film_weight.stride,
               args.plan.partials ? film_weight_partial(args, split * 2 * p.head.hidden + first_row)
                                  : nullptr,
-              film_weight_pitch(args), scale_of(args, 0)};
+              args.plan.padded_condition, scale_of(args, 0)};
         });
   }
 
@@ -427,7 +424,7 @@ struct FilmGradients : RowSums<C, kStep> {
                        args.plan.padded_hidden);
     }
     if (p.grad_film_weight.data && args.plan.partials) {
-      const int64_t pitch = film_weight_pitch(args);
+      const int64_t pitch = args.plan.padded_condition;
       Sums::add_weight(p.grad_film_weight, 2 * hidden, p.head.condition_width,
                        film_weight_partial(args, 0), args.plan.row_splits, 2 * hidden * pitch,
                        pitch);

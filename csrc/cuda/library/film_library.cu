@@ -177,7 +177,7 @@ void multiply_modulation(Run& run, const FilmBackwardArguments& args, RowRange r
     Matmul product;
     product.rows = hidden;
     product.columns = p.head.condition_width;
-    product.depth = rows.count;
+    product.depth = half == 1 || plan.need_branch[0] ? rows.count : 0;  // 0 * inf is NaN
     product.a = plane(args.workspace, plan.parameters_offset, half * plan.padded_hidden,
                       2 * plan.padded_hidden, run.dtype());
     product.a_transposed = true;
@@ -185,7 +185,7 @@ void multiply_modulation(Run& run, const FilmBackwardArguments& args, RowRange r
                     ? ConstMatrix{at(args.workspace, plan.masked.offset), plan.masked.pitch}
                     : moved(p.head.condition, rows.begin * p.head.condition.stride, run.dtype());
     sum_over_chunks(run, args, rows, p.grad_film_weight, plan.partials,
-                    plan.film_weight_partial_offset, round_up(p.head.condition_width, 8), product);
+                    plan.film_weight_partial_offset, plan.padded_condition, product);
     product.c = moved(product.c, half * hidden * product.c.stride, product.result);
     run.add(product);
   }

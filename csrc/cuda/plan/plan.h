@@ -174,7 +174,7 @@ struct FilmBackwardPlan {
   bool weighted = false, features_ready = false;
   int64_t plane_rows = 0;  ///< of what the workspace holds
   MaskedCopy masked;       ///< of x
-  int64_t padded_hidden = 0, padded_classes = 0;
+  int64_t padded_hidden = 0, padded_classes = 0, padded_condition = 0;
   int64_t encoder_pitch = 0;  ///< row pitch of the encoder's gradient of the modulation
   /// The sums over rows (weights, biases) in pieces; > 1: one more sync. The branches' rows follow
   /// each other in grad_out_weight, whose pieces are therefore its own.

@@ -122,6 +122,7 @@ int64_t size_film_backward(const FilmHeadBackward& p, Dtype dtype, const LaunchS
   plan.plane_rows = head.rows;
   plan.padded_hidden = padded(head.hidden);
   plan.padded_classes = padded(head.classes);
+  plan.padded_condition = padded(head.condition_width);
   const int64_t size = element_size(dtype);
   const int64_t hidden_plane = head.rows * plan.padded_hidden;
   if (plan.copy_gradients) {
@@ -170,11 +171,9 @@ int64_t size_film_backward(const FilmHeadBackward& p, Dtype dtype, const LaunchS
         layout.add(plan.out_splits * head.classes * plan.padded_hidden * partial);
   }
   plan.bias_splits = library ? element_grid(device) : plan.row_splits;
-  if (plan.partials) {
-    if (p.grad_film_weight.data) {
-      plan.film_weight_partial_offset =
-          layout.add(plan.row_splits * 2 * head.hidden * padded(head.condition_width) * partial);
-    }
+  if (plan.partials && p.grad_film_weight.data) {
+    plan.film_weight_partial_offset =
+        layout.add(plan.row_splits * 2 * head.hidden * plan.padded_condition * partial);
   }
   if (plan.partials || library) {
     plan.bias_partial_offset =
