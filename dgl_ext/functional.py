@@ -61,7 +61,8 @@ def fused_decouple(
 
     - a feature `h_i` receives that of its own `z_i`, never that of `z`;
     - `weight` and `bias` receive that of `z`, never that of a `z_i`;
-    - an input whose outputs no loss uses receives `None`, as if it were detached.
+    - an input whose outputs no loss uses receives `None`, as if it were detached; zeros under
+      `torch.compile`, which traces the backward pass with a gradient for every output.
 
     So `loss(z) + sum_i alpha_i * loss(z_i)` with one `backward()` trains the head by the multimodal
     loss and each encoder by its own unimodal loss.
@@ -189,7 +190,7 @@ def fused_decouple_cross_entropy(
             targets, are constants: finite, 0 or more, of any real dtype, without gradient.
         sample_weight: of the leading shape: each row's loss is multiplied by its weight.
         present: as in `fused_decouple`. A row without a modality does not count in its unimodal
-            loss; a modality that no counted row has adds 0 to the total.
+            loss; a modality of which no counted row has weight adds 0 to the total.
         mode: "dgl"; "joint": only the fused loss counts, and trains all; "joint+unimodal": all
             losses train all. Sets alpha and the leaks where they are None.
         encoder_leak: as in `fused_decouple`.

@@ -131,10 +131,10 @@ def cross_entropy(logits: DecoupledLogits, loss: CrossEntropy) -> DecoupledLoss:
     ]
     values = [branch.sum for branch in branches]
     if loss.numbers.mean:
-        # No row counts: a mean is NaN. No counted row has a modality: it costs nothing.
-        nothing = branches[0].divisor == 0
+        # No row has weight: a mean is NaN. None of those that have a modality: it costs nothing.
+        empty = torch.where(branches[0].divisor == 0, torch.nan, 0.0)
         values = [
-            torch.where(nothing, torch.nan, b.sum / torch.where(b.divisor == 0, 1, b.divisor))
+            torch.where(b.divisor == 0, empty, b.sum / torch.where(b.divisor == 0, 1, b.divisor))
             for b in branches
         ]
     total = values[0] + sum(

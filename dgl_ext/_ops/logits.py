@@ -4,6 +4,7 @@ A forward op returns the logits of all branches, and the backward op takes their
 inputs that the method lets them reach: the fused branch's to the head, a unimodal branch's to its
 encoder, and shares of the others where a leak is open. What nothing reaches gets `None`, as
 autograd gives for a detached tensor, and not zeros, by which AdamW would still decay a parameter.
+(torch.compile traces backward with a gradient for every output, so that there it does get zeros.)
 """
 
 from __future__ import annotations

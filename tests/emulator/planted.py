@@ -324,7 +324,7 @@ BUGS = [
     ),
     Bug(
         "weights: a mean divides by rows", COUNTS,
-        "loss / counted.divisor", "loss / double(counted.rows)", WRONG,
+        "loss /= counted.divisor", "loss /= double(counted.rows)", WRONG,
     ),
     Bug(
         "weights: classes of a soft target have none", LOSSES,

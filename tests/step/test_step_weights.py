@@ -139,6 +139,30 @@ def test_no_less_exact_than_the_same_dtype_composition(
     assert_no_less_exact(*runs, dtype, roundings=2)
 
 
+@pytest.mark.parametrize("backend", COMPILED_BACKENDS)
+@pytest.mark.parametrize("case", ["a rare modality", "alpha", "class weights of soft targets"])
+def test_float16_holds_what_is_large_until_it_is_divided(fusion, backend, case):
+    """By the number of rows, mostly; and an upstream gradient that makes up for alpha."""
+    large = dict.fromkeys(("encoder_leak", "head_leak"), 1.0)
+    upstream = 1.0
+    problem = make_problem(fusion, leading=(4096 if "rare" in case else 8,), dtype=torch.float16)
+    target = make_target(problem)
+    if case == "a rare modality":
+        large |= {"alpha": 40.0, "present": [None, torch.arange(4096) == 7]}
+    elif case == "alpha":
+        large["alpha"], upstream = 1e5, 1e-3
+    else:
+        target, large = make_soft(problem), {"class_weight": torch.tensor([1e5, 2e5, 5e4])}
+        upstream = 0.1
+    runs = [
+        results(of, target, by, upstream, **large)
+        for of, by in ((problem, backend), (problem, "reference"),
+                       (problem.to(torch.float64), "reference"))
+    ]  # fmt: skip
+    assert_no_less_exact(*runs, torch.float16, roundings=2)
+    assert all(value.isfinite().all() for value in runs[0].values())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced", "expanded"])
@@ -195,23 +219,31 @@ def test_ones_are_no_weights(fusion, backend, soft):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*ALL, "smoothed"])
 def test_no_weight_at_all_is_a_mean_of_nan_without_gradients(fusion, backend, name):
     problem = make_problem(fusion)
-    weight = torch.zeros(3 if name == "class_weight" else 7)
-    found = results(problem, make_target(problem), backend, **{name: weight})
-    assert found["total"].isnan()
+    target = make_target(problem)
+    options = {name: torch.zeros(3 if name == "class_weight" else 7)}
+    if name == "smoothed":  # losses are not zero, but what they are divided by
+        target = torch.ones_like(target)
+        options = {"class_weight": torch.tensor([1, 0, 1]), "label_smoothing": 0.1}
+    found = results(problem, target, backend, **options)
+    assert all(value.isnan() for name, value in found.items() if value.dim() == 0)
     assert (found["count"] == 7).all()
     assert not any(found[tensor].any() for tensor, _ in problem.named())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_modality_whose_rows_have_no_weight_costs_nothing(fusion, backend):
+@pytest.mark.parametrize("name", ALL)
+def test_a_modality_whose_rows_have_no_weight_costs_nothing(fusion, backend, name):
     problem = make_problem(fusion)
     present = [torch.arange(7) < 2, None]
-    weight = (torch.arange(7) >= 2).double()
     target = make_target(problem)
-    found = results(problem, target, backend, present=present, sample_weight=weight)
+    options = {"sample_weight": (torch.arange(7) >= 2).double()}
+    if name == "class_weight":  # with smoothing its rows have losses
+        target = torch.tensor([1, 1, 0, 2, 0, 2, 0])
+        options = {"class_weight": torch.tensor([1, 0, 1]), "label_smoothing": 0.1}
+    found = results(problem, target, backend, present=present, **options)
     assert found["unimodal[0]"] == 0
     assert found["total"].isfinite()
     assert not found["features[0]"].any()

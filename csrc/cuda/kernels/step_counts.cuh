@@ -17,8 +17,8 @@ struct StepCounts {
     int64_t correct = 0;
   };
   /// What residuals are multiplied by, in shared memory: those of a branch in planes that mix
-  /// branches, and those of a row besides its sample weight, so that row weights are 1 on average
-  /// and float16 planes neither overflow nor vanish.
+  /// branches, and those of a row besides its sample weight, so that row weights are 1 on average.
+  /// In float16 planes neither overflows.
   struct Weights {
     Accumulator branch[kMaxBranches];
     Accumulator row;
@@ -75,10 +75,8 @@ struct StepCounts {
     }
     if (step.plan.needs_counts || (rows.begin == 0 && blockIdx.x == 0)) {
       find_totals(step, weights, rows);
-    } else if (step.plan.mixed) {
-      if (int(threadIdx.x) < step.plan.branches) {
-        weights.branch[threadIdx.x] = alpha_of(step, threadIdx.x);
-      }
+    } else if (step.plan.mixed && threadIdx.x < 32) {
+      set_branch_weight(step, weights, alpha_of(step, threadIdx.x));
     }
     __syncthreads();
   }
@@ -124,7 +122,8 @@ struct StepCounts {
       correct = sum_lanes(correct);
       const StepCount counted = totals(step)[k].count, all = totals(step)[0].count;
       if (step.loss.mean) {
-        loss = counted.divisor == 0 && all.divisor > 0 ? 0 : loss / counted.divisor;
+        if (counted.divisor == 0) loss = 0;  // of rows without weight: 0, or 0 / 0
+        if (all.divisor == 0 || counted.divisor > 0) loss /= counted.divisor;
       }
       if (lane == 0) {
         losses[k] = loss;
@@ -177,8 +176,9 @@ struct StepCounts {
     for (int mask = 16; mask > 0; mask /= 2) v += warp_exchange(v, mask);
     return v;
   }
+  /// 0 beyond the branches.
   static __device__ __forceinline__ double alpha_of(const StepContext& step, int k) {
-    return k == 0 ? 1 : step.loss.alpha[k - 1];
+    return k == 0 ? 1 : k < step.plan.branches ? step.loss.alpha[k - 1] : 0;
   }
 
   /// From all CTAs' counts.
@@ -198,30 +198,60 @@ struct StepCounts {
         if (lane == k) counted = sum;
         if (k == 0) all = sum;
       }
-      if (lane < branches) set_totals(step, weights, rows, lane, counted, all);
+      set_totals(step, weights, rows, counted, all);
       if (lane < 2 && rows.begin == 0 && blockIdx.x == 0) {
         totals(step)[branches + lane] = {{0, 0}, lane == 0 ? 1. : 0., lane == 0 ? 1.f : 0.f};
       }
     }
   }
+  /// Of the branch of each lane of a warp.
   static __device__ __forceinline__ void set_totals(const StepContext& step, Weights& weights,
-                                                    RowRange rows, int k, const StepCount& counted,
+                                                    RowRange rows, const StepCount& counted,
                                                     const StepCount& all) {
     const bool mean = step.loss.mean;
+    const int k = threadIdx.x;
     const double alpha = alpha_of(step, k);
-    const double typical =
-        step.plan.weighted && all.divisor > 0 ? all.divisor / double(all.rows) : 1;
-    if (rows.begin == 0 && blockIdx.x == 0) {
-      double scale = alpha * typical;
-      if (mean) scale = counted.divisor > 0 ? scale / counted.divisor : 0;
-      totals(step)[k] = {counted, scale, float(scale)};
-    }
+    double typical = mean_class_weight(step);
+    if (step.plan.weighted && all.divisor > 0) typical *= all.divisor / double(all.rows);
     double weight = alpha;
     if (k > 0 && mean) {
       weight = counted.divisor > 0 ? alpha * (all.divisor / counted.divisor) : 0;
     }
-    weights.branch[k] = weight;
+    const double unit = set_branch_weight(step, weights, weight);
     if (k == 0) weights.row = 1 / typical;
+    if (rows.begin == 0 && blockIdx.x == 0 && k < step.plan.branches) {
+      double scale = alpha * typical * unit;
+      if (mean) scale = counted.divisor > 0 ? scale / counted.divisor : 0;
+      totals(step)[k] = {counted, scale, float(scale)};
+    }
+  }
+  /// Of the branch of each lane of a warp. Returns what all weights were divided by, so that the
+  /// nine branches that there are at most add up to what float16 can hold.
+  static __device__ __forceinline__ double set_branch_weight(const StepContext& step,
+                                                             Weights& weights, double weight) {
+    double unit = 1;
+    if constexpr (std::is_same_v<T, f16>) {
+      constexpr double kMost = 4096;
+      double largest = weight < 0 ? -weight : weight;
+#pragma unroll 1
+      for (int mask = 16; mask > 0; mask /= 2) {
+        const double other = warp_exchange(largest, mask);
+        if (other > largest) largest = other;
+      }
+      if (step.plan.mixed && largest > kMost) unit = largest / kMost;
+    }
+    if (int(threadIdx.x) < step.plan.branches) weights.branch[threadIdx.x] = weight / unit;
+    return unit;
+  }
+  /// Of soft targets, whose class weights are in no divisor. By the lanes of a warp.
+  static __device__ __forceinline__ double mean_class_weight(const StepContext& step) {
+    const auto* weights = static_cast<const Accumulator*>(step.loss.class_weight);
+    if (!std::is_same_v<T, f16> || step.loss.target || !weights) return 1;
+    double sum = 0;
+#pragma unroll 4
+    for (int64_t c = threadIdx.x; c < step.classes; c += 32) sum += weights[c];
+    sum = sum_lanes(sum);
+    return sum > 0 ? sum / double(step.classes) : 1;
   }
 };
 

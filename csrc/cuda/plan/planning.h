@@ -166,7 +166,7 @@ inline void finish_step(int64_t items, const CrossEntropy& loss, const uint8_t* 
   launch.grid = plan.counting_ctas = choose_grid(launch, items, device);
   bool masked = false;
   for (int k = 1; k < plan.branches; ++k) masked |= present[k - 1] != nullptr;
-  plan.weighted = loss.sample_weight || (loss.class_weight && loss.target);
+  plan.weighted = loss.sample_weight || loss.class_weight;
   plan.needs_counts = plan.weighted || (plan.mixed && loss.mean && masked);
   if (launch.executor == Executor::kLibrary) {
     plan.count_first = plan.needs_counts || rows > kCountedByOneCta;
