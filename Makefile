@@ -126,7 +126,7 @@ $(VENV)/.torch:
 
 # Editable: Python files need no new install. Not isolated: the build's needs are in the venv.
 $(VENV)/.package: $(VENV)/.torch $(BUILD_INPUTS)
-	@echo "compiling dgl_ext: one to three minutes"
+	@echo "compiling dgl_ext: one to three minutes, up to ten where nvcc takes part"
 	$(PIP) install --quiet --no-build-isolation --editable .
 	@touch $@
 

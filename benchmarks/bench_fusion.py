@@ -51,7 +51,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from rich.console import Console
 
 try:
     import cuda_steps
@@ -62,6 +61,7 @@ try:
     import problems
     import providers
     import report
+    from rich.console import Console
 except ImportError as error:
     sys.exit(f"bench_fusion needs dgl_ext, rich and matplotlib installed: {error}")
 

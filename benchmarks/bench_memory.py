@@ -41,7 +41,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 try:
     import fusion_cells
@@ -51,6 +50,7 @@ try:
     import providers
     import report
     from report import Row
+    from rich.console import Console
 
     import dgl_ext
 except ImportError as error:

@@ -30,7 +30,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
 
 try:
     import harness
@@ -41,6 +40,7 @@ try:
     import training_steps
     from problems import FUSIONS
     from report import Row
+    from rich.console import Console
 except ImportError as error:
     sys.exit(f"bench_training needs dgl_ext and rich installed: {error}")
 

@@ -1,4 +1,4 @@
-"""Measures all GPU tables of the README in one command, on one GPU.
+"""Measures all tables of docs/gpu.md in one command, on one GPU.
 
     python benchmarks/gpu_tables.py                # 51 cells of 8 seconds, and their checks
     python benchmarks/gpu_tables.py --quick        # of one second, in one pass: rougher figures

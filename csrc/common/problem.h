@@ -40,7 +40,7 @@ inline Matrix moved(const Matrix& m, int64_t elements, Dtype dtype) {
   return {static_cast<char*>(m.data) + elements * element_size(dtype), m.stride};
 }
 
-/// Shares of the gradients that the truncations let through (method.md, "Leaks").
+/// Shares of the gradients that the truncations let through (docs/modes.md).
 struct Leaks {
   double encoder = 0;  ///< of the fused branch's gradient, to the features
   double head = 0;     ///< of the unimodal branches' gradients, to the parameters

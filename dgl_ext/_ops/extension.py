@@ -60,5 +60,6 @@ def require(part: str = "cpu") -> None:
         what = "C++ extension" if part == "cpu" else "CUDA extension"
         raise RuntimeError(
             f"the {what} of dgl_ext is not loaded: {error}. `python -m dgl_ext` tells what "
-            "was built; `pip install --force-reinstall --no-deps .` builds it again."
+            "was built. Run from a clone, Python finds the sources before what is installed; else "
+            "`pip install --force-reinstall --no-deps .` builds it again."
         ) from error

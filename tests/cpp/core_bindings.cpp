@@ -1,5 +1,5 @@
-// The torch-free row passes with numpy arrays, for tests/test_core.py. Arrays may have any strides
-// where the passes take strides; the module is built by CMake and is no part of the package.
+// The torch-free row passes with numpy arrays, for tests/cpu/test_core.py. Arrays may have any
+// strides where the passes take strides; the module is built by CMake and is not packaged.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
