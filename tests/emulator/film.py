@@ -254,11 +254,11 @@ class FilmProblem:
         if target is not None:
             target = target.without_rows(self.absent[1])
         halves = [stored([None if d[0] is None else d[0] * y]), stored(leaked[:2])]
-        if halves[0] is None and halves[1] is not None:
-            halves[0] = self._zeros(y)
+        of_gamma, of_beta = (None if half is None else matmul(half.T, x, tf32) for half in halves)
         film_weight_grad = None
-        if halves[1] is not None:
-            film_weight_grad = matmul(concatenate(halves, 1).T, x, tf32)
+        if of_beta is not None:
+            of_gamma = self._zeros(of_beta) if of_gamma is None else of_gamma
+            film_weight_grad = concatenate([of_gamma, of_beta], 0)
 
         film_bias = None
         beta_terms = add(leaked)
