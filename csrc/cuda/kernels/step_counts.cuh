@@ -17,8 +17,8 @@ struct StepCounts {
     int64_t correct = 0;
   };
   /// What residuals are multiplied by, in shared memory: those of a branch in planes that mix
-  /// branches, and those of a row besides its sample weight, so that row weights are 1 on average.
-  /// In float16 planes neither overflows.
+  /// branches, and those of a row besides its sample weight, so that row weights are 1 on average:
+  /// float16 planes hold up to 65,504.
   struct Weights {
     Accumulator branch[kMaxBranches];
     Accumulator row;
@@ -122,7 +122,7 @@ struct StepCounts {
       correct = sum_lanes(correct);
       const StepCount counted = totals(step)[k].count, all = totals(step)[0].count;
       if (step.loss.mean) {
-        if (counted.divisor == 0) loss = 0;  // of rows without weight: 0, or 0 / 0
+        if (counted.divisor == 0) loss = 0;  // no row has weight: 0, or if none at all has, 0 / 0
         if (all.divisor == 0 || counted.divisor > 0) loss /= counted.divisor;
       }
       if (lane == 0) {
