@@ -125,41 +125,33 @@ void mix(int64_t row_begin, int64_t row_end, int64_t columns, const Term<T>* ter
   }
 }
 
-constexpr int64_t kSumBlock = 64;
-
-// totals[c] += sum_k scale_k sum_r values_k[r, begin + c] for at most kSumBlock columns. In double:
-// rows may be many, and a bias gradient is a sum over all of them.
-template <typename T>
-void add_block_sums(int64_t begin, int64_t width, int64_t rows, const Term<T>* terms, int64_t count,
-                    double* totals) {
-  for (int64_t k = 0; k < count; ++k) {
-    const Strided<T>& values = terms[k].values;
-    const double scale = terms[k].scale;
-    // Rows in turn, since each sum waits for the one before: of few columns there is little else.
-    constexpr int64_t kChains = 4;
-    double sums[kChains][kSumBlock] = {};
-    for (int64_t r = 0; r < rows; ++r) {
-      const T* row = values.row(r) + begin * values.col_stride;
-      double* sum = sums[r % kChains];
-      if (values.col_stride == 1) {
-        for (int64_t c = 0; c < width; ++c) sum[c] += row[c];
-      } else {
-        for (int64_t c = 0; c < width; ++c) sum[c] += row[c * values.col_stride];
-      }
-    }
-    for (int64_t c = 0; c < width; ++c) {
-      totals[c] += scale * ((sums[0][c] + sums[2][c]) + (sums[1][c] + sums[3][c]));
-    }
-  }
-}
-
-// totals[c] += sum_k scale_k sum_r values_k[r, c], for a range of columns.
+// totals[c] += sum_k scale_k sum_r values_k[r, c], for a range of columns. In double: rows may be
+// many, and a bias gradient is a sum over all of them.
 template <typename T>
 void add_column_sums(int64_t col_begin, int64_t col_end, int64_t rows, const Term<T>* terms,
                      int64_t count, double* totals) {
-  for (int64_t begin = col_begin; begin < col_end; begin += kSumBlock) {
-    const int64_t width = std::min(kSumBlock, col_end - begin);
-    add_block_sums<T>(begin, width, rows, terms, count, totals + begin);
+  constexpr int64_t kBlock = 64;  // columns whose sums stay in cache
+  // Rows in turn, since each sum waits for the one before: of few columns there is little else.
+  constexpr int64_t kChains = 4;
+  for (int64_t begin = col_begin; begin < col_end; begin += kBlock) {
+    const int64_t width = std::min(kBlock, col_end - begin);
+    for (int64_t k = 0; k < count; ++k) {
+      const Strided<T>& values = terms[k].values;
+      double sums[kChains][kBlock] = {};
+      for (int64_t r = 0; r < rows; ++r) {
+        const T* row = values.row(r) + begin * values.col_stride;
+        double* sum = sums[r % kChains];
+        if (values.col_stride == 1) {
+          for (int64_t c = 0; c < width; ++c) sum[c] += row[c];
+        } else {
+          for (int64_t c = 0; c < width; ++c) sum[c] += row[c * values.col_stride];
+        }
+      }
+      const double scale = terms[k].scale;
+      for (int64_t c = 0; c < width; ++c) {
+        totals[begin + c] += scale * ((sums[0][c] + sums[2][c]) + (sums[1][c] + sums[3][c]));
+      }
+    }
   }
 }
 
